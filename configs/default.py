@@ -1,0 +1,86 @@
+"""The paper's settings, and the place where every config field is declared and explained.
+
+Pixels are in [0, 1], so epsilon, step sizes and sigma are too: 8/255, never 8. A system's config
+is a diff on this one. A value of None stands for the default that the comment gives.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.system = 'custom'  # name of the system in tables; each file in configs/ sets its own
+    config.seed = 0  # start of all randomness: initialisation, batches, augmentation, attacks
+    config.epsilon = 8 / 255  # L-infinity radius of the threat model, in training and evaluation
+
+    config.data = data = ConfigDict()
+    data.name = 'cifar10'  # cifar10, cifar100, svhn_cropped, mnist (TFDS), digits, or npz
+    data.data_dir = placeholder(str)  # a prepared TFDS directory; None: TFDS's own default
+    data.download = False  # let TFDS download and prepare a missing data set
+    data.path = placeholder(str)  # for npz: file with image_train, label_train, image_test, ...
+    data.pad = 4  # pixels of reflection padding before the random crop; 0: no crop
+    data.flip = placeholder(bool)  # random horizontal flip; None: yes, except for images of digits
+
+    config.model = model = ConfigDict()
+    model.name = 'wide_resnet'  # architecture
+    model.depth = 28  # layers of the Wide ResNet, 6n + 4
+    model.width = 10  # widening factor of the Wide ResNet
+    model.dtype = 'auto'  # training compute: float32, bfloat16; auto: float32 on CPU, else bfloat16
+    model.conv = 'auto'  # members' convolutions: grouped, separate; auto: separate on CPU only
+
+    config.batch_norm = batch_norm = ConfigDict()
+    batch_norm.momentum = 0.9  # share of the old running average kept at each pass
+    batch_norm.epsilon = 1e-5  # added to the variance
+    batch_norm.sync = False  # batch statistics over all devices instead of each device's own
+
+    config.ensemble = ensemble = ConfigDict()
+    ensemble.size = 1  # members, k
+    ensemble.combine = 'probs'  # members' outputs become one: mean of probs, or of logits
+    ensemble.training = 'joint'  # joint: one loss, of the ensemble; separate: each member by itself
+
+    config.train = train = ConfigDict()
+    train.steps = 500_000  # parameter updates
+    train.batch_size = 128  # examples per step over all devices
+    train.adversarial_weight = 1.0  # rho in (L + rho * L_adv) / (1 + rho); 0: clean training
+    train.learning_rate = 0.1  # at step 0
+    train.learning_rate_steps = (30_000, 60_000, 90_000)  # steps at which it is multiplied
+    train.learning_rate_factor = 0.2  # by this
+    train.momentum = 0.9  # of the SGD
+    train.nesterov = False  # Nesterov's form of it, as Zagoruyko & Komodakis
+    train.weight_decay = 5e-4  # coupled (added to the gradient), on every parameter
+    train.steps_per_call = 10  # steps per call of the compiled function
+    train.log_every = 100  # steps between two writings of metrics
+    train.checkpoint_every = 1_000  # steps between two checkpoints
+    train.checkpoints_to_keep = 3  # newest checkpoints kept
+    train.snapshot_every = 5_000  # steps between two snapshots; the last step always gives one
+    train.profile_step = 0  # profile from the first call at or after this step on; 0: never
+    train.profile_steps = 20  # steps that the profile covers
+
+    config.attack = attack = ConfigDict()  # the attack inside training
+    attack.name = 'ifgsm'  # ifgsm (sign of the gradient) or pgd (Adam on the gradient)
+    attack.steps = 7  # gradient steps
+    attack.step_size = config.get_oneway_ref('epsilon') / 4  # per step: ifgsm's pixels, pgd's rate
+    attack.start = 'gaussian'  # gaussian, uniform (in the ball) or none
+    attack.sigma = config.get_oneway_ref('epsilon') / 2  # of the gaussian start, in pixels
+    attack.loss = 'cross_entropy'  # what the attack climbs: cross_entropy or margin
+    attack.batch_norm = 'running'  # statistics while attacking: running averages, or the batch's
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20')  # name and number of steps
+    evaluation.ifgsm_step_size = config.get_oneway_ref('epsilon') / 4  # pixels per step
+    evaluation.pgd_step_size = config.get_oneway_ref('epsilon') / 4  # Adam's learning rate, pixels
+    evaluation.start = 'gaussian'  # as attack.start
+    evaluation.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
+    evaluation.restarts = 1  # independent starts, the worst counts
+    evaluation.loss = 'cross_entropy'  # as attack.loss
+    evaluation.seed = 0  # of the attacks' starts
+    evaluation.batch_size = 500  # examples per call over all devices; changes no result
+    evaluation.num_examples = placeholder(int)  # first so many test examples; None: all of them
+    evaluation.dtype = 'float32'  # compute of the evaluated network: float32 or bfloat16
+    evaluation.inline = True  # evaluate each snapshot in the training process
+
+    config.study = study = ConfigDict()  # --mode=study: many runs, one table
+    study.systems = ()  # names of files in configs/; every other field here is their common base
+    study.seeds = (0,)  # each system is run once with each seed
+    return config.lock()

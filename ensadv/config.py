@@ -1,0 +1,234 @@
+"""Checks a config before anything is compiled: plain Python, no JAX."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ensadv.errors import ConfigError
+
+# Fields that may change when a run goes on in its workdir: no step computes with them.
+MUTABLE_FIELDS = (
+    'data.data_dir',
+    'data.path',  # the data's fingerprint is compared instead
+    'data.download',
+    'eval',
+    'model.conv',
+    'study',
+    'train.checkpoint_every',
+    'train.checkpoints_to_keep',
+    'train.log_every',
+    'train.profile_step',
+    'train.profile_steps',
+    'train.snapshot_every',
+    'train.steps',
+    'train.steps_per_call',
+)
+
+DATASETS = ('cifar10', 'cifar100', 'svhn_cropped', 'mnist', 'digits', 'npz')
+MODELS = ('wide_resnet',)
+COMBINES = ('probs', 'logits')
+TRAININGS = ('joint', 'separate')
+ATTACKS = ('ifgsm', 'pgd')
+STARTS = ('gaussian', 'uniform', 'none')
+LOSSES = ('cross_entropy', 'margin')
+DTYPES = ('float32', 'bfloat16')
+
+
+def nearest(found: str, allowed: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the nearest of `allowed`, or '' if none is near."""
+    close = difflib.get_close_matches(str(found), list(allowed), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ''
+
+
+def parse_attack(name: str) -> tuple[str, int]:
+    """Splits the name of an evaluation attack: 'pgd20' -> ('pgd', 20), 'clean' -> ('clean', 0).
+
+    Raises:
+      ConfigError: for any other name.
+    """
+    if name == 'clean':
+        return 'clean', 0
+    kind = str(name).rstrip('0123456789')
+    digits = str(name)[len(kind) :]
+    if kind not in ATTACKS or not digits or int(digits) < 1:
+        examples = ('clean', *(f'{a}{n}' for a in ATTACKS for n in (5, 7, 20)))
+        raise ConfigError(
+            f"eval.attacks: unknown attack '{name}'{nearest(name, examples)}; "
+            f'allowed: clean, or one of {", ".join(ATTACKS)} with a number of steps, as in '
+            f"--config.eval.attacks=\"('clean', 'pgd20')\""
+        )
+    return kind, int(digits)
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises ConfigError, which names the field, for the first value that is not allowed."""
+    for group in (_validate_data, _validate_network, _validate_train, _validate_attacks):
+        group(config)
+    for name in config.study.systems:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f'study.systems: {name!r} is not the name of a file in configs/')
+    seeds = config.study.seeds
+    if not seeds or any(not _is_int(seed) or seed < 0 for seed in seeds):
+        raise ConfigError(f'study.seeds: expected whole numbers >= 0, found {tuple(seeds)}')
+    if len(set(seeds)) != len(seeds) or len(set(config.study.systems)) != len(config.study.systems):
+        raise ConfigError('study.systems, study.seeds: each may be named only once')
+
+
+def _validate_data(config: ConfigDict) -> None:
+    _one_of(config, 'data.name', DATASETS)
+    _integer(config, 'data.pad', 0)
+    if config.data.name == 'npz' and not config.data.path:
+        raise ConfigError('data.path: needed for data.name=npz, as in --config.data.path=my.npz')
+    if config.data.name != 'npz' and config.data.path:
+        raise ConfigError(f'data.path: only for data.name=npz, found data.name={config.data.name}')
+
+
+def _validate_network(config: ConfigDict) -> None:
+    _integer(config, 'seed', 0, 2**31 - 1)
+    _one_of(config, 'model.name', MODELS)
+    depth = config.model.depth
+    if not _is_int(depth) or depth < 10 or (depth - 4) % 6:
+        raise ConfigError(
+            f'model.depth: expected 6n + 4 with n >= 1 (10, 16, 22, ...), found {depth}'
+        )
+    _integer(config, 'model.width', 1)
+    _one_of(config, 'model.dtype', ('auto', *DTYPES))
+    _one_of(config, 'model.conv', ('auto', 'grouped', 'separate'))
+    _number(config, 'batch_norm.momentum', 0, 1)
+    _number(config, 'batch_norm.epsilon', 0, above=True)
+    _integer(config, 'ensemble.size', 1)
+    _one_of(config, 'ensemble.combine', COMBINES)
+    _one_of(config, 'ensemble.training', TRAININGS)
+
+
+def _validate_train(config: ConfigDict) -> None:
+    for field in ('steps', 'batch_size', 'steps_per_call', 'log_every', 'checkpoint_every',
+                  'checkpoints_to_keep', 'snapshot_every', 'profile_steps'):  # fmt: skip
+        _integer(config, f'train.{field}', 1)
+    _integer(config, 'train.profile_step', 0)
+    _number(config, 'train.adversarial_weight', 0)
+    _number(config, 'train.learning_rate', 0, above=True)
+    _number(config, 'train.learning_rate_factor', 0, above=True)
+    _number(config, 'train.momentum', 0, 1)
+    _number(config, 'train.weight_decay', 0)
+    steps = tuple(config.train.learning_rate_steps)
+    if any(not _is_int(s) or s < 1 for s in steps) or list(steps) != sorted(set(steps)):
+        raise ConfigError(
+            f'train.learning_rate_steps: expected increasing steps >= 1, found {steps}'
+        )
+
+
+def _validate_attacks(config: ConfigDict) -> None:
+    _number(config, 'epsilon', 0, 1)
+    _one_of(config, 'attack.name', ATTACKS)
+    _integer(config, 'attack.steps', 1)
+    _one_of(config, 'attack.batch_norm', ('running', 'batch'))
+    for group, step_sizes in (
+        ('attack', ['step_size']),
+        ('eval', ['ifgsm_step_size', 'pgd_step_size']),
+    ):
+        _one_of(config, f'{group}.start', STARTS)
+        _one_of(config, f'{group}.loss', LOSSES)
+        for field in (*step_sizes, 'sigma'):
+            _number(config, f'{group}.{field}', 0, 1)
+    attacks = tuple(config.eval.attacks)
+    for name in attacks:
+        parse_attack(name)
+    if not attacks or len(set(attacks)) != len(attacks):
+        raise ConfigError(f'eval.attacks: expected attacks, each named once, found {attacks}')
+    _integer(config, 'eval.restarts', 1)
+    _integer(config, 'eval.seed', 0, 2**31 - 1)
+    _integer(config, 'eval.batch_size', 1)
+    if config.eval.num_examples is not None:
+        _integer(config, 'eval.num_examples', 1)
+    _one_of(config, 'eval.dtype', DTYPES)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for part in field.split('.'):
+        config = config[part]
+    return config
+
+
+def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...]) -> None:
+    found = _get(config, field)
+    if found not in allowed:
+        hint = nearest(found, allowed)
+        raise ConfigError(f"{field}: unknown '{found}'{hint}; allowed: {', '.join(allowed)}")
+
+
+def _integer(config: ConfigDict, field: str, low: int, high: float = math.inf) -> None:
+    found = _get(config, field)
+    if not _is_int(found) or not low <= found <= high:
+        upper = '' if math.isinf(high) else f' and <= {high}'
+        raise ConfigError(f'{field}: expected a whole number >= {low}{upper}, found {found}')
+
+
+def _number(
+    config: ConfigDict, field: str, low: float, high: float = math.inf, *, above: bool = False
+) -> None:
+    found = _get(config, field)
+    fits = isinstance(found, (int, float)) and not isinstance(found, bool)
+    fits = fits and math.isfinite(found) and low <= found <= high and not (above and found == low)
+    if not fits:
+        least = f'{">" if above else ">="} {low:g}'
+        most = '' if math.isinf(high) else f' and <= {high:g}'
+        raise ConfigError(f'{field}: expected a number {least}{most}, found {found}')
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Returns the resolved config as JSON holds it: dicts, lists, numbers, strings, None."""
+    return json.loads(config.to_json())
+
+
+def from_dict(values: Mapping[str, Any], base: ConfigDict) -> ConfigDict:
+    """Returns `base` with the values that `to_dict` gave.
+
+    Fields that `values` lacks keep the value of `base`: a workdir written by an older version
+    stays readable.
+
+    Raises:
+      ConfigError: if `values` has a field that `base` has not, or one of another type.
+    """
+    config = base.copy_and_resolve_references()
+    known = dict(flatten(to_dict(config)))
+    for field, value in flatten(values).items():
+        if field not in known:
+            raise ConfigError(f'unknown config field {field}{nearest(field, known)}')
+        try:
+            config.update_from_flattened_dict(
+                {field: tuple(value) if isinstance(value, list) else value}
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f'{field}: {error}') from error
+    return config
+
+
+def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Returns {'train.steps': 500000, ...} for a nested dict."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns 'field: old -> new' for each immutable field in which two resolved configs differ."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f'{field}: {old[field]} -> {new.get(field)}'
+        for field in old
+        if old[field] != new.get(field)
+        and not any(field == m or field.startswith(f'{m}.') for m in MUTABLE_FIELDS)
+    ]

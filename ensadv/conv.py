@@ -1,0 +1,197 @@
+"""The one convolution everything runs through.
+
+`flax.linen.Conv(..., conv_general_dilated=conv.get(kind))` takes it. The kinds compute the same
+numbers and differ in what `vmap` over weights, which is how members are stacked, compiles to:
+
+- 'grouped': `jax.lax.conv_general_dilated` itself, so one grouped convolution for all members.
+- 'separate': one plain convolution per member, forward and in both gradients.
+- 'auto': 'separate' on the CPU, 'grouped' elsewhere.
+
+XLA:CPU runs only plain convolutions of NHWC images with HWIO kernels fast. It misses that path for
+grouped convolutions, and for gradients in a loop, where it folds the transposition of an operand
+into the convolution: the gradient of the weights then takes a hundred times as long. Hence
+`optimization_barrier`, which keeps the transposed operand an array of its own.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+KINDS = ('auto', 'grouped', 'separate')
+_NHWC = ('NHWC', 'HWIO', 'NHWC')
+
+
+def get(kind):
+    """Returns the convolution of this kind, called like `jax.lax.conv_general_dilated`.
+
+    The convolution maps lhs [N, H, W, I] and rhs [KH, KW, I, O], of the same floating dtype, to
+    [N, H', W', O] of that dtype or of `preferred_element_type`.
+    """
+    functions = {'auto': _auto, 'grouped': lax.conv_general_dilated, 'separate': _separate}
+    if kind not in functions:
+        raise ValueError(f'kind of convolution is {kind!r}, must be one of {", ".join(KINDS)}')
+    return functions[kind]
+
+
+def _auto(*args, **kwargs):
+    # Asked for at each call, because asking starts the backend, which an import should not.
+    kind = 'separate' if jax.default_backend() == 'cpu' else 'grouped'
+    return get(kind)(*args, **kwargs)
+
+
+def _separate(
+    lhs,
+    rhs,
+    window_strides,
+    padding,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count=1,
+    batch_group_count=1,
+    precision=None,
+    preferred_element_type=None,
+    out_sharding=None,
+):
+    plain = (
+        jnp.ndim(lhs) == jnp.ndim(rhs) == 4
+        and lhs.size * rhs.size > 0
+        and lhs.dtype == rhs.dtype
+        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and feature_group_count == batch_group_count == 1
+        and out_sharding is None
+        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
+    )
+    if not plain:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            batch_group_count,
+            precision,
+            preferred_element_type,
+            out_sharding,
+        )
+    strides = tuple(window_strides)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+    dtypes = (lhs.dtype, preferred_element_type)
+    return _build(lhs.shape[1:3], rhs.shape[:2], strides, padding, precision, *dtypes)(lhs, rhs)
+
+
+def _build(size, window, strides, padding, precision, dtype, preferred):
+    """Returns conv(x, w) for these sizes, with its own rules for `vmap` and for gradients.
+
+    conv(x, w), the gradient of the input and that of the weights are bilinear, and each other's
+    gradients, so that three functions are closed under differentiation to any order.
+    """
+    conv_of = lambda lhs, rhs, strides, padding, **kwargs: lax.conv_general_dilated(
+        lhs,
+        rhs,
+        strides,
+        padding,
+        dimension_numbers=_NHWC,
+        precision=precision,
+        preferred_element_type=preferred,
+        **kwargs,
+    )
+
+    def forward(x, w):
+        return conv_of(x, w, strides, padding)
+
+    def input_gradient(g, w):
+        w = w.astype(g.dtype)
+        if jax.default_backend() == 'cpu':
+            return _input_gradient(conv_of, g, w, size, strides, padding).astype(dtype)
+        x = jax.ShapeDtypeStruct((g.shape[0], *size, w.shape[2]), g.dtype)
+        return jax.linear_transpose(lambda x: forward(x, w), x)(g)[0].astype(dtype)
+
+    def weight_gradient(x, g):
+        x = x.astype(g.dtype)
+        if jax.default_backend() == 'cpu':
+            return _weight_gradient(conv_of, x, g, window, strides, padding).astype(dtype)
+        w = jax.ShapeDtypeStruct((*window, x.shape[3], g.shape[3]), g.dtype)
+        return jax.linear_transpose(lambda w: forward(x, w), w)(g)[0].astype(dtype)
+
+    conv = _differentiable(_batched(forward, 1), lambda x, w, g: (dx(g, w), dw(x, g)))
+    dx = _differentiable(_batched(input_gradient, 1), lambda g, w, x: (conv(x, w), dw(x, g)))
+    dw = _differentiable(_batched(weight_gradient, None), lambda x, g, w: (dx(g, w), conv(x, w)))
+    return conv
+
+
+def _differentiable(function, gradients):
+    """Gives function(a, b) the gradients(a, b, cotangent) -> (of a, of b)."""
+    function = jax.custom_vjp(function)
+    function.defvjp(lambda a, b: (function(a, b), (a, b)), lambda saved, g: gradients(*saved, g))
+    return function
+
+
+def _batched(function, weights):
+    """Gives function(a, b) a `vmap` that calls it per member; `weights`: which argument they are.
+
+    Where the weights are shared, or only they lack a batch, members are merged into the images.
+    """
+    function = jax.custom_batching.custom_vmap(function)
+
+    @function.def_vmap
+    def rule(members, batched, a, b):
+        if weights == 1 and not batched[1]:
+            out = function(a.reshape(-1, *a.shape[2:]), b)
+            return out.reshape(*a.shape[:2], *out.shape[1:]), True
+        pick = lambda array, is_batched, i: array[i] if is_batched else array
+        out = [function(pick(a, batched[0], i), pick(b, batched[1], i)) for i in range(members)]
+        return jnp.stack(out), True
+
+    return function
+
+
+def _input_gradient(conv_of, g, w, size, strides, padding):
+    """d/dx of conv(x, w) . g, [N, *size, I]: x[s m + a - pad] sees g[m - t] through w[s t + a].
+
+    So each phase a of the stride is a convolution of stride 1, which wastes no work on the zeros
+    that dilating g would put in.
+    """
+    first = [low // s for (low, _), s in zip(padding, strides, strict=True)]
+    last = [(low + n - 1) // s for (low, _), n, s in zip(padding, size, strides, strict=True)]
+    count = [b - a + 1 for a, b in zip(first, last, strict=True)]
+    phases = []
+    for a, b in itertools.product(*map(range, strides)):
+        kernel = w[a :: strides[0], b :: strides[1]]
+        if kernel.size == 0:
+            phases.append(jnp.zeros((g.shape[0], *count, w.shape[2]), g.dtype))
+            continue
+        pads = [
+            (taps - 1 - low, high + 1 - n)
+            for taps, low, high, n in zip(kernel.shape[:2], first, last, g.shape[1:3], strict=True)
+        ]
+        kernel = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+        phases.append(conv_of(g, kernel, (1, 1), pads))
+    if math.prod(strides) == 1:
+        return phases[0]
+    x = jnp.stack(phases).reshape(*strides, *phases[0].shape).transpose(2, 3, 0, 4, 1, 5)
+    x = x.reshape(g.shape[0], count[0] * strides[0], count[1] * strides[1], w.shape[2])
+    top, left = (low - f * s for (low, _), f, s in zip(padding, first, strides, strict=True))
+    return x[:, top : top + size[0], left : left + size[1]]
+
+
+def _weight_gradient(conv_of, x, g, window, strides, padding):
+    """d/dw of conv(x, w) . g, [*window, I, O]: x convolved with g, batch and channels swapped."""
+    pads = [
+        (low, (n - 1) * s + taps - extent - low)
+        for (low, _), n, s, taps, extent in zip(
+            padding, g.shape[1:3], strides, window, x.shape[1:3], strict=True
+        )
+    ]
+    x = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
+    g = lax.optimization_barrier(g.transpose(1, 2, 0, 3))
+    w = conv_of(x, g, (1, 1), pads, rhs_dilation=strides)
+    return lax.optimization_barrier(w).transpose(1, 2, 0, 3)

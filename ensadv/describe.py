@@ -1,0 +1,190 @@
+"""The describe job: what a config amounts to, without training."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ensadv import build, ensemble, losses
+
+
+def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
+    """Returns a text of sizes and settings.
+
+    Args:
+      config: validated.
+      dataset: 'name', 'image_shape', 'num_classes', 'mean' and 'std', as
+        `data.Dataset.describe` gives them.
+    """
+    sections = {
+        f'{config.system}': _system(config, dataset),
+        'parameters': _parameters(config, dataset),
+        'operations per example (a multiply-add counts as 2)': _flops(config, dataset),
+        f'memory of training, batch of {config.train.batch_size}, estimated': _memory(
+            config, dataset
+        ),
+        'learning rate': _learning_rate(config),
+        'attack in training': _training_attack(config),
+        'attacks in evaluation': _evaluation_attacks(config),
+    }
+    lines = []
+    for title, rows in sections.items():
+        width = max(map(len, rows))
+        lines += [title, *(f'  {name.ljust(width)}  {value}' for name, value in rows.items()), '']
+    return '\n'.join(lines)
+
+
+def _shapes(config: ConfigDict, dataset: Mapping[str, Any], k: int) -> tuple[Any, Any, Any]:
+    """Returns the network, the shapes of k members' variables, and those of one image."""
+    model = build.model(config, dataset, dtype=config.model.dtype)
+    # One device's share is described, so there is no other to average batch statistics with.
+    model = model.clone(norm_axis=None)
+    shape = tuple(dataset['image_shape'])
+    variables = jax.eval_shape(lambda: ensemble.init(model, jax.random.key(0), k, shape))
+    return model, variables, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def parameters(config: ConfigDict, dataset: Mapping[str, Any]) -> int:
+    """Returns the number of weights of all members."""
+    return _size(_shapes(config, dataset, config.ensemble.size)[1]['params'])
+
+
+def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
+    k, weight = config.ensemble.size, config.train.adversarial_weight
+    training = (
+        'one loss, of the ensemble'
+        if config.ensemble.training == 'joint'
+        else 'each member by itself'
+    )
+    return {
+        'network': f'WRN-{config.model.depth}-{config.model.width}',
+        'members': f'{k}, combined by the mean of their {config.ensemble.combine}',
+        'training': f'{training}, {"clean" if not weight else f"adversarial weight {weight:g}"}',
+        'data': f'{dataset["name"]}, images {tuple(dataset["image_shape"])}, '
+        f'{dataset["num_classes"]} classes',
+        'threat model': f'L-infinity, epsilon {_pixels(config.epsilon)}',
+        'steps': f'{config.train.steps:,} of {config.train.batch_size} examples',
+    }
+
+
+def _parameters(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
+    total = parameters(config, dataset)
+    return {'per member': f'{total // config.ensemble.size:,}', 'in all': f'{total:,}'}
+
+
+def _flops(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
+    """Counts the operations of XLA's programs, before it optimizes them."""
+    model, variables, x = _shapes(config, dataset, 1)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def count(f: Callable[..., Any], *args: Any) -> float:
+        return jax.jit(f).lower(*args).cost_analysis()['flops'] * config.ensemble.size
+
+    def clean_loss(v, x, y):
+        log_probs = ensemble.combine(ensemble.apply(model, v, x), config.ensemble.combine)
+        return jnp.sum(losses.cross_entropy(log_probs, y))
+
+    def train_loss(params, stats, x, y):
+        logits, stats = ensemble.apply_train(model, {'params': params, 'batch_stats': stats}, x)
+        log_probs = ensemble.combine(logits, config.ensemble.combine)
+        return jnp.sum(losses.cross_entropy(log_probs, y)), stats
+
+    forward = count(partial(ensemble.apply, model), variables, x)
+    attack_step = count(jax.grad(clean_loss, argnums=1), variables, x, label)
+    update = count(
+        jax.grad(train_loss, has_aux=True), variables['params'], variables['batch_stats'], x, label
+    )
+    rows = {'forward': _giga(forward)}
+    if config.train.adversarial_weight:
+        step = config.attack.steps * attack_step + 2 * update
+        rows['adversarial step'] = (
+            f'{_giga(step)} ({config.attack.steps} attack steps of {_giga(attack_step)}, '
+            f'2 passes of {_giga(update)})'
+        )
+        update = step
+    else:
+        rows['clean step'] = _giga(update)
+    total = update * config.train.batch_size * config.train.steps
+    rows['whole training'] = f'{total:.3g}'
+    return rows
+
+
+def _memory(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
+    """Adds up weights, optimizer, gradients, and what the backward pass keeps of the forward."""
+    k, batch = config.ensemble.size, config.train.batch_size
+    model, variables, x = _shapes(config, dataset, k)
+    x = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    params = variables['params']
+
+    def kept(params, stats, x):
+        f = lambda params: ensemble.apply_train(model, {'params': params, 'batch_stats': stats}, x)
+        return jax.vjp(f, params)[1]
+
+    # The weights are among what is kept, and counted already.
+    activations = _bytes(jax.eval_shape(kept, params, variables['batch_stats'], x)) - _bytes(params)
+    passes = 2 if config.train.adversarial_weight else 1
+    state = 3 * _bytes(params) + _bytes(variables['batch_stats'])
+    return {
+        'on every device': f'{_mebi(state)} (weights, momentum and gradients, float32)',
+        'over all devices': f'{_mebi(passes * activations)} (activations for the backward pass, '
+        f'{passes} x {_mebi(activations)})',
+    }
+
+
+def _learning_rate(config: ConfigDict) -> dict[str, str]:
+    schedule = build.schedule(config)
+    steps = [0, *(s for s in config.train.learning_rate_steps if s < config.train.steps)]
+    return {f'from step {step:,}': f'{float(schedule(step)):g}' for step in steps}
+
+
+def _training_attack(config: ConfigDict) -> dict[str, str]:
+    if not config.train.adversarial_weight:
+        return {'none': 'clean training'}
+    attack = config.attack
+    settings = {'step_size': attack.step_size, 'start': attack.start, 'sigma': attack.sigma}
+    return {
+        f'{attack.name}{attack.steps}': _settings(settings | {'loss': attack.loss}),
+        'batch norm': f'{attack.batch_norm} statistics',
+    }
+
+
+def _evaluation_attacks(config: ConfigDict) -> dict[str, str]:
+    rows = {}
+    for name in config.eval.attacks:
+        settings = build.evaluation_settings(config, name)
+        shown = ('step_size', 'start', 'sigma', 'restarts', 'loss')
+        rows[name] = _settings({key: settings[key] for key in shown if key in settings}) or '-'
+    return rows
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    if settings.get('start') != 'gaussian':
+        settings = {name: value for name, value in settings.items() if name != 'sigma'}
+    in_pixels = ('step_size', 'sigma')
+    return ', '.join(
+        f'{name} {_pixels(value) if name in in_pixels else value}'
+        for name, value in settings.items()
+    )
+
+
+def _pixels(value: float) -> str:
+    return f'{value:.4g} ({255 * value:.3g}/255)'
+
+
+def _giga(flops: float) -> str:
+    return f'{flops / 1e9:.4g} G'
+
+
+def _mebi(size: float) -> str:
+    return f'{size / 2**20:,.0f} MiB'

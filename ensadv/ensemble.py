@@ -1,0 +1,76 @@
+"""Ensembles: k members of one architecture, stacked on a leading axis of every variable."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Variables = dict[str, Any]
+
+
+def init(model: nn.Module, rng: Array, k: int, input_shape: tuple[int, ...]) -> Variables:
+    """Initialises k members that differ in their random weights alone.
+
+    Args:
+      model: a network whose `__call__(x, train)` gives logits.
+      rng: a key. Member i depends on (rng, i) and not on k.
+      k: the number of members, >= 1.
+      input_shape: (H, W, C) of one image.
+
+    Returns:
+      {'params': ..., 'batch_stats': ...}, every leaf float32 [k, ...].
+    """
+    x = jnp.zeros((1, *input_shape))
+    keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(k))
+    return jax.vmap(lambda key: model.init(key, x, train=False))(keys)
+
+
+def apply(model: nn.Module, variables: Variables, x: Array) -> Array:
+    """Returns the members' logits, float32 [k, B, classes], with running-average batch norm.
+
+    Args:
+      model: the members' network.
+      variables: as `init` returns them, with a leading [k] axis.
+      x: images [B, H, W, C] in [0, 1], the same for every member.
+    """
+    return jax.vmap(lambda v: model.apply(v, x, train=False))(variables)
+
+
+def apply_train(model: nn.Module, variables: Variables, x: Array) -> tuple[Array, Any]:
+    """As `apply`, but with the batch's statistics in batch norm.
+
+    Returns:
+      The logits, and the running averages (`batch_stats`) that now include this batch.
+    """
+
+    def member(v: Variables) -> tuple[Array, Any]:
+        logits, updated = model.apply(v, x, train=True, mutable=['batch_stats'])
+        return logits, updated['batch_stats']
+
+    return jax.vmap(member)(variables)
+
+
+def combine(member_logits: Array, how: str) -> Array:
+    """Combines the members' outputs into the ensemble's log-probabilities, [B, classes].
+
+    'probs' averages the members' probabilities, p(y|x) = 1/k sum_i p(y|x, theta_i) (section 3 of
+    the paper), in log space, so that it stays finite for any finite logits; 'logits' averages
+    their logits (Liu et al., 2016). With one member both give log_softmax of its logits.
+
+    Args:
+      member_logits: float [k, B, classes].
+      how: 'probs' or 'logits'.
+
+    Raises:
+      ValueError: for any other `how`.
+    """
+    if how == 'probs':
+        k = member_logits.shape[0]
+        log_probs = jax.nn.log_softmax(member_logits)
+        return log_probs[0] if k == 1 else jax.nn.logsumexp(log_probs, axis=0) - math.log(k)
+    if how == 'logits':
+        return jax.nn.log_softmax(jnp.mean(member_logits, axis=0))
+    raise ValueError(f"combine: expected 'probs' or 'logits', found {how!r}")

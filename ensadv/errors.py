@@ -1,0 +1,13 @@
+"""What can go wrong, as the program tells it: one line and an exit code."""
+
+
+class UserError(Exception):
+    """A mistake of the user's: its message is one line, and the program ends with exit code 2."""
+
+
+class ConfigError(UserError):
+    """A config field, named in the message, whose value is not allowed."""
+
+
+class TrainingError(Exception):
+    """A run that cannot go on: the message says where it stopped; exit code 1."""

@@ -1,0 +1,33 @@
+"""What training descends and attacks climb, per example, from the ensemble's log-probabilities."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def cross_entropy(log_probs: Array, labels: Array) -> Array:
+    """Returns -log p(label), float [B], for log_probs float [B, classes] and labels int [B]."""
+    return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+
+
+def margin(log_probs: Array, labels: Array) -> Array:
+    """Returns by how much the label's log-probability exceeds every other class's, float [B].
+
+    An example counts as correct where its margin is > 0: a tie counts as an error, and so does
+    an output that is NaN, whose margin is -inf.
+
+    Args:
+      log_probs: float [B, classes], at least two classes.
+      labels: int [B].
+    """
+    is_label = jnp.arange(log_probs.shape[-1]) == labels[:, None]
+    others = jnp.max(jnp.where(is_label, -jnp.inf, log_probs), axis=-1)
+    result = -cross_entropy(log_probs, labels) - others
+    return jnp.where(jnp.isnan(result), -jnp.inf, result)
+
+
+def negative_margin(log_probs: Array, labels: Array) -> Array:
+    """Returns -margin, float [B]: the loss whose ascent makes another class win."""
+    return -margin(log_probs, labels)
+
+
+LOSSES = {'cross_entropy': cross_entropy, 'margin': negative_margin}

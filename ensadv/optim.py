@@ -1,0 +1,45 @@
+"""The optimizer, its schedule, and the state of training."""
+
+from typing import Any
+
+import optax
+from flax import struct
+from jax import Array
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that training changes, and so everything that a checkpoint holds.
+
+    Attributes:
+      step: int32 [], updates made so far.
+      params: the members' weights, float32 [k, ...].
+      batch_stats: the members' batch-norm running averages, float32 [k, ...].
+      opt_state: the optimizer's.
+    """
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def learning_rate(initial: float, steps: tuple[int, ...], factor: float) -> optax.Schedule:
+    """Returns the schedule from `initial` on, multiplied by `factor` at each of `steps`.
+
+    The update with number s (from 0) uses the value at s, so it is the first with the new rate
+    where s is one of `steps`.
+    """
+    return optax.piecewise_constant_schedule(initial, dict.fromkeys(steps, factor))
+
+
+def sgd(
+    schedule: optax.Schedule, *, momentum: float, nesterov: bool, weight_decay: float
+) -> optax.GradientTransformation:
+    """Momentum SGD with coupled weight decay on all parameters, as Zagoruyko & Komodakis (2016).
+
+    Coupled: g <- g + weight_decay * w before the momentum, and so scaled by the learning rate.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
+    )

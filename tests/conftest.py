@@ -1,0 +1,95 @@
+"""What several tests need: tiny configs, a stand-in for a network, the program as a subprocess."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+# Compiled programs are shared between the tests and the processes that they start.
+_cache = tempfile.TemporaryDirectory(prefix='ensadv-jax-cache-')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
+
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+ROOT = pathlib.Path(__file__).parents[1]
+CIFAR10 = ROOT.parent / 'shared' / 'tfds'
+
+# Everything small: two steps of the attack, seconds to compile, less than one to run.
+TINY = {
+    'data.name': 'digits',
+    'data.pad': 1,
+    'epsilon': 0.15,
+    'model.depth': 10,
+    'model.width': 1,
+    'train.steps': 4,
+    'train.batch_size': 8,
+    'train.steps_per_call': 2,
+    'train.log_every': 2,
+    'train.checkpoint_every': 2,
+    'train.snapshot_every': 2,
+    'train.learning_rate_steps': (3,),
+    'attack.steps': 2,
+    'eval.attacks': ('clean', 'ifgsm2'),
+    'eval.num_examples': 30,
+    'eval.batch_size': 16,
+}
+
+
+def overrides(fields: dict) -> list[str]:
+    """Returns the command line's form of {'train.steps': 4, ...}."""
+    return [f'--config.{field}={value}' for field, value in fields.items()]
+
+
+def tiny_config(system: str = 'singleadv', **changes) -> ConfigDict:
+    """Returns a system's config, tiny; `changes` name fields with __ for the dot."""
+    import importlib
+
+    from configs import default
+
+    config = default.get_config()
+    changes = {field.replace('__', '.'): value for field, value in changes.items()}
+    config.update_from_flattened_dict(TINY)
+    importlib.import_module(f'configs.{system}').system(config)
+    config.update_from_flattened_dict(changes)
+    return config.copy_and_resolve_references()
+
+
+def run_main(*args: str, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
+    """Runs main.py to its end on so many CPU devices."""
+    return subprocess.run(
+        [sys.executable, 'main.py', *map(str, args)],
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **kwargs,
+    )
+
+
+def snapshot_bytes(config: ConfigDict, workdir, step: int) -> list[bytes]:
+    """Returns the bytes of every array in a snapshot, in the tree's order."""
+    import jax
+
+    from ensadv import checkpoints, evaluate
+
+    like = evaluate.Evaluator(config, _dataset(config)).init_variables()
+    tree = checkpoints.open_snapshots(epath.Path(workdir)).restore(step, like)
+    return [jax.device_get(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def _dataset(config: ConfigDict):
+    from ensadv import build
+
+    return build.dataset(config)
+
+
+@pytest.fixture
+def workdir(tmp_path) -> epath.Path:
+    return epath.Path(tmp_path) / 'run'

@@ -1,0 +1,162 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ensadv import attacks, losses
+
+EPSILON = 0.1
+WEIGHTS = jax.random.normal(jax.random.key(0), (2 * 3 * 1, 2))
+X = jax.random.uniform(jax.random.key(1), (5, 2, 3, 1), minval=0.2, maxval=0.8)
+Y = jnp.array([0, 1, 0, 1, 1])
+KEYS = jax.random.split(jax.random.key(2), 5)
+
+
+def linear(x):
+    return jax.nn.log_softmax(x.reshape(len(x), -1) @ WEIGHTS)
+
+
+def worst_of_linear():
+    """x + epsilon * sign(w): away from the label's weights, toward the other class's."""
+    away = (WEIGHTS[:, 1] - WEIGHTS[:, 0]) * jnp.where(Y == 0, 1, -1)[:, None]
+    return X + EPSILON * jnp.sign(away).reshape(X.shape)
+
+
+def attack(name, num_steps, step_size, **settings):
+    return functools.partial(
+        attacks.attack,
+        step=attacks.STEPS[name](step_size),
+        num_steps=num_steps,
+        epsilon=EPSILON,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize('name', ['ifgsm', 'pgd'])
+@pytest.mark.parametrize('loss', ['cross_entropy', 'margin'])
+def test_reaches_the_worst_case_of_a_linear_model(name, loss):
+    x_adv = attack(name, 40, 0.02, sigma=0.05, loss=loss)(linear, KEYS, X, Y)
+    np.testing.assert_allclose(x_adv, worst_of_linear(), atol=1e-6)
+
+
+def test_one_step_without_start_is_fgsm():
+    gradient = jax.grad(lambda x: -jnp.sum(linear(x)[jnp.arange(5), Y]))(X)
+    x_adv = attack('ifgsm', 1, 0.03, start_from='none')(linear, KEYS, X, Y)
+    np.testing.assert_allclose(x_adv, X + 0.03 * jnp.sign(gradient), atol=1e-7)
+
+
+def test_pgd_is_optax_adam_with_a_projection():
+    adam = optax.adam(0.02, eps=1e-16)
+    x_adv, state = X, adam.init(X)
+    for _ in range(3):
+        gradient = jax.grad(lambda x: jnp.sum(linear(x)[jnp.arange(5), Y]))(x_adv)
+        update, state = adam.update(gradient, state)
+        x_adv = jnp.clip(x_adv + update, X - EPSILON, X + EPSILON)
+    found = attack('pgd', 3, 0.02, start_from='none')(linear, KEYS, X, Y)
+    np.testing.assert_allclose(found, x_adv, atol=1e-6)
+
+
+@pytest.mark.parametrize('start', ['gaussian', 'uniform', 'none'])
+@pytest.mark.parametrize('name', ['ifgsm', 'pgd'])
+@pytest.mark.parametrize('num_steps', [0, 3])
+@pytest.mark.parametrize('epsilon', [0.0, 0.1, 1.0])
+def test_always_in_the_ball_and_in_the_pixel_box(start, name, num_steps, epsilon):
+    for seed in range(5):
+        key = jax.random.key(seed)
+        # Rounded, so that many pixels lie on the border of the box.
+        x = jnp.round(jax.random.uniform(key, (7, 4, 4, 2)) * 4) / 4
+        w = jax.random.normal(key, (32, 3))
+        keys = jax.random.split(key, 7)
+        f = lambda x, w=w: jax.nn.log_softmax(x.reshape(7, -1) @ w)
+        x_adv = attacks.attack(
+            f, keys, x, jnp.arange(7) % 3, step=attacks.STEPS[name](0.3), num_steps=num_steps,
+            epsilon=epsilon, start_from=start, sigma=0.5,
+        )  # fmt: skip
+        assert np.all((x_adv >= 0) & (x_adv <= 1))
+        assert np.max(np.abs(np.float64(x_adv) - np.float64(x))) <= epsilon + 1e-7
+        if num_steps == 0 and start != 'none' and epsilon:
+            assert np.any(x_adv != x)
+
+
+def test_starts_have_the_distribution_they_are_named_after():
+    x = jnp.full((2000, 2, 2, 1), 0.5)
+    keys = jax.random.split(jax.random.key(0), 2000)
+    gaussian = attacks.start('gaussian', keys, x, epsilon=0.2, sigma=0.05) - x
+    uniform = attacks.start('uniform', keys, x, epsilon=0.2, sigma=0.05) - x
+    assert abs(np.std(gaussian) - 0.05) < 0.002
+    assert np.max(np.abs(gaussian)) > 0.15
+    assert abs(np.std(uniform) - 0.2 / np.sqrt(3)) < 0.003
+    assert np.max(np.abs(uniform)) <= 0.2
+    with pytest.raises(ValueError, match='start'):
+        attacks.start('normal', keys, x, epsilon=0.2, sigma=0.05)
+
+
+def test_each_example_is_attacked_by_itself():
+    f = attack('pgd', 3, 0.02, sigma=0.05)
+    together = f(linear, KEYS, X, Y)
+    for i in range(5):
+        alone = f(linear, KEYS[i : i + 1], X[i : i + 1], Y[i : i + 1])
+        np.testing.assert_allclose(alone[0], together[i], atol=1e-6)
+
+
+# A landscape with a trap: class 1 wins only on a thin shell that a long attack steps over, so the
+# worst iterate is not the last.
+def shell(x):
+    distance = jnp.abs(jnp.mean(x, axis=(1, 2, 3)) - 0.5)
+    z = 1 - 4 * jnp.exp(-(((distance - 0.02) / 0.005) ** 2)) + 0.5 * distance
+    return jax.nn.log_softmax(jnp.stack([z, jnp.zeros_like(z)], axis=-1))
+
+
+def test_keeps_the_worst_iterate_and_reports_the_last():
+    x, y, keys = (
+        jnp.full((1, 2, 2, 1), 0.51),
+        jnp.zeros(1, int),
+        jax.random.split(jax.random.key(0), 1),
+    )
+    # The steps are so large that the second one has left the shell.
+    settings = {'step': attacks.ifgsm(0.011), 'epsilon': 0.1, 'start_from': 'none'}
+    visited = [x]
+    for n in range(1, 5):
+        visited.append(attacks.attack(shell, keys, x, y, num_steps=n, **settings))
+    margins = [float(losses.margin(shell(v), y)[0]) for v in visited]
+    assert margins[-1] > min(margins)
+    outcome = attacks.worst_case(shell, keys, x, y, num_steps=4, **settings)
+    np.testing.assert_allclose(outcome.margin[0], min(margins), atol=1e-5)
+    np.testing.assert_allclose(outcome.last_margin[0], margins[-1], atol=1e-5)
+    np.testing.assert_allclose(outcome.x_adv, visited[int(np.argmin(margins))], atol=1e-6)
+
+
+def test_more_steps_and_restarts_never_look_weaker():
+    w = jax.random.normal(jax.random.key(5), (6, 4))
+    f = lambda x: jax.nn.log_softmax(jnp.sin(20 * x.reshape(len(x), -1)) @ w)
+
+    def margins(num_steps, restarts):
+        return attacks.worst_case(
+            f, KEYS, X, Y, step=attacks.ifgsm(0.05), num_steps=num_steps, restarts=restarts,
+            epsilon=EPSILON, start_from='uniform',
+        ).margin  # fmt: skip
+
+    assert np.all(margins(3, 1) <= losses.margin(f(X), Y))
+    assert np.all(margins(6, 1) <= margins(3, 1))
+    assert np.all(margins(3, 4) <= margins(3, 1))
+    assert np.any(margins(3, 4) < margins(3, 1))
+
+
+def test_the_number_of_steps_may_be_traced():
+    @jax.jit
+    def traced(num_steps):
+        return attack('pgd', num_steps, 0.02, sigma=0.05)(linear, KEYS, X, Y)
+
+    for n in (1, 4):
+        direct = attack('pgd', n, 0.02, sigma=0.05)(linear, KEYS, X, Y)
+        np.testing.assert_allclose(traced(n), direct, atol=1e-6)
+
+
+def test_small_gradients_do_not_stall_pgd():
+    """A confident network's gradients, far below Adam's usual epsilon of 1e-8."""
+    faint = lambda x: linear(x) * 1e-12
+    x_adv = attack('pgd', 40, 0.02, start_from='none')(faint, KEYS, X, Y)
+    np.testing.assert_allclose(x_adv, worst_of_linear(), atol=1e-6)

@@ -1,0 +1,165 @@
+import importlib
+import pathlib
+import re
+
+import pytest
+
+from configs import default, quickstart, table1
+from ensadv import config as config_lib
+from ensadv.errors import ConfigError, UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+SYSTEMS = table1.get_config().study.systems
+
+
+def flat(config):
+    return config_lib.flatten(config_lib.to_dict(config))
+
+
+def test_the_papers_eight_systems_are_diffs_on_the_default():
+    base = flat(default.get_config())
+    diffs = {}
+    for name in SYSTEMS:
+        config = importlib.import_module(f'configs.{name}').get_config()
+        config_lib.validate(config)
+        diffs[name] = {k: v for k, v in flat(config).items() if v != base[k] and k != 'system'}
+        assert config.system.lower() == name
+    clean = {'train.adversarial_weight': 0.0}
+    assert diffs == {
+        'baseline': clean,
+        'ensemble2': clean | {'ensemble.size': 2},
+        'ensemble4': clean | {'ensemble.size': 4},
+        'singleadv': {},
+        'doubleadv': {'model.width': 15},
+        'ensemble2adv': {'ensemble.size': 2},
+        'ensemble4adv': {'ensemble.size': 4},
+        'separate2adv': {'ensemble.size': 2, 'ensemble.training': 'separate'},
+    }
+
+
+def test_the_default_is_the_papers():
+    expected = {
+        'epsilon': 8 / 255, 'data.name': 'cifar10', 'model.depth': 28, 'model.width': 10,
+        'train.steps': 500_000, 'train.batch_size': 128, 'train.momentum': 0.9,
+        'train.learning_rate': 0.1, 'train.learning_rate_steps': [30_000, 60_000, 90_000],
+        'train.learning_rate_factor': 0.2, 'train.weight_decay': 5e-4,
+        'train.adversarial_weight': 1.0, 'attack.name': 'ifgsm', 'attack.steps': 7,
+        'attack.step_size': 2 / 255, 'attack.sigma': 4 / 255, 'eval.sigma': 4 / 255,
+    }  # fmt: skip
+    found = flat(default.get_config())
+    assert {field: found[field] for field in expected} == expected
+
+
+def test_every_field_is_explained_where_it_is_declared_and_read_somewhere():
+    declared = (ROOT / 'configs' / 'default.py').read_text()
+    sources = [*(ROOT / 'ensadv').rglob('*.py'), ROOT / 'main.py']
+    code = '\n'.join(path.read_text() for path in sources if path.name != 'config.py')
+    for field in flat(default.get_config()):
+        name = field.rpartition('.')[2]
+        assert re.search(rf'\.{name} = .*  # \w', declared), field
+        # eval's step sizes are read by the name of their attack, the periods by that of what is due
+        by_name = {'ifgsm_step_size', 'pgd_step_size', 'name'}
+        assert re.search(rf'\.{name}\b', code) or name in by_name, field
+
+
+def test_sizes_follow_epsilon_unless_set():
+    config = default.get_config()
+    config.epsilon = 0.4
+    config.eval.sigma = 0.01
+    found = flat(config)
+    assert found['attack.step_size'] == found['eval.pgd_step_size'] == 0.1
+    assert found['attack.sigma'] == 0.2
+    assert found['eval.sigma'] == 0.01
+
+
+@pytest.mark.parametrize(
+    'field, value, told',
+    [
+        ('train.steps', 0, '>= 1, found 0'),
+        ('train.steps', -5, 'found -5'),
+        ('train.batch_size', 0, '>= 1'),
+        ('epsilon', 1.5, '>= 0 and <= 1, found 1.5'),
+        ('epsilon', -0.1, 'found -0.1'),
+        ('epsilon', float('nan'), 'found nan'),
+        ('model.depth', 27, '6n + 4'),
+        ('model.depth', 4, '6n + 4'),
+        ('model.width', 0, '>= 1'),
+        ('model.name', 'wide_resnt', "did you mean 'wide_resnet'?"),
+        ('model.dtype', 'float16', "did you mean 'bfloat16'?"),
+        ('model.conv', 'group', "did you mean 'grouped'?"),
+        ('ensemble.size', 0, '>= 1'),
+        ('ensemble.combine', 'prob', "did you mean 'probs'?"),
+        ('ensemble.training', 'jointly', "did you mean 'joint'?"),
+        ('data.name', 'cifar-10', "did you mean 'cifar10'?"),
+        ('data.name', 'npz', 'data.path: needed'),
+        ('data.path', 'x.npz', 'only for data.name=npz'),
+        ('data.pad', -1, '>= 0'),
+        ('train.adversarial_weight', -1.0, '>= 0'),
+        ('train.learning_rate', 0.0, '> 0'),
+        ('train.learning_rate_steps', (5, 3), 'rising'),
+        ('train.momentum', 1.5, '<= 1'),
+        ('attack.name', 'fgsm', "did you mean 'ifgsm'?"),
+        ('attack.steps', 0, '>= 1'),
+        ('attack.start', 'normal', 'gaussian, uniform, none'),
+        ('attack.batch_norm', 'runing', "did you mean 'running'?"),
+        ('eval.attacks', ('clean', 'pgd'), "unknown attack 'pgd'"),
+        ('eval.attacks', ('igfsm5',), "did you mean 'ifgsm5'?"),
+        ('eval.attacks', ('pgd0',), "unknown attack 'pgd0'"),
+        ('eval.attacks', (), 'found ()'),
+        ('eval.attacks', ('pgd5', 'pgd5'), 'named once'),
+        ('eval.loss', 'cross-entropy', "did you mean 'cross_entropy'?"),
+        ('eval.restarts', 0, '>= 1'),
+        ('eval.num_examples', 0, '>= 1'),
+        ('batch_norm.momentum', 1.1, '<= 1'),
+        ('seed', -1, '>= 0'),
+        ('study.seeds', (), 'study.seeds'),
+        ('study.seeds', (1, 1), 'only once'),
+        ('study.systems', ('single adv',), 'not the name of a file'),
+    ],
+)
+def test_values_that_are_not_allowed_are_refused_by_name(field, value, told):
+    config = default.get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError) as caught:
+        config_lib.validate(config)
+    assert told in str(caught.value)
+    assert field.partition('.')[0] in str(caught.value)
+    assert '\n' not in str(caught.value)
+    assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize('name, expected', [('clean', ('clean', 0)), ('ifgsm5', ('ifgsm', 5)),
+                                            ('pgd500', ('pgd', 500))])  # fmt: skip
+def test_attacks_are_named_with_their_number_of_steps(name, expected):
+    assert config_lib.parse_attack(name) == expected
+
+
+def test_a_config_survives_json():
+    import json
+
+    config = quickstart.get_config()
+    config.eval.num_examples = 7
+    values = json.loads(json.dumps(config_lib.to_dict(config)))
+    restored = config_lib.from_dict(values, default.get_config())
+    assert config_lib.to_dict(restored) == config_lib.to_dict(config)
+    assert isinstance(restored.eval.attacks, tuple)
+    config_lib.validate(restored)
+
+
+def test_a_stored_config_of_another_version_is_read_or_refused_by_name():
+    values = config_lib.to_dict(default.get_config())
+    del values['train']['nesterov']
+    assert config_lib.from_dict(values, default.get_config()).train.nesterov is False
+    values['train']['nestrov'] = True
+    with pytest.raises(ConfigError, match=r"train\.nestrov \(did you mean 'train\.nesterov'"):
+        config_lib.from_dict(values, default.get_config())
+
+
+def test_only_fields_that_change_no_step_may_change():
+    old, new = (config_lib.to_dict(default.get_config()) for _ in range(2))
+    new['train'] |= {'steps': 7, 'log_every': 3}
+    new['eval']['attacks'] = ['clean']
+    assert config_lib.changed_fields(old, new) == []
+    new['train']['momentum'] = 0.5
+    new['seed'] = 4
+    assert config_lib.changed_fields(old, new) == ['seed: 0 -> 4', 'train.momentum: 0.9 -> 0.5']

@@ -1,0 +1,238 @@
+"""conv.py against jax.lax's own convolution, gradients and vmap."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from ensadv import conv
+
+DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
+SEPARATE = conv.get('separate')
+CASES = [
+    # size, window, strides, padding
+    ((6, 6), (3, 3), (1, 1), 'SAME'),
+    ((6, 7), (3, 3), (2, 2), 'SAME'),
+    ((7, 6), (3, 3), (2, 1), 'VALID'),
+    ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((7, 5), (1, 1), (2, 2), ((0, 0), (0, 0))),
+    ((5, 5), (1, 1), (1, 1), 'VALID'),
+    ((7, 8), (2, 4), (1, 2), ((0, 3), (2, 1))),
+    ((9, 8), (3, 2), (3, 3), ((2, 0), (-1, 1))),
+    ((6, 6), (5, 5), (2, 2), 'SAME_LOWER'),
+]
+
+
+def arrays(size=(6, 6), window=(3, 3), lead_x=(), lead_w=(), dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(*lead_x, 4, *size, 3))
+    w = rng.normal(size=(*lead_w, *window, 3, 5))
+    return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+
+
+def both(strides=(1, 1), padding='SAME', **kwargs):
+    """Returns (ours, lax's own), each a function of x and w."""
+    kwargs = {'dimension_numbers': DIMENSIONS, **kwargs}
+    return tuple(
+        lambda x, w, f=f: f(x, w, strides, padding, **kwargs)
+        for f in (SEPARATE, lax.conv_general_dilated)
+    )
+
+
+def value_and_gradients(function, x, w):
+    """The value and both gradients, of a loss whose gradient differs from place to place."""
+
+    def loss(x, w):
+        y = function(x, w).astype(jnp.float32)
+        return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)), y
+
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, w)
+
+
+def assert_same(ours, theirs, x, w, tolerance=1e-5):
+    expected = value_and_gradients(theirs, x, w)
+    actual = value_and_gradients(ours, x, w)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), actual) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), expected
+    )
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+def group_counts(function, *args):
+    """Every group count of every convolution, in the jaxpr and in what XLA made of it."""
+    text = str(jax.make_jaxpr(function)(*args))
+    counts = re.findall(r'(?:feature|batch)_group_count=(\d+)', text)
+    compiled = jax.jit(function).lower(*args).compile().as_text()
+    assert 'convolution(' in compiled
+    return {*counts, *re.findall(r'(?:feature|batch)_group_count=(\d+)', compiled)}
+
+
+@pytest.mark.parametrize('size,window,strides,padding', CASES)
+def test_value_and_gradients_are_those_of_lax(size, window, strides, padding):
+    assert_same(*both(strides, padding), *arrays(size, window))
+
+
+@pytest.mark.parametrize('strides', [(1, 1), (2, 2)])
+@pytest.mark.parametrize('preferred', [None, jnp.float32])
+def test_bfloat16(strides, preferred):
+    functions = both(strides, preferred_element_type=preferred)
+    assert_same(*functions, *arrays(dtype=jnp.bfloat16), tolerance=1e-2)
+
+
+def test_dtypes_and_precision_reach_every_convolution():
+    x, w = arrays(dtype=jnp.bfloat16)
+    ours, _ = both((2, 2), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    assert ours(x, w).dtype == jnp.float32
+    text = str(jax.make_jaxpr(lambda x, w: value_and_gradients(ours, x, w))(x, w))
+    found = re.findall(r'precision=(.*)', text)
+    assert len(found) == 6  # forward, four phases of the input's gradient, the weights' gradient
+    assert all('HIGHEST' in line for line in found)
+    assert text.count('preferred_element_type=float32') == 6
+
+
+@pytest.mark.parametrize('strides', [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    'lead_x,lead_w,axes',
+    [
+        ((), (2,), [(None, 0)]),
+        ((2,), (), [(0, None)]),
+        ((2,), (2,), [(0, 0)]),
+        ((2,), (3, 2), [(None, 0), (0, 0)]),
+        ((3,), (2,), [(None, 0), (0, None)]),
+        ((3,), (2,), [(0, None), (None, 0)]),
+    ],
+)
+def test_vmap_then_gradient(strides, lead_x, lead_w, axes):
+    def batched(function):
+        return functools.reduce(jax.vmap, reversed(axes), function)
+
+    assert_same(*map(batched, both(strides)), *arrays(lead_x=lead_x, lead_w=lead_w))
+
+
+@pytest.mark.parametrize('axes', [(None, 0), (0, None), (0, 0)])
+def test_gradient_then_vmap(axes):
+    x, w = arrays(lead_x=(2,) * (axes[0] == 0), lead_w=(2,) * (axes[1] == 0))
+    ours, theirs = (jax.vmap(functools.partial(value_and_gradients, f), axes) for f in both((2, 2)))
+    for a, b in zip(jax.tree.leaves(ours(x, w)), jax.tree.leaves(theirs(x, w)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_vmap_over_another_axis():
+    x, w = arrays(lead_w=(2,))
+    ours, theirs = (jax.vmap(f, (None, 3), 2) for f in both())
+    w = jnp.moveaxis(w, 0, 3)
+    np.testing.assert_allclose(ours(x, w), theirs(x, w), atol=1e-4)
+
+
+def test_in_a_loop():
+    x, w = arrays(lead_w=(2,))
+
+    def ascend(function, x, w):
+        gradient = jax.grad(lambda x: jnp.sum(jax.vmap(function, (None, 0))(x, w) ** 2))
+        return lax.fori_loop(0, 3, lambda _, x: x + 1e-3 * gradient(x), x)
+
+    ours, theirs = (jax.jit(functools.partial(ascend, f))(x, w) for f in both((2, 2)))
+    assert np.abs(theirs - x).max() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_second_derivatives():
+    x, w = arrays()
+
+    def penalty(function, x, w):
+        g = jax.grad(lambda x: jnp.sum(jnp.tanh(function(x, w))))(x)
+        return jnp.sum(g**2)
+
+    ours, theirs = (jax.jit(jax.grad(functools.partial(penalty, f), (0, 1))) for f in both((2, 2)))
+    for a, b in zip(ours(x, w), theirs(x, w), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    with pytest.raises(TypeError, match='forward-mode'):
+        jax.jvp(lambda x: both()[0](x, w), (x,), (x,))
+
+
+def test_no_grouped_convolution_over_members():
+    x, w = arrays(lead_x=(3,), lead_w=(3,))
+    ours, theirs = (jax.vmap(f) for f in both((2, 2)))
+    gradients = lambda f: lambda x, w: value_and_gradients(f, x, w)
+    assert group_counts(ours, x, w) == {'1'}
+    assert group_counts(gradients(ours), x, w) == {'1'}
+    assert group_counts(jax.vmap(gradients(both()[0])), x, w) == {'1'}
+    assert '3' in group_counts(gradients(theirs), x, w)  # so the check can fail
+
+
+def test_shared_weights_make_one_convolution():
+    x, w = arrays(lead_x=(3,))
+    function = jax.vmap(both()[0], (0, None))
+    gradient = jax.vmap(jax.grad(lambda x, w: both()[0](x, w).sum()), (0, None))
+    for compiled in (jax.jit(f).lower(x, w).compile().as_text() for f in (function, gradient)):
+        assert len(re.findall(r' convolution\(', compiled)) == 1
+
+
+def test_other_backends_keep_their_own_gradient(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    ours, theirs = (jax.vmap(f, (None, 0)) for f in both((2, 2)))
+    x, w = arrays(lead_w=(2,))
+    assert_same(ours, theirs, x, w)
+    gradients = lambda x, w: value_and_gradients(ours, x, w)
+    text = str(jax.make_jaxpr(gradients)(x, w))
+    assert 'optimization_barrier' not in text
+    assert set(re.findall(r'group_count=(\d+)', text)) == {'1'}
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'rhs_dilation': (2, 2)},
+        {'lhs_dilation': (2, 1), 'padding': ((1, 0), (2, 1))},
+        {'dimension_numbers': ('NHWC', 'HWOI', 'NHWC')},
+    ],
+)
+def test_unusual_arguments_are_left_to_lax(kwargs):
+    x, w = arrays()
+    if kwargs.get('dimension_numbers'):
+        w = w.swapaxes(2, 3)
+    assert_same(*both(**kwargs), x, w)
+
+
+def test_groups_are_left_to_lax():
+    x, w = arrays()
+    x, w = x.repeat(2, -1), w.repeat(2, -1)
+    assert_same(*both(feature_group_count=2), x, w)
+
+
+def test_kinds():
+    x, w = arrays(lead_x=(2,), lead_w=(2,))
+    for kind in conv.KINDS:
+        call = functools.partial(conv.get(kind), dimension_numbers=DIMENSIONS)
+        function = jax.vmap(lambda x, w, call=call: call(x, w, (1, 1), 'SAME'))
+        counts = group_counts(function, x, w)
+        separate = kind == 'separate' or (kind == 'auto' and jax.default_backend() == 'cpu')
+        assert (counts == {'1'}) == separate, kind
+    with pytest.raises(ValueError, match="'fast', must be one of auto, grouped, separate"):
+        conv.get('fast')
+
+
+@pytest.mark.parametrize('strides', [1, 2])
+def test_flax(strides):
+    def layer(kind):
+        settings = {'strides': strides, 'padding': 1, 'use_bias': False}
+        return nn.Conv(5, (3, 3), conv_general_dilated=conv.get(kind), **settings)
+
+    x, _ = arrays(lead_x=(2,))
+    keys = jax.random.split(jax.random.key(0), 2)
+    variables = jax.vmap(layer('separate').init, (0, None))(keys, x[0])
+    assert variables['params']['kernel'].shape == (2, 3, 3, 3, 5)
+    ours, theirs = (
+        lambda x, w, kind=kind: jax.vmap(layer(kind).apply)({'params': {'kernel': w}}, x)
+        for kind in ('separate', 'grouped')
+    )
+    assert_same(ours, theirs, x, variables['params']['kernel'])
+    assert group_counts(ours, x, variables['params']['kernel']) == {'1'}
