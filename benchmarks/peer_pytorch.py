@@ -80,7 +80,7 @@ class Ensemble(nn.Module):
 
 def images(array):
     """NumPy NHWC float32 -> a channels-last tensor [N, C, H, W] of the same memory layout."""
-    return torch.as_tensor(array).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return torch.tensor(array).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def attack(ensemble, x, y, *, start=None, steps=7, step_size=2 / 255, epsilon=8 / 255, sigma=None):
@@ -89,7 +89,8 @@ def attack(ensemble, x, y, *, start=None, steps=7, step_size=2 / 255, epsilon=8 
     `start` is the noise to begin from, drawn from N(0, sigma^2) where None (sigma: epsilon / 2).
     """
     training = ensemble.training
-    ensemble.eval()
+    # Without this a compiled backward pass would also make the weights' gradients, for nothing.
+    ensemble.eval().requires_grad_(False)
     if start is None:
         start = torch.randn_like(x) * (epsilon / 2 if sigma is None else sigma)
     low, high = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
@@ -100,7 +101,7 @@ def attack(ensemble, x, y, *, start=None, steps=7, step_size=2 / 255, epsilon=8 
         (gradient,) = torch.autograd.grad(loss, adversarial)
         with torch.no_grad():
             adversarial = torch.clamp(adversarial + step_size * gradient.sign(), low, high)
-    ensemble.train(training)
+    ensemble.train(training).requires_grad_(True)
     return adversarial.detach()
 
 
@@ -110,17 +111,16 @@ def make_optimizer(ensemble, learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
     return torch.optim.SGD(parameters, learning_rate, momentum, weight_decay=weight_decay)
 
 
-def train_step(ensemble, optimizer, x, y, *, model=None, **attack_settings):
-    """One adversarial step, in place; returns the losses and accuracies as floats.
+def update(ensemble, optimizer, x, adversarial, y, *, model=None):
+    """Descends the mean of clean and adversarial loss, in place; returns losses and accuracies.
 
     `model` is what is called for `ensemble`: the same, or `torch.compile(ensemble)`.
     """
     model = ensemble if model is None else model
-    adversarial = attack(model, x, y, **attack_settings)
     ensemble.train()
     optimizer.zero_grad(set_to_none=True)
     metrics, losses = {}, []
-    for name, batch in (('clean', x), ('adv', adversarial)):
+    for name, batch in (('clean', x), ('adversarial', adversarial)):
         log_probs = model(batch)
         losses.append(F.nll_loss(log_probs, y))
         metrics[f'{name}_loss'] = losses[-1].detach()
@@ -128,3 +128,9 @@ def train_step(ensemble, optimizer, x, y, *, model=None, **attack_settings):
     (sum(losses) / 2).backward()
     optimizer.step()
     return {name: value.item() for name, value in metrics.items()}
+
+
+def train_step(ensemble, optimizer, x, y, *, model=None, **attack_settings):
+    """One adversarial step, in place; returns what `update` returns."""
+    adversarial = attack(ensemble if model is None else model, x, y, **attack_settings)
+    return update(ensemble, optimizer, x, adversarial, y, model=model)

@@ -12,15 +12,17 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.system = 'custom'  # name of the system in tables; each file in configs/ sets its own
     config.seed = 0  # start of all randomness: initialisation, batches, augmentation, attacks
-    config.epsilon = 8 / 255  # L-infinity radius of the threat model, in training and evaluation
+    # L-infinity radius of the threat model, in training and evaluation. The step sizes and sigmas
+    # below follow it unless they are set themselves.
+    config.epsilon = 8 / 255
 
     config.data = data = ConfigDict()
     data.name = 'cifar10'  # cifar10, cifar100, svhn_cropped, mnist (TFDS), digits, or npz
-    data.data_dir = placeholder(str)  # a prepared TFDS directory; None: TFDS's own default
+    data.data_dir = placeholder(str)  # holds prepared TFDS data sets; None: TFDS's own default
     data.download = False  # let TFDS download and prepare a missing data set
     data.path = placeholder(str)  # for npz: file with image_train, label_train, image_test, ...
     data.pad = 4  # pixels of reflection padding before the random crop; 0: no crop
-    data.flip = placeholder(bool)  # random horizontal flip; None: yes, except for images of digits
+    data.flip = placeholder(bool)  # random horizontal flip; None: yes, unless images show digits
 
     config.model = model = ConfigDict()
     model.name = 'wide_resnet'  # architecture
@@ -30,9 +32,9 @@ def get_config() -> ConfigDict:
     model.conv = 'auto'  # members' convolutions: grouped, separate; auto: separate on CPU only
 
     config.batch_norm = batch_norm = ConfigDict()
-    batch_norm.momentum = 0.9  # share of the old running average kept at each pass
+    batch_norm.momentum = 0.9  # share of the old average kept; an adversarial step makes two passes
     batch_norm.epsilon = 1e-5  # added to the variance
-    batch_norm.sync = False  # batch statistics over all devices instead of each device's own
+    batch_norm.sync = False  # batch statistics over all devices, not each device's own share
 
     config.ensemble = ensemble = ConfigDict()
     ensemble.size = 1  # members, k
@@ -40,14 +42,14 @@ def get_config() -> ConfigDict:
     ensemble.training = 'joint'  # joint: one loss, of the ensemble; separate: each member by itself
 
     config.train = train = ConfigDict()
-    train.steps = 500_000  # parameter updates
+    train.steps = 500_000  # updates of the weights
     train.batch_size = 128  # examples per step over all devices
     train.adversarial_weight = 1.0  # rho in (L + rho * L_adv) / (1 + rho); 0: clean training
-    train.learning_rate = 0.1  # at step 0
-    train.learning_rate_steps = (30_000, 60_000, 90_000)  # steps at which it is multiplied
-    train.learning_rate_factor = 0.2  # by this
+    train.learning_rate = 0.1  # of the first steps
+    train.learning_rate_steps = (30_000, 60_000, 90_000)  # each is the first step with a new rate
+    train.learning_rate_factor = 0.2  # new rate / old rate
     train.momentum = 0.9  # of the SGD
-    train.nesterov = False  # Nesterov's form of it, as Zagoruyko & Komodakis
+    train.nesterov = False  # plain, as the paper words it; Zagoruyko & Komodakis use Nesterov's
     train.weight_decay = 5e-4  # coupled (added to the gradient), on every parameter
     train.steps_per_call = 10  # steps per call of the compiled function
     train.log_every = 100  # steps between two writings of metrics
@@ -60,7 +62,7 @@ def get_config() -> ConfigDict:
     config.attack = attack = ConfigDict()  # the attack inside training
     attack.name = 'ifgsm'  # ifgsm (sign of the gradient) or pgd (Adam on the gradient)
     attack.steps = 7  # gradient steps
-    attack.step_size = config.get_oneway_ref('epsilon') / 4  # per step: ifgsm's pixels, pgd's rate
+    attack.step_size = config.get_oneway_ref('epsilon') / 4  # pixels; for pgd Adam's rate
     attack.start = 'gaussian'  # gaussian, uniform (in the ball) or none
     attack.sigma = config.get_oneway_ref('epsilon') / 2  # of the gaussian start, in pixels
     attack.loss = 'cross_entropy'  # what the attack climbs: cross_entropy or margin
@@ -72,11 +74,11 @@ def get_config() -> ConfigDict:
     evaluation.pgd_step_size = config.get_oneway_ref('epsilon') / 4  # Adam's learning rate, pixels
     evaluation.start = 'gaussian'  # as attack.start
     evaluation.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
-    evaluation.restarts = 1  # independent starts, the worst counts
+    evaluation.restarts = 1  # independent starts; the worst point over all counts
     evaluation.loss = 'cross_entropy'  # as attack.loss
     evaluation.seed = 0  # of the attacks' starts
-    evaluation.batch_size = 500  # examples per call over all devices; changes no result
-    evaluation.num_examples = placeholder(int)  # first so many test examples; None: all of them
+    evaluation.batch_size = 500  # examples per call over all devices; alters only rounding
+    evaluation.num_examples = placeholder(int)  # the first of the test split; None: all
     evaluation.dtype = 'float32'  # compute of the evaluated network: float32 or bfloat16
     evaluation.inline = True  # evaluate each snapshot in the training process
 

@@ -1,4 +1,12 @@
-"""The study of table1.py in minutes on a laptop: tiny networks on scikit-learn's digits."""
+"""The study of table1.py in minutes on a laptop: tiny networks on scikit-learn's digits.
+
+Reproduces: nothing of the paper's; five of its systems, one seed each, on 1,797 real 8x8 images.
+  It shows that all parts work, and on a small scale what adversarial training changes.
+Run: make quickstart
+  which is python main.py --mode=study --config=configs/quickstart.py --workdir=runs/quickstart
+Cost: 300 steps a run; SingleAdv has 303,418 parameters. 8 minutes at most on two CPU cores.
+Expect: EXPECT
+"""
 
 from ml_collections import ConfigDict
 

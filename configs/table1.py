@@ -1,4 +1,16 @@
-"""Table 1 of the paper: all eight systems, three seeds each, at the paper's settings."""
+"""Table 1 of the paper: all eight systems, three seeds each, at the paper's settings.
+
+Reproduces: the white-box columns of Table 1a, from each run's last snapshot.
+Run: python main.py --mode=study --config=configs/table1.py --workdir=DIR
+  The 24 runs follow one another. To share them out, train each on a machine of its own,
+    python main.py --config=configs/SYSTEM.py --config.seed=SEED --workdir=DIR/SYSTEM_seedSEED
+  as in DIR/ensemble2adv_seed1; the study then finds them finished and makes the table.
+Cost: 4.5e20 operations to train all 24 (1.5e20 a seed), which is 52 days at a sustained 100
+  TFLOP/s. Evaluating their 100 snapshots each adds 4.8e19, in float32.
+  This is arithmetic from --mode=describe, not measured.
+Expect, from the paper (nobody has run this config to its end yet): the rows that the header of
+  each system's config gives. See "Comparing with the paper" in README.md.
+"""
 
 from ml_collections import ConfigDict
 

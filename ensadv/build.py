@@ -1,5 +1,6 @@
 """From config values to the core's objects, for the jobs."""
 
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,9 +11,32 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+import ensadv
 from ensadv import attacks, data, optim, parallel
 from ensadv.config import parse_attack
 from ensadv.models.wide_resnet import WideResNet
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns the config with what depends on the machine made explicit, so that it can be kept.
+
+    A run that goes on elsewhere then computes in the type that it began with, or is refused.
+    """
+    config = config.copy_and_resolve_references()
+    if config.model.dtype == 'auto':
+        config.model.dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return config
+
+
+def environment() -> dict[str, Any]:
+    """Returns the devices and the packages' versions that this process computes with."""
+    devices = jax.devices()
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {
+        'devices': {'count': len(devices), 'kind': devices[0].device_kind},
+        'versions': {'ensadv': ensadv.__version__, **versions},
+    }
 
 
 def dataset(config: ConfigDict) -> data.Dataset:
@@ -27,10 +51,8 @@ def model(config: ConfigDict, dataset: Mapping[str, Any], *, dtype: str) -> nn.M
     Args:
       config: the run's.
       dataset: 'num_classes', 'mean' and 'std', as `data.Dataset.describe` gives them.
-      dtype: compute type: float32, bfloat16, or auto.
+      dtype: compute type: float32 or bfloat16.
     """
-    if dtype == 'auto':
-        dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     return WideResNet(
         num_classes=dataset['num_classes'],
         mean=tuple(dataset['mean']),

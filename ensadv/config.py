@@ -15,7 +15,16 @@ MUTABLE_FIELDS = (
     'data.data_dir',
     'data.path',  # the data's fingerprint is compared instead
     'data.download',
-    'eval',
+    'eval.attacks',
+    'eval.batch_size',
+    'eval.inline',
+    'eval.ifgsm_step_size',
+    'eval.loss',
+    'eval.pgd_step_size',
+    'eval.restarts',
+    'eval.seed',
+    'eval.sigma',
+    'eval.start',
     'model.conv',
     'study',
     'train.checkpoint_every',
@@ -88,7 +97,6 @@ def _validate_data(config: ConfigDict) -> None:
 
 
 def _validate_network(config: ConfigDict) -> None:
-    _integer(config, 'seed', 0, 2**31 - 1)
     _one_of(config, 'model.name', MODELS)
     depth = config.model.depth
     if not _is_int(depth) or depth < 10 or (depth - 4) % 6:
@@ -98,11 +106,13 @@ def _validate_network(config: ConfigDict) -> None:
     _integer(config, 'model.width', 1)
     _one_of(config, 'model.dtype', ('auto', *DTYPES))
     _one_of(config, 'model.conv', ('auto', 'grouped', 'separate'))
-    _number(config, 'batch_norm.momentum', 0, 1)
+    _number(config, 'batch_norm.momentum', 0, 1, below=True)
     _number(config, 'batch_norm.epsilon', 0, above=True)
     _integer(config, 'ensemble.size', 1)
     _one_of(config, 'ensemble.combine', COMBINES)
     _one_of(config, 'ensemble.training', TRAININGS)
+    # Members trained separately have the seeds size * seed + i.
+    _integer(config, 'seed', 0, 2**31 // config.ensemble.size - 1)
 
 
 def _validate_train(config: ConfigDict) -> None:
@@ -113,7 +123,7 @@ def _validate_train(config: ConfigDict) -> None:
     _number(config, 'train.adversarial_weight', 0)
     _number(config, 'train.learning_rate', 0, above=True)
     _number(config, 'train.learning_rate_factor', 0, above=True)
-    _number(config, 'train.momentum', 0, 1)
+    _number(config, 'train.momentum', 0, 1, below=True)
     _number(config, 'train.weight_decay', 0)
     steps = tuple(config.train.learning_rate_steps)
     if any(not _is_int(s) or s < 1 for s in steps) or list(steps) != sorted(set(steps)):
@@ -173,14 +183,21 @@ def _integer(config: ConfigDict, field: str, low: int, high: float = math.inf) -
 
 
 def _number(
-    config: ConfigDict, field: str, low: float, high: float = math.inf, *, above: bool = False
+    config: ConfigDict,
+    field: str,
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
 ) -> None:
+    """Requires low <= value <= high, or low < value where `above`, value < high where `below`."""
     found = _get(config, field)
     fits = isinstance(found, (int, float)) and not isinstance(found, bool)
-    fits = fits and math.isfinite(found) and low <= found <= high and not (above and found == low)
-    if not fits:
+    fits = fits and math.isfinite(found) and low <= found <= high
+    if not fits or (above and found == low) or (below and found == high):
         least = f'{">" if above else ">="} {low:g}'
-        most = '' if math.isinf(high) else f' and <= {high:g}'
+        most = '' if math.isinf(high) else f' and {"<" if below else "<="} {high:g}'
         raise ConfigError(f'{field}: expected a number {least}{most}, found {found}')
 
 
@@ -190,7 +207,7 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], base: ConfigDict) -> ConfigDict:
-    """Returns `base` with the values that `to_dict` gave.
+    """Sets the fields of `base` to the values that `to_dict` gave, and returns it.
 
     Fields that `values` lacks keep the value of `base`: a workdir written by an older version
     stays readable.
@@ -198,18 +215,18 @@ def from_dict(values: Mapping[str, Any], base: ConfigDict) -> ConfigDict:
     Raises:
       ConfigError: if `values` has a field that `base` has not, or one of another type.
     """
-    config = base.copy_and_resolve_references()
-    known = dict(flatten(to_dict(config)))
+    known = flatten(to_dict(base))
     for field, value in flatten(values).items():
         if field not in known:
             raise ConfigError(f'unknown config field {field}{nearest(field, known)}')
+        if value is None:
+            continue  # and so it can still be given a value on the command line
         try:
-            config.update_from_flattened_dict(
-                {field: tuple(value) if isinstance(value, list) else value}
-            )
+            value = tuple(value) if isinstance(value, list) else value
+            base.update_from_flattened_dict({field: value})
         except (TypeError, ValueError) as error:
             raise ConfigError(f'{field}: {error}') from error
-    return config
+    return base
 
 
 def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -223,12 +240,17 @@ def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return flat
 
 
-def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns 'field: old -> new' for each immutable field in which two resolved configs differ."""
+def changed_fields(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...] = ()
+) -> list[str]:
+    """Returns 'field: old -> new' for each field in which two resolved configs differ.
+
+    Fields of `MUTABLE_FIELDS` and of `ignore` are passed over.
+    """
     old, new = flatten(old), flatten(new)
     return [
         f'{field}: {old[field]} -> {new.get(field)}'
         for field in old
         if old[field] != new.get(field)
-        and not any(field == m or field.startswith(f'{m}.') for m in MUTABLE_FIELDS)
+        and not any(field == m or field.startswith(f'{m}.') for m in (*MUTABLE_FIELDS, *ignore))
     ]

@@ -19,6 +19,7 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
       dataset: 'name', 'image_shape', 'num_classes', 'mean' and 'std', as
         `data.Dataset.describe` gives them.
     """
+    config = build.resolve(config)
     sections = {
         f'{config.system}': _system(config, dataset),
         'parameters': _parameters(config, dataset),

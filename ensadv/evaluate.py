@@ -146,31 +146,24 @@ class Job:
 
     def _open(self) -> None:
         config = self._config
+        # Evaluation computes in a type of its own, on whatever devices there are.
+        workdir.check_config(self._workdir, config, ignore=('model.dtype',))
         dataset = build.dataset(config)
-        record = workdir.read_record(self._workdir)
-        if record is None:
-            raise UserError(f'--workdir={self._workdir}: no run is here (no config.json)')
-        if record['dataset']['fingerprint'] != dataset.fingerprint:
-            raise UserError(
-                f'--workdir={self._workdir}: trained on other data than this {config.data.name}'
-            )
+        workdir.check_data(self._workdir, dataset.fingerprint)
         self._evaluator = Evaluator(config, dataset)
         self._writer = metrics.open_writer(self._workdir / 'eval')
+        self._environment = build.environment()
 
     def _finished(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Returns a snapshot's results that stay valid, by attack, and their ledger."""
+        """Returns a snapshot's results, by attack, and their ledger, as far as they stay valid."""
         path = workdir.evaluation_path(self._workdir, step, '.json')
         ledger_path = workdir.evaluation_path(self._workdir, step, '.npz')
         if not path.exists() or not ledger_path.exists():
             return {}, {}
-        content = workdir.read_json(path)
-        wanted = self._config.eval.num_examples or content['test_examples']
-        done = {
-            result['name']: result
-            for result in content['attacks']
-            if result['n'] == wanted
-            and result['settings'] == self._settings.get(result['name'], result['settings'])
-        }
+        done = {result['name']: result for result in workdir.read_json(path)['attacks']}
+        for name, settings in self._settings.items():
+            if name in done and done[name]['settings'] != settings:
+                del done[name]
         return done, workdir.read_arrays(ledger_path)
 
     def _evaluate(
@@ -182,30 +175,31 @@ class Job:
     ) -> None:
         evaluator = self._evaluator
         variables = snapshots.restore(step, evaluator.init_variables())
-        results, arrays = [], {'label': evaluator.labels}
+        results = {}
         for name, settings in self._settings.items():
             if name in done:
-                results.append(done[name])
-                arrays |= {key: ledger[key] for key in _ledger_keys(name)}
+                results[name] = done[name]
                 continue
             start = time.monotonic()
             worst, last = evaluator.evaluate(
                 variables, settings, label=f'{self._label} step {step} {name}'
             )
             correct = worst > 0
-            results.append(
-                {
-                    'name': name,
-                    'n': len(correct),
-                    'correct': int(np.sum(correct)),
-                    'accuracy': float(np.mean(correct)),
-                    'last_iterate_accuracy': float(np.mean(last > 0)),
-                    'seconds': round(time.monotonic() - start, 3),
-                    'settings': settings,
-                }
-            )
-            arrays |= dict(zip(_ledger_keys(name), (correct, worst), strict=True))
-        self._write(step, results, arrays)
+            results[name] = {
+                'name': name,
+                'n': len(correct),
+                'correct': int(np.sum(correct)),
+                'accuracy': float(np.mean(correct)),
+                'last_iterate_accuracy': float(np.mean(last > 0)),
+                'seconds': round(time.monotonic() - start, 3),
+                'settings': settings,
+                **self._environment,
+            }
+            ledger |= {f'{name}_correct': correct, f'{name}_margin': worst}
+        # Attacks that were asked for at another time stay.
+        results |= {name: done[name] for name in done if name not in results}
+        ledger['label'] = evaluator.labels
+        self._write(step, list(results.values()), ledger)
 
     def _write(self, step: int, results: list[Any], arrays: Mapping[str, np.ndarray]) -> None:
         record = workdir.read_record(self._workdir)
@@ -262,19 +256,19 @@ def run(config: ConfigDict, workdir_path: epath.Path) -> None:
 def best_step(evaluations: Mapping[int, Mapping[str, Any]]) -> int:
     """Returns the step with the best IFGSM5 accuracy, the paper's choice; the earliest of equals.
 
-    Where IFGSM5 is not evaluated it is the first attack listed that is.
+    Where IFGSM5 was never evaluated it is the first attack that was. Steps without are passed over.
 
     Args:
       evaluations: the content of eval/<step>.json by step, at least one.
     """
 
-    def accuracy(step: int) -> float:
-        accuracies = {r['name']: r['accuracy'] for r in evaluations[step]['attacks']}
-        attacked = [name for name in accuracies if name != 'clean'] or list(accuracies)
-        return accuracies['ifgsm5' if 'ifgsm5' in accuracies else attacked[0]]
-
-    return max(sorted(evaluations), key=accuracy)
-
-
-def _ledger_keys(name: str) -> tuple[str, str]:
-    return f'{name}_correct', f'{name}_margin'
+    names = [result['name'] for content in evaluations.values() for result in content['attacks']]
+    attacked = [name for name in names if name != 'clean'] or names
+    chosen = 'ifgsm5' if 'ifgsm5' in names else attacked[0]
+    accuracies = {
+        step: result['accuracy']
+        for step in sorted(evaluations)
+        for result in evaluations[step]['attacks']
+        if result['name'] == chosen
+    }
+    return max(accuracies, key=accuracies.get)

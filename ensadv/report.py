@@ -1,15 +1,17 @@
 """The table of a study, from the results that its runs wrote: no weights, no JAX."""
 
+import dataclasses
 import statistics
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from ensadv import workdir
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
     """What the table needs of one run.
 
     Attributes:
@@ -39,17 +41,32 @@ def read_run(path: epath.Path) -> Run | None:
     return Run(last['system'], last['seed'], step, attacks, record)
 
 
+def write_table(root: epath.Path, runs: Sequence[epath.Path]) -> None:
+    """Prints the table of these runs' workdirs, and writes it to root/table.md."""
+    text = table([run for path in runs if (run := read_run(path)) is not None])
+    workdir.write_bytes(root / 'table.md', text.encode())
+    print(f'\n{text}\nWritten to {root / "table.md"}')
+
+
 def table(runs: Sequence[Run]) -> str:
     """Returns a Markdown table: one row per system, in order of appearance, and what it rests on.
 
     Accuracies are those of the worst iterate at the last evaluation, averaged over the seeds, with
-    the lowest and the highest where there are several.
+    the lowest and the highest where there are several. Runs that cannot be compared with the first
+    are named below the table and not in it.
 
     Args:
-      runs: all on the same data and with the same epsilon.
+      runs: any number.
     """
     if not runs:
         return 'No run has an evaluation yet.\n'
+    reasons = {run: _difference(runs[0], run) for run in runs}
+    apart = [
+        f'Not in the table: {run.system}, seed {run.seed}: {reason}.'
+        for run, reason in reasons.items()
+        if reason
+    ]
+    runs = [run for run, reason in reasons.items() if not reason]
     names = list(dict.fromkeys(name for run in runs for name in run.attacks))
     rows = [['system', 'members', 'parameters', *names, 'seeds']]
     for system in dict.fromkeys(run.system for run in runs):
@@ -63,7 +80,24 @@ def table(runs: Sequence[Run]) -> str:
             str(len(mine)),
         ]
         rows.append(row)
-    return _markdown(rows) + '\n\n' + _basis(runs) + '\n'
+    return '\n'.join([_markdown(rows), '', *_basis(runs), *apart, ''])
+
+
+def _difference(first: Run, run: Run) -> str:
+    """Returns why two runs' numbers cannot stand in one table; '' if they can."""
+    if run.record['dataset']['fingerprint'] != first.record['dataset']['fingerprint']:
+        return f'its data are others ({run.record["dataset"]["name"]})'
+    for name, result in run.attacks.items():
+        expected = first.attacks.get(name)
+        if expected is None:
+            return f'the first run has no {name}'
+        if result['n'] != expected['n']:
+            return f'{name} on {result["n"]:,} examples, not {expected["n"]:,}'
+        for setting, value in expected['settings'].items():
+            # How a system combines its members is a part of it.
+            if setting != 'combine' and result['settings'].get(setting) != value:
+                return f'{name} with {setting} {result["settings"].get(setting)}, not {value}'
+    return ''
 
 
 def _spread(accuracies: Sequence[float]) -> str:
@@ -75,22 +109,39 @@ def _spread(accuracies: Sequence[float]) -> str:
     return f'{mean} ({100 * min(accuracies):.1f}-{100 * max(accuracies):.1f})'
 
 
-def _basis(runs: Sequence[Run]) -> str:
+def _basis(runs: Sequence[Run]) -> list[str]:
     """Returns what the numbers rest on, a line each."""
-    config, dataset = runs[0].record['config'], runs[0].record['dataset']
-    devices, packages = runs[0].record['devices'], runs[0].record['versions']
-    counts = sorted({result['n'] for run in runs for result in run.attacks.values()})
+    dataset, attacks = runs[0].record['dataset'], runs[0].attacks
+    n = next(iter(attacks.values()))['n']
     steps = sorted({run.step for run in runs})
-    span = lambda values: ' to '.join(f'{v:,}' for v in dict.fromkeys((values[0], values[-1])))
-    return '\n'.join(
-        [
-            f'Accuracy in % on {span(counts)} of the {dataset["num_test"]:,} test images of '
-            f'{dataset["name"]}, L-infinity epsilon {config["epsilon"]:.4g}.',
-            'Under attack: the worst point seen, over all steps and the clean image.',
-            f'Snapshot: the last, step {span(steps)}; nothing was selected on the test set.',
-            f'Computed on {devices["count"]} x {devices["kind"]} with '
-            f'jax {packages["jax"]}, flax {packages["flax"]}, optax {packages["optax"]}.',
-        ]
+    span = f'{steps[0]:,}' if len(steps) == 1 else f'{steps[0]:,} to {steps[-1]:,}'
+    settings = [
+        f'{name}: ' + ', '.join(f'{k} {v}' for k, v in result['settings'].items() if k in _SHOWN)
+        for name, result in attacks.items()
+        if name != 'clean'
+    ]
+    trained = [session for run in runs for session in run.record['sessions']]
+    evaluated = [result for run in runs for result in run.attacks.values()]
+    return [
+        f'Accuracy in % on {n:,} of the {dataset["num_test"]:,} test images of {dataset["name"]}; '
+        'under attack, at the worst point seen over all steps, the clean image among them.',
+        f'Snapshot: the last, step {span}; nothing was selected on the test set.',
+        *settings,
+        f'Trained on {_machines(trained)}; evaluated on {_machines(evaluated)}.',
+    ]
+
+
+_SHOWN = ('epsilon', 'step_size', 'start', 'restarts', 'loss')
+
+
+def _machines(sessions: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the devices and versions of sessions, each once."""
+    return ' and '.join(
+        dict.fromkeys(
+            f'{s["devices"]["count"]} x {s["devices"]["kind"]} with jax {s["versions"]["jax"]}, '
+            f'ensadv {s["versions"]["ensadv"]}'
+            for s in sessions
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """The training job: the loop around one pure step."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -214,44 +215,59 @@ def run(
       UserError: for data, devices or a workdir that do not go with the config.
       TrainingError: if the loss is no longer finite.
     """
+    config = build.resolve(config)
+    workdir.check_config(workdir_path, config)
+    saved = checkpoints.open_checkpoints(workdir_path, config.train.checkpoints_to_keep)
+    step = max(saved.steps(), default=0)
+    if step < config.train.steps:
+        try:
+            _train(config, workdir_path, step, saved, on_snapshot, label)
+        finally:
+            saved.close()
+    if on_snapshot:
+        on_snapshot()
+
+
+def _train(config, workdir_path, step, saved, on_snapshot, label) -> None:
+    """Trains from `step`, which is 0 or that of a checkpoint, to the last."""
     dataset = build.dataset(config)
     check_fits(config, dataset)
     description = dataset.describe()
+    workdir.check_data(workdir_path, dataset.fingerprint)
     model = build.model(config, description, dtype=config.model.dtype)
     keys = learner_keys(config)
     make_state = partial(init_state, config, model, dataset.image_shape)
     parameters = jax.eval_shape(make_state, keys).params
-    record = {'dataset': description, 'parameters': count(parameters), **versions()}
-    workdir.claim(workdir_path, config, record)
+    facts = {'dataset': description, 'parameters': count(parameters)}
+    session = {'step': step, **build.environment(), 'command': sys.argv}
+    workdir.write_record(workdir_path, config, facts, session)
 
-    saved = checkpoints.open_checkpoints(workdir_path, config.train.checkpoints_to_keep)
-    step = max(saved.steps(), default=0)
-    if step < config.train.steps:
-        state = jax.jit(make_state)(keys)
-        if step:
-            state = saved.restore(step, state)
-            logging.info('%s: going on from the checkpoint of step %d', label, step)
-        else:
-            _log_parameters(parameters)
-        train_steps = make_train_steps(config, model, dataset)
-        arrays = parallel.replicate((dataset.image_train, dataset.label_train))
-        state, keys = parallel.replicate((state, keys))
-        log = metrics.TrainingLog(
-            workdir_path, label=label, steps=config.train.steps, first_step=step,
-            profile_step=config.train.profile_step, profile_steps=config.train.profile_steps,
-        )  # fmt: skip
+    state = jax.jit(make_state)(keys)
+    if step:
+        state = saved.restore(step, state)
+        logging.info('%s: going on from the checkpoint of step %d', label, step)
+    else:
+        _log_parameters(parameters)
+    train_steps = make_train_steps(config, model, dataset)
+    arrays = parallel.replicate((dataset.image_train, dataset.label_train))
+    state, keys = parallel.replicate((state, keys))
+
+    def advance(state: TrainState, num_steps: int) -> tuple[TrainState, Mapping[str, Array]]:
+        return train_steps(state, arrays, keys, np.int32(num_steps))
+
+    log = metrics.TrainingLog(
+        workdir_path,
+        label=label,
+        steps=config.train.steps,
+        first_step=step,
+        profile_step=config.train.profile_step,
+        profile_steps=config.train.profile_steps,
+    )
+    try:
         log.hyperparameters(config_lib.flatten(config_lib.to_dict(config)))
-
-        def advance(state: TrainState, num_steps: int) -> tuple[TrainState, Mapping[str, Array]]:
-            return train_steps(state, arrays, keys, np.int32(num_steps))
-
-        try:
-            _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot)
-        finally:
-            log.close()
-            saved.close()
-    if on_snapshot:
-        on_snapshot()
+        _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot)
+    finally:
+        log.close()
 
 
 def _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot) -> None:
@@ -284,23 +300,6 @@ def _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot) -
         if any(due.values()):
             interval = _Interval(step)
     snapshots.close()
-
-
-def versions() -> dict[str, Any]:
-    """Returns the packages and devices that a run computes with, for config.json."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    packages = {}
-    for package in ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = None
-    devices = jax.devices()
-    return {
-        'versions': packages,
-        'devices': {'count': len(devices), 'kind': devices[0].device_kind},
-    }
 
 
 def count(params: Any) -> int:

@@ -57,33 +57,57 @@ def read_record(workdir: epath.Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def claim(workdir: epath.Path, config: ConfigDict, record: Mapping[str, Any]) -> None:
-    """Makes `workdir` the run's own by writing config.json, or goes on in it.
+def check_config(workdir: epath.Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
+    """Checks that a workdir is free, or that of a run with this config.
 
     Args:
-      workdir: created if missing.
+      workdir: the run's.
       config: the run's resolved config.
-      record: what else config.json says; its 'dataset' must have a 'fingerprint'.
+      ignore: fields that may differ, beside `config.MUTABLE_FIELDS`.
 
     Raises:
-      ConfigError: if the workdir belongs to a run that would compute something else.
+      ConfigError: naming the fields that differ.
     """
-    old = read_record(workdir)
-    new_config = config_lib.to_dict(config)
-    if old is not None:
-        changed = config_lib.changed_fields(old['config'], new_config)
-        if old['dataset']['fingerprint'] != record['dataset']['fingerprint']:
-            changed.append('the data themselves (fingerprint)')
-        if changed:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f'--workdir={workdir}: is a file, expected a directory')
+    record = read_record(workdir)
+    if record is not None:
+        new = config_lib.to_dict(config)
+        if changed := config_lib.changed_fields(record['config'], new, ignore):
             raise ConfigError(
                 f'--workdir={workdir}: belongs to a run with another config '
                 f'({"; ".join(changed)}); use that config or another workdir'
             )
-    elif workdir.exists() and not workdir.is_dir():
-        raise UserError(f'--workdir={workdir}: is a file, expected a directory')
-    content = {'config': new_config, **record}
-    if content != old:
-        write_json(workdir / 'config.json', content)
+
+
+def check_data(workdir: epath.Path, fingerprint: str) -> None:
+    """Raises UserError if the workdir's run was made on data with another fingerprint."""
+    record = read_record(workdir)
+    if record is not None and record['dataset']['fingerprint'] != fingerprint:
+        raise UserError(
+            f'--workdir={workdir}: its run was made on other data than {record["dataset"]["name"]} '
+            'holds now (another fingerprint)'
+        )
+
+
+def write_record(
+    workdir: epath.Path,
+    config: ConfigDict,
+    facts: Mapping[str, Any],
+    session: Mapping[str, Any],
+) -> None:
+    """Writes config.json as a run begins or goes on.
+
+    Args:
+      workdir: the run's.
+      config: its resolved config.
+      facts: what stays true of the run, as its 'dataset'.
+      session: what holds from now on: 'step', 'devices', 'versions', 'command'. config.json has
+        the list of all sessions.
+    """
+    sessions = (read_record(workdir) or {'sessions': []})['sessions']
+    content = {'config': config_lib.to_dict(config), **facts, 'sessions': [*sessions, session]}
+    write_json(workdir / 'config.json', content)
 
 
 def evaluation_path(workdir: epath.Path, step: int, suffix: str) -> epath.Path:

@@ -7,8 +7,9 @@ import sys
 import tempfile
 
 # Compiled programs are shared between the tests and the processes that they start.
-_cache = tempfile.TemporaryDirectory(prefix='ensadv-jax-cache-')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix='ensadv-jax-cache-')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
 

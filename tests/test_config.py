@@ -96,7 +96,7 @@ def test_sizes_follow_epsilon_unless_set():
         ('data.pad', -1, '>= 0'),
         ('train.adversarial_weight', -1.0, '>= 0'),
         ('train.learning_rate', 0.0, '> 0'),
-        ('train.learning_rate_steps', (5, 3), 'rising'),
+        ('train.learning_rate_steps', (5, 3), 'increasing'),
         ('train.momentum', 1.5, '<= 1'),
         ('attack.name', 'fgsm', "did you mean 'ifgsm'?"),
         ('attack.steps', 0, '>= 1'),

@@ -1,0 +1,468 @@
+"""Times a whole adversarial training step, ours and PyTorch's, once both compute the same.
+
+    pip install -r requirements-benchmark.txt
+    python benchmarks/adversarial_step.py --depth=10 --width=2 --members=2 --batch=64
+
+Both get the same members, running averages, momentum, images, labels and attack noise. First the
+script compares what they compute, and ends with one line and exit code 1 where they differ. Then
+it times them in turns, on the CPU's cores, in float32: ours is the function that training calls
+(`train.make_train_steps`: a loop of traced length, donated state) with crops and flips off; the
+peer is `peer_pytorch.train_step` (channels_last, oneDNN, eager, and with --compile also compiled).
+It prints a report in Markdown; --out writes it to a file, too.
+
+Signs of tiny gradients and ReLUs at zero are a matter of rounding, and the steps of an attack
+amplify them: on a few images the two attacks (or two compilations of one of them) part. So each
+step of the attack is compared from the same iterate, and the update from the same x_adv.
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import platform
+import re
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+try:
+    import torch
+except ImportError:
+    print('PyTorch is missing: pip install -r requirements-benchmark.txt', file=sys.stderr)
+    sys.exit(2)
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+
+from benchmarks import peer_pytorch
+from configs import default
+from ensadv import attacks, build, data, ensemble, parallel, steps, train
+from ensadv import config as config_lib
+
+TARGET = 2.5  # our median over the peer's, at most
+SHAPE, CLASSES = (32, 32, 3), 10
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10
+
+
+class Ours:
+    """Our side, and the state and batch that both sides start from."""
+
+    def __init__(self, config):
+        rng = np.random.default_rng(0)
+        self.config = config
+        keys = train.learner_keys(config)
+        description = {'num_classes': CLASSES, 'mean': MEAN, 'std': STD}
+        self.model = build.model(config, description, dtype='float32')
+        size = config.train.batch_size
+        images = rng.integers(0, 256, (size, *SHAPE), np.uint8)
+        labels = rng.integers(0, CLASSES, size, np.int32)
+        self.arrays = parallel.replicate((images, labels))
+
+        def noisy(tree, scale):
+            """Nothing is to be zero or one, so that nothing can be forgotten or mixed up."""
+            noise = lambda leaf: scale * rng.standard_normal(leaf.shape, np.float32)
+            return jax.tree.map(lambda leaf: np.asarray(leaf) + noise(leaf), tree)
+
+        state = jax.jit(lambda keys: train.init_state(config, self.model, SHAPE, keys))(keys)
+        momentum = noisy(optax.tree.get(state.opt_state, 'trace'), 1e-3)
+        self.start = state.replace(
+            params=noisy(state.params, 0.05),
+            batch_stats=noisy(state.batch_stats, 0.1),
+            opt_state=optax.tree.set(jax.device_get(state.opt_state), trace=momentum),
+        )
+        self.state, self.keys = parallel.replicate((jax.tree.map(jnp.array, self.start), keys))
+        self.compiled = train.make_train_steps(config, self.model, None)
+
+    def batch(self):
+        """Returns images, labels and the attack's keys of the first step, as training has them."""
+        images, labels = self.arrays
+        size = len(labels)
+        places = jnp.arange(size)
+        indices = data.batch_indices(
+            self.keys.batches, 0, places, batch_size=size, num_examples=size
+        )
+        key = jax.random.fold_in(self.keys.attack, 0)
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+        return data.to_pixels(images[indices]), labels[indices], keys
+
+    def noise(self):
+        """Returns the noise that the first step's attack starts with."""
+        x, _, keys = self.batch()
+        group, zeros = self.config.attack, jnp.zeros_like(x)
+        epsilon = self.config.epsilon
+        return attacks.start(group.start, keys, zeros, epsilon=epsilon, sigma=group.sigma)
+
+    def log_probs(self, state, x):
+        """The ensemble's log-probabilities, with running averages."""
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        logits = ensemble.apply(self.model, variables, x)
+        return ensemble.combine(logits, self.config.ensemble.combine)
+
+    def iterates(self):
+        """Returns the first step's attack, x_0 to x_N."""
+
+        @jax.jit
+        def iterate(state, x, y, keys, num_steps):
+            log_probs = lambda x: self.log_probs(state, x)
+            attack = build.training_attack(self.config)
+            return attack(log_probs, keys, x, y, num_steps=num_steps)
+
+        return [iterate(self.start, *self.batch(), n) for n in range(self.config.attack.steps + 1)]
+
+    def update(self, x_adv):
+        """Returns the state and metrics after a step from the start, were x_adv its attack's."""
+        config = self.config
+
+        @jax.jit
+        def step(state, x, y, keys, x_adv):
+            return steps.train_step(
+                state, (x, y), keys,
+                model=self.model, optimizer=build.optimizer(config),
+                combine=config.ensemble.combine, attack=lambda *_: x_adv,
+                adversarial_weight=config.train.adversarial_weight,
+            )  # fmt: skip
+
+        return step(self.start, *self.batch(), x_adv)
+
+    def step(self, num_steps=1):
+        """Makes steps as training does; returns the sums of their metrics."""
+        self.state, sums = self.compiled(self.state, self.arrays, self.keys, np.int32(num_steps))
+        return {name: float(value) for name, value in sums.items()}
+
+
+class Peer:
+    """The peer's side, from the same start."""
+
+    def __init__(self, ours, compiled=False):
+        config = ours.config
+        depth, width, k = config.model.depth, config.model.width, config.ensemble.size
+        self.ensemble = peer_pytorch.Ensemble(depth, width, k, CLASSES, MEAN, STD)
+        weights = as_peer(ours.start.params, depth) | as_peer(ours.start.batch_stats, depth)
+        weights = {name: torch.tensor(array) for name, array in weights.items()}
+        counters = {
+            name: tensor
+            for name, tensor in self.ensemble.state_dict().items()
+            if name.endswith('num_batches_tracked')
+        }
+        self.ensemble.load_state_dict(weights | counters)
+        self.optimizer = peer_pytorch.make_optimizer(
+            self.ensemble, config.train.learning_rate, config.train.momentum,
+            config.train.weight_decay,
+        )  # fmt: skip
+        momentum = as_peer(optax.tree.get(ours.start.opt_state, 'trace'), depth)
+        for name, parameter in self.ensemble.named_parameters():
+            buffer = torch.empty_like(parameter).copy_(torch.tensor(momentum[name]))
+            self.optimizer.state[parameter]['momentum_buffer'] = buffer
+        self.model = torch.compile(self.ensemble) if compiled else self.ensemble
+        x, y, _ = ours.batch()
+        self.x, self.y = peer_pytorch.images(np.array(x)), torch.tensor(np.array(y)).long()
+        self.settings = {
+            'steps': config.attack.steps,
+            'step_size': config.attack.step_size,
+            'epsilon': config.epsilon,
+            'sigma': config.attack.sigma,
+        }
+
+    def attack(self, start, **settings):
+        """Returns the attack's last iterate from x + start, [B, H, W, C]."""
+        start = peer_pytorch.images(np.array(start))
+        settings = self.settings | settings
+        x_adv = peer_pytorch.attack(self.ensemble, self.x, self.y, start=start, **settings)
+        return x_adv.permute(0, 2, 3, 1).numpy()
+
+    def update(self, x_adv):
+        """Updates in place, were x_adv the attack's; returns metrics."""
+        x_adv = peer_pytorch.images(np.array(x_adv))
+        return peer_pytorch.update(self.ensemble, self.optimizer, self.x, x_adv, self.y)
+
+    def step(self, start=None):
+        """Makes a step in place; returns metrics. Draws the attack's noise unless it is given."""
+        if start is not None:
+            start = peer_pytorch.images(np.array(start))
+        return peer_pytorch.train_step(
+            self.ensemble, self.optimizer, self.x, self.y, model=self.model, start=start,
+            **self.settings,
+        )  # fmt: skip
+
+
+def as_peer(tree, depth):
+    """Renames our members' variables for the peer's state_dict.
+
+    Args:
+      tree: params or batch_stats, leaves [k, ...], kernels HWIO.
+      depth: of the Wide ResNet.
+
+    Returns:
+      {'members.0.conv0.weight': array, ...}, kernels OIHW.
+    """
+    leaves = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
+    leaves |= {'mean': 'running_mean', 'var': 'running_var'}
+
+    def renamed(module):
+        if not (match := re.fullmatch(r'group_(\d+)_block_(\d+)', module)):
+            return module.replace('norm', 'bn').replace('_', '')
+        group, block = map(int, match.groups())
+        return f'blocks.{(group - 1) * ((depth - 4) // 6) + block - 1}'
+
+    result = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *modules, leaf_name = (key.key for key in path)
+        name = '.'.join((*map(renamed, modules), leaves[leaf_name]))
+        array = np.array(leaf)
+        if leaf_name == 'kernel':
+            array = np.moveaxis(array, (-1, -2), (1, 2))
+        result |= {f'members.{i}.{name}': value for i, value in enumerate(array)}
+    return result
+
+
+def compare(ours):
+    """Compares what both compute in the first step.
+
+    Returns:
+      [(what, the largest difference, the largest allowed), ...]
+    """
+    peer = Peer(ours)
+    x, noise = np.asarray(ours.batch()[0]), ours.noise()
+    sizes = {}  # values per channel in each batch norm
+    for name, module in peer.ensemble.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(
+                lambda _, args, out, name=name: sizes.update({name: out[:, 0].numel()})
+            )
+    with torch.no_grad():
+        log_probs = peer.ensemble.eval()(peer.x).numpy()
+    found = [
+        ('log-probabilities', _largest(log_probs, jax.jit(ours.log_probs)(ours.start, x)), 1e-4)
+    ]
+
+    iterates = [np.asarray(iterate) for iterate in ours.iterates()]
+    starts = [noise, *(iterate - x for iterate in iterates[1:])]
+    part = lambda a, b: float(np.mean(np.abs(a - b) > 1e-6))
+    one_step = [
+        part(peer.attack(start, steps=1), iterate)
+        for start, iterate in zip(starts, iterates[1:], strict=False)
+    ]
+    found.append(('share of pixels that part in one step of the attack', max(one_step), 1e-3))
+    found.append(
+        (
+            'share of pixels that part in the whole attack',
+            part(peer.attack(noise), iterates[-1]),
+            0.05,
+        )
+    )
+    return found + _compare_updates(ours, peer, iterates[-1], sizes)
+
+
+def _compare_updates(ours, peer, x_adv, sizes):
+    depth, momentum = ours.config.model.depth, ours.config.batch_norm.momentum
+    state, metrics = ours.update(x_adv)
+    peer_metrics = peer.update(x_adv)
+    found = [
+        (_words(name), abs(float(metrics[name]) - peer_metrics[name]), 1e-4)
+        for name in ('clean_loss', 'adversarial_loss')
+    ]
+    weights = as_peer(state.params, depth)
+    sums = as_peer(optax.tree.get(state.opt_state, 'trace'), depth)
+    gradient_error = weight_error = 0.0
+    for name, parameter in peer.ensemble.named_parameters():
+        buffer = peer.optimizer.state[parameter]['momentum_buffer']
+        error = torch.linalg.norm(torch.tensor(sums[name]) - buffer)
+        error = float(error / torch.linalg.norm(parameter.grad))
+        gradient_error = max(gradient_error, error)
+        weight_error = max(weight_error, _largest(weights[name], parameter.detach()))
+    # Single ReLUs at zero, in a sum of 64 images that mostly cancel: PyTorch's float32 and float64
+    # differ as much, and ensadv from float64 less.
+    found.append(('gradients + decay + momentum, relative norm', gradient_error, 1e-2))
+    found.append(('weights', weight_error, 1e-5))
+    # Torch's running variance takes in unbiased variances, n / (n - 1) times those that Flax's
+    # takes in; both passes of a step have the same n.
+    before = as_peer(ours.start.batch_stats, depth)
+    errors = {'mean': 0.0, 'var': 0.0}
+    for name, array in as_peer(state.batch_stats, depth).items():
+        module, _, kind = name.rpartition('.running_')
+        if kind == 'var':
+            kept = momentum**2 * before[name]
+            array = kept + (array - kept) * sizes[module] / (sizes[module] - 1)
+        reference = peer.ensemble.get_buffer(name).numpy()
+        error = _largest(array, reference) / np.abs(reference).max()
+        errors[kind] = max(errors[kind], float(error))
+    found.append(('running means, relative', errors['mean'], 1e-4))
+    found.append(("running variances in torch's form, relative", errors['var'], 1e-4))
+    return found
+
+
+def _words(metric):
+    return metric.replace('_', ' ')
+
+
+def _largest(a, b):
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max())
+
+
+def measure(ours, peers, repeats):
+    """Times steps in turns; first compares a step, made with the same noise, and does not time it.
+
+    Returns:
+      {name: seconds before the first step}, {name: seconds of each step}, {name: cores that it
+      kept busy}, and what `compare` returns.
+    """
+    sides = {'ensadv': ours} | peers
+    start = time.perf_counter()
+    ours.step(0)
+    warm_up = {'ensadv': time.perf_counter() - start}
+    metrics = ours.step()
+    found = []
+    for name, peer in peers.items():
+        start = time.perf_counter()
+        peer_metrics = peer.step(ours.noise())
+        warm_up[name] = time.perf_counter() - start
+        for metric, allowed in (('clean_loss', 1e-4), ('adversarial_loss', 1e-2)):
+            error = abs(metrics[metric] - peer_metrics[metric])
+            found.append((f'{_words(metric)} of the timed step, {name}', error, allowed))
+    require(found)
+    seconds, cpu_seconds = {name: [] for name in sides}, dict.fromkeys(sides, 0.0)
+    for _ in range(repeats):
+        for name, side in sides.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            metrics = side.step()
+            seconds[name].append(time.perf_counter() - start)
+            cpu_seconds[name] += time.process_time() - cpu_start
+            if not all(map(math.isfinite, metrics.values())):
+                sys.exit(f'{name}: the loss is no longer finite, so timings would mean nothing')
+    cores = {name: cpu_seconds[name] / sum(seconds[name]) for name in sides}
+    return warm_up, seconds, cores, found
+
+
+def require(found):
+    """Ends the program with one line unless every difference is allowed."""
+    wrong = [
+        f'{what}: {value:.2g}, allowed {allowed:.0e}'
+        for what, value, allowed in found
+        if not value <= allowed
+    ]
+    if wrong:
+        sys.exit(f'ensadv and PyTorch do not compute the same: {"; ".join(wrong)}')
+
+
+def report(args, load, warm_up, seconds, cores, found):
+    """Returns the report, Markdown."""
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    ratio = median['ensadv'] / median['PyTorch']
+    lines = [
+        f'# One adversarial training step: WRN-{args.depth}-{args.width}, {args.members} '
+        f'member{"s"[: args.members != 1]}, batch {args.batch}, IFGSM-{args.attack_steps}',
+        '',
+        '| | s per step, median | min | ensadv / it | cores busy | s before the first step |',
+        '|---|---|---|---|---|---|',
+    ]
+    for name, times in seconds.items():
+        relative = median['ensadv'] / median[name]
+        lines.append(
+            f'| {name} | {median[name]:.3f} | {min(times):.3f} | {relative:.2f} '
+            f'| {cores[name]:.2f} | {warm_up[name]:.1f} |'
+        )
+    lines += [
+        '',
+        f'ensadv takes {ratio:.2f} times as long as PyTorch; target: at most {TARGET}: '
+        f'{"met" if ratio <= TARGET else "not met"}.',
+        '',
+        f'{args.repeats} rounds, one step of each in turn. Before the first step: ensadv compiles; '
+        'PyTorch makes a step (and compiles for it). ensadv: `train.make_train_steps`, conv auto, '
+        'float32. PyTorch: `peer_pytorch.train_step`, float32, channels_last, oneDNN '
+        f'{"on" if torch.backends.mkldnn.is_available() else "missing"}, '
+        f'{torch.get_num_threads()} threads.',
+        '',
+        f'- CPU: {cpu()}, {os.cpu_count()} cores; load average before: {load:.2f}. '
+        'On a busy machine PyTorch loses far more than ensadv: its threads wait by spinning.',
+        f'- Python {platform.python_version()}, jax {jax.__version__}, '
+        f'jaxlib {jaxlib.__version__}, flax {flax.__version__}, torch {torch.__version__}',
+        *(
+            f'- {name}: {os.environ.get(name, "(not set)")}'
+            for name in ('XLA_FLAGS', 'OMP_WAIT_POLICY')
+        ),
+        '',
+        'Both compute the same, to this difference:',
+        '',
+        '| | largest difference | allowed |',
+        '|---|---|---|',
+        *(f'| {what} | {value:.1e} | {allowed:.0e} |' for what, value, allowed in found),
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def cpu():
+    """Returns the CPU's name."""
+    try:
+        info = pathlib.Path('/proc/cpuinfo').read_text()
+    except OSError:
+        info = ''
+    match = re.search(r'^model name\s*: (.+)$', info, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def parse_args():
+    """Returns the flags, and the config that they stand for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value, what in (
+        ('depth', 10, 'layers of the Wide ResNet, 6n + 4'),
+        ('width', 2, 'its widening factor'),
+        ('members', 2, 'in the ensemble'),
+        ('batch', 64, 'images in a step'),
+        ('attack_steps', 7, 'steps of IFGSM in a step'),
+        ('repeats', 5, 'timed steps of each'),
+    ):
+        parser.add_argument(f'--{name}', type=int, default=value, help=f'{what} ({value})')
+    parser.add_argument('--compile', action='store_true', help='time torch.compile as well')
+    parser.add_argument('--out', type=pathlib.Path, metavar='FILE', help='write the report there')
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f'--repeats: expected at least 1, found {args.repeats}')
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {
+            'data.pad': 0,
+            'data.flip': False,
+            'model.depth': args.depth,
+            'model.width': args.width,
+            'ensemble.size': args.members,
+            'train.batch_size': args.batch,
+            'attack.steps': args.attack_steps,
+        }
+    )
+    config = config.copy_and_resolve_references()
+    try:
+        config_lib.validate(config)
+    except config_lib.ConfigError as error:
+        parser.error(str(error))
+    return args, config
+
+
+def main():
+    args, config = parse_args()
+    jax.config.update('jax_platforms', 'cpu')
+    torch.set_num_threads(os.cpu_count())
+    torch.manual_seed(0)
+    load = os.getloadavg()[0]
+    ours = Ours(config)
+    found = compare(ours)
+    require(found)
+    peers = {'PyTorch': Peer(ours)}
+    if args.compile:
+        peers['PyTorch, torch.compile'] = Peer(ours, compiled=True)
+    warm_up, seconds, cores, timed = measure(ours, peers, args.repeats)
+    text = report(args, load, warm_up, seconds, cores, found + timed)
+    print(text, end='')
+    if args.out:
+        args.out.write_text(text)
+
+
+if __name__ == '__main__':
+    main()

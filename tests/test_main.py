@@ -1,0 +1,216 @@
+"""The program as its users run it: what it prints, and one line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, overrides, run_main
+
+SINGLE = '--config=configs/singleadv.py'
+ARRAYS = {
+    'image_train': np.zeros((20, 8, 8, 1), np.uint8),
+    'label_train': np.arange(20) % 2,
+    'image_test': np.zeros((4, 8, 8, 1), np.uint8),
+    'label_test': np.arange(4) % 2,
+}
+
+
+def last_error(result, code=2):
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == code, result.stderr
+    assert 'Traceback' not in result.stderr
+    assert lines[-1].startswith('error: ')
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    'args, told',
+    [
+        ([], '--config: needed'),
+        ([SINGLE], '--workdir: needed'),
+        ([SINGLE, '--config.train.steps=0'], 'train.steps: expected a whole number >= 1, found 0'),
+        ([SINGLE, '--config.train.steps=-3'], 'found -3'),
+        ([SINGLE, '--config.train.steps=many'], "'many'"),
+        ([SINGLE, '--config.epsilon=8/2'], 'epsilon: expected a number >= 0 and <= 1, found 4.0'),
+        ([SINGLE, '--config.epsilon=8/0'], '8/0'),
+        ([SINGLE, '--config.epsilon=8'], 'epsilon: expected a number >= 0 and <= 1, found 8.0'),
+        ([SINGLE, '--config.model.depth=18'], 'model.depth: expected 6n + 4'),
+        ([SINGLE, '--config.ensemble.size=0'], 'ensemble.size: expected a whole number >= 1'),
+        ([SINGLE, '--config.ensemble.combine=mean'], "ensemble.combine: unknown 'mean'"),
+        ([SINGLE, '--config.attack.name=pdg'], "did you mean 'pgd'?"),
+        ([SINGLE, '--config.data.name=cifar'], "did you mean 'cifar10'?"),
+        ([SINGLE, '--config.attack.stpes=3'], "did you mean 'attack.steps'?"),
+        ([SINGLE, '--config.atack.steps=3'], "did you mean 'attack.steps'?"),
+        ([SINGLE, '--config.train=3'], '--config.train=3'),
+        ([SINGLE, '--mode=trian'], 'train|evaluate|study|describe'),
+        ([SINGLE, '--wrkdir=x'], 'wrkdir'),
+        ([SINGLE, 'extra'], "'extra'"),
+        (['--config=configs/nothing.py'], 'configs/nothing.py'),
+        (['--config.seed=3'], 'config.seed'),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(args, told):
+    result = run_main(*args)
+    assert told in last_error(result)
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    'body, told',
+    [
+        ('config.trian.steps = 3', 'trian'),
+        ('config.train.steps = "many"', 'steps'),
+        ('with config.unlocked(): config.extra = 3', 'unknown config field extra'),
+        ('raise RuntimeError("broken")', 'broken'),
+        ('config.train.steps =', 'invalid syntax'),
+    ],
+)
+def test_mistakes_in_a_config_file(tmp_path, body, told):
+    file = tmp_path / 'mine.py'
+    file.write_text(
+        'from configs import default\n'
+        'def get_config():\n'
+        '    config = default.get_config()\n'
+        f'    {body}\n'
+        '    return config\n'
+    )
+    assert told in last_error(run_main(f'--config={file}', f'--workdir={tmp_path}/run'))
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ('unpickled',)
+
+
+@pytest.mark.parametrize(
+    'change, told',
+    [
+        ({'image_train': np.zeros((20, 8, 8, 1))}, 'image_train: found float64'),
+        ({'image_train': np.full((20, 8, 8, 1), np.nan)}, 'NaN'),
+        ({'image_test': np.zeros((4, 8, 8, 1), np.int16)}, 'image_test: found int16'),
+        ({'label_test': np.array([0, 1, 2, 1])}, 'label_test: found label 2'),
+        ({'label_train': np.arange(20) - 1}, 'label_train: found label -1'),
+        ({'label_train': np.array([Trap()] * 20)}, 'never unpickled'),
+    ],
+)
+def test_mistakes_in_the_data(tmp_path, change, told):
+    np.savez(tmp_path / 'mine.npz', **(ARRAYS | change))
+    fields = TINY | {'data.name': 'npz', 'data.path': tmp_path / 'mine.npz'}
+    result = run_main(SINGLE, *overrides(fields), f'--workdir={tmp_path}/run')
+    assert told in last_error(result)
+    assert 'unpickled\n' not in result.stdout
+    assert not (tmp_path / 'run').exists()
+
+
+def test_missing_data_say_how_to_get_them(tmp_path):
+    result = run_main(SINGLE, f'--config.data.data_dir={tmp_path}', f'--workdir={tmp_path}/run')
+    message = last_error(result)
+    assert '--config.data.data_dir=DIR' in message
+    assert '--config.data.download=True' in message
+
+
+def test_trains_evaluates_describes_and_guards_its_workdir(tmp_path):
+    # Relative, as users give it, though Orbax takes only absolute paths.
+    workdir = f'--workdir={os.path.relpath(tmp_path, ROOT)}/run'
+    fields = overrides(TINY | {'eval.inline': False})
+    trained = run_main(SINGLE, *fields, workdir)
+    assert trained.returncode == 0, trained.stderr
+    assert not (tmp_path / 'run' / 'eval').exists()
+    # From here on the workdir is enough.
+    evaluated = run_main('--mode=evaluate', workdir)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert [line.split()[:4] for line in evaluated.stdout.splitlines()] == [
+        ['step', '2', 'n', '30'],
+        ['step', '4', 'n', '30'],
+    ]
+    content = json.loads((tmp_path / 'run' / 'eval' / '4.json').read_text())
+    assert content['system'] == 'SingleAdv'
+    shown = evaluated.stdout.splitlines()[-1].split()
+    assert float(shown[-1]) == pytest.approx(content['attacks'][-1]['accuracy'], abs=1e-4)
+    described = run_main('--mode=describe', workdir)
+    assert 'WRN-10-1' in described.stdout, described.stderr
+    more = run_main('--mode=evaluate', workdir, "--config.eval.attacks=('clean','pgd2')")
+    assert 'pgd2' in more.stdout, more.stderr
+    # Fields that were None can be given, and others' configs are refused, here too.
+    other = run_main('--mode=evaluate', workdir, '--config.data.data_dir=/nowhere')
+    assert other.returncode == 0, other.stderr
+    other = run_main('--mode=evaluate', workdir, '--config=configs/ensemble2adv.py')
+    assert 'ensemble.size: 1 -> 2' in last_error(other)
+    refused = run_main(SINGLE, *fields, '--config.seed=5', workdir)
+    assert 'belongs to a run with another config (seed: 0 -> 5)' in last_error(refused)
+
+
+def test_nothing_to_evaluate(tmp_path):
+    result = run_main('--mode=evaluate', SINGLE, f'--workdir={tmp_path}')
+    assert 'no run is here' in last_error(result)
+
+
+def test_a_diverging_run_ends_with_a_line_and_code_1(tmp_path):
+    fields = TINY | {'train.learning_rate': 1e30, 'train.steps': 20, 'eval.inline': False}
+    result = run_main(
+        '--config=configs/baseline.py', *overrides(fields), f'--workdir={tmp_path}/run'
+    )
+    assert 'not finite between steps' in last_error(result, code=1)
+
+
+@pytest.mark.parametrize(
+    'system, expected',
+    [
+        ('baseline', ['36,479,194', '36,479,194', 'clean training']),
+        ('ensemble4adv', ['36,479,194', '145,916,776', 'step_size 0.007843 (2/255)']),
+        ('doubleadv', ['82,040,154', '82,040,154', 'from step 90,000  0.0008']),
+    ],
+)
+def test_describe_tells_the_size_of_the_papers_systems(system, expected):
+    result = run_main('--mode=describe', f'--config=configs/{system}.py')
+    assert result.returncode == 0, result.stderr
+    position = 0
+    for text in expected:
+        position = result.stdout.index(text, position) + 1
+
+
+def test_describe_counts_operations_right():
+    """WRN-28-10 takes 5.2 billion multiply-adds for a CIFAR image, zeros at borders included."""
+    result = run_main('--mode=describe', SINGLE)
+    line = next(line for line in result.stdout.splitlines() if line.split()[:1] == ['forward'])
+    assert 9 < float(line.split()[1]) < 10.6
+
+
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules['tensorflow'] = None
+sys.argv[0] = 'main.py'
+sys.path.insert(0, '.')
+runpy.run_path('main.py', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('name', ['digits', 'npz'])
+def test_trains_and_evaluates_without_tensorflow(tmp_path, name):
+    fields = dict(TINY)
+    if name == 'npz':
+        rng = np.random.default_rng(0)
+        images = {k: rng.integers(0, 256, ARRAYS[k].shape, np.uint8) for k in ARRAYS if 'im' in k}
+        np.savez(tmp_path / 'mine.npz', **(ARRAYS | images))
+        fields |= {'data.name': 'npz', 'data.path': tmp_path / 'mine.npz', 'eval.num_examples': 4}
+    result = subprocess.run(
+        [sys.executable, '-c', WITHOUT_TENSORFLOW, SINGLE, *overrides(fields),
+         f'--workdir={tmp_path}/run'],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count('metrics go to the log only') == 1
+    assert '[4] ' in result.stderr
+    content = json.loads((tmp_path / 'run' / 'eval' / '4.json').read_text())
+    assert [attack['name'] for attack in content['attacks']] == ['clean', 'ifgsm2']
+
+
+def test_tfds_data_without_tensorflow_say_so(tmp_path):
+    result = subprocess.run(
+        [sys.executable, '-c', WITHOUT_TENSORFLOW, SINGLE, f'--workdir={tmp_path}/run'],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert 'needs TensorFlow Datasets' in last_error(result)

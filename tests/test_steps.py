@@ -1,0 +1,151 @@
+"""One step against formulas written out again, on a network small enough to be sure of."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ensadv import ensemble, steps
+
+
+class Linear(nn.Module):
+    """Batch norm and a linear layer, with the interface of the members' networks."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = x.reshape(len(x), -1)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5, name='norm')(x)
+        return nn.Dense(3, name='linear')(x)
+
+
+X = jax.random.uniform(jax.random.key(0), (8, 2, 2, 1))
+X_ADV = jnp.clip(X + 0.1, 0, 1)
+Y = jnp.arange(8) % 3
+KEYS = jax.random.split(jax.random.key(1), 8)
+OPTIMIZER = optax.sgd(0.5)
+
+
+def shift(log_prob_fn, rng, x, y):
+    """An attack whose result is known."""
+    del log_prob_fn, rng, y
+    return jnp.clip(x + 0.1, 0, 1)
+
+
+def state_of(k=2):
+    return steps.init_state(Linear(), jax.random.key(2), k, (2, 2, 1), OPTIMIZER)
+
+
+def step(state, attack=shift, **settings):
+    settings = {'adversarial_weight': 1.0, 'combine': 'probs'} | settings
+    return steps.train_step(
+        state, (X, Y), KEYS, model=Linear(), optimizer=OPTIMIZER, attack=attack, **settings
+    )
+
+
+def normalised(x):
+    x = x.reshape(8, -1)
+    return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)
+
+
+def loss_by_hand(params, x):
+    """Cross-entropy of the mean softmax over members; each batch normalised by itself."""
+    probs = 0
+    for i in range(2):
+        inputs = normalised(x) * params['norm']['scale'][i] + params['norm']['bias'][i]
+        logits = inputs @ params['linear']['kernel'][i] + params['linear']['bias'][i]
+        probs += jax.nn.softmax(logits) / 2
+    return -jnp.mean(jnp.log(probs[jnp.arange(8), Y]))
+
+
+@pytest.mark.parametrize('weight', [0.0, 1.0, 3.0])
+def test_loss_and_update_are_those_of_algorithm_1(weight):
+    state = state_of()
+
+    def objective(params):
+        clean, adversarial = loss_by_hand(params, X), loss_by_hand(params, X_ADV)
+        return (clean + weight * adversarial) / (1 + weight), (clean, adversarial)
+
+    (loss, (clean, adversarial)), gradient = jax.value_and_grad(objective, has_aux=True)(
+        state.params
+    )
+    new, metrics = step(state, adversarial_weight=weight)
+    np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics['clean_loss'], clean, rtol=1e-5)
+    if weight:
+        np.testing.assert_allclose(metrics['adversarial_loss'], adversarial, rtol=1e-5)
+    squares = [jnp.sum(g**2) for g in jax.tree.leaves(gradient)]
+    np.testing.assert_allclose(metrics['gradient_norm'], jnp.sqrt(sum(squares)), rtol=1e-4)
+    expected = jax.tree.map(lambda w, g: w - 0.5 * g, state.params, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.params, expected)
+    assert new.step == 1
+
+
+def test_clean_training_never_calls_the_attack():
+    def forbidden(*_):
+        raise AssertionError('attacked')
+
+    _, metrics = step(state_of(), attack=forbidden, adversarial_weight=0.0)
+    assert 'adversarial_loss' not in metrics
+    with pytest.raises(AssertionError, match='attacked'):
+        step(state_of(), attack=forbidden)
+
+
+def test_running_averages_take_the_clean_and_then_the_adversarial_batch():
+    state = state_of()
+    new, _ = step(state)
+    clean, adversarial = (x.reshape(8, -1).mean(0) for x in (X, X_ADV))
+    expected = 0.5 * (0.5 * 0 + 0.5 * clean) + 0.5 * adversarial
+    for i in range(2):
+        np.testing.assert_allclose(new.batch_stats['norm']['mean'][i], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('batch_norm', ['running', 'batch'])
+def test_the_attack_sees_the_ensemble_with_the_statistics_it_is_told(batch_norm):
+    state = state_of()
+    seen = {}
+
+    def spy(log_prob_fn, rng, x, y):
+        del rng, y
+        seen['log_probs'] = log_prob_fn(x)
+        return x
+
+    step(state, attack=spy, attack_batch_norm=batch_norm)
+    probs = 0
+    for i in range(2):
+        inputs = normalised(X) if batch_norm == 'batch' else X.reshape(8, -1) / np.sqrt(1 + 1e-5)
+        linear = jax.tree.map(lambda leaf, i=i: leaf[i], state.params['linear'])
+        probs += jax.nn.softmax(inputs @ linear['kernel'] + linear['bias']) / 2
+    np.testing.assert_allclose(seen['log_probs'], jnp.log(probs), atol=1e-5)
+
+
+def test_no_gradient_flows_through_the_attack():
+    """Algorithm 1 takes x_N as given."""
+
+    def scaling(log_prob_fn, rng, x, y):
+        del rng
+        # Depends on the weights, and so would change their gradient.
+        return x + 0.1 * jax.grad(lambda x: log_prob_fn(x)[jnp.arange(8), y].sum())(x)
+
+    state = state_of()
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    f = lambda x: ensemble.combine(ensemble.apply(Linear(), variables, x), 'probs')
+    x_adv = scaling(f, KEYS, X, Y)
+    ours, _ = step(state, attack=scaling)
+    given, _ = step(state, attack=lambda *_: x_adv)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, given.params
+    )
+
+
+def test_evaluate_step_of_clean_images_is_their_margin():
+    state = state_of()
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    worst, last = steps.evaluate_step(
+        variables, (X, Y), KEYS, 0, model=Linear(), combine='probs', worst_case=None
+    )
+    log_probs = ensemble.combine(ensemble.apply(Linear(), variables, X), 'probs')
+    correct = np.argmax(log_probs, axis=1) == Y
+    np.testing.assert_array_equal(np.asarray(worst) > 0, correct)
+    np.testing.assert_array_equal(worst, last)

@@ -1,0 +1,241 @@
+"""The training loop: what it computes, what it writes, and that it goes on as if never stopped."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, overrides, run_main, snapshot_bytes, tiny_config
+from etils import epath
+
+from ensadv import build, checkpoints, evaluate, train
+from ensadv import workdir as workdir_lib
+from ensadv.errors import ConfigError, TrainingError, UserError
+
+
+def snapshot(config, path, step):
+    like = evaluate.Evaluator(config, build.dataset(config)).init_variables()
+    return checkpoints.open_snapshots(path).restore(step, like)
+
+
+def test_writes_what_the_design_says(workdir):
+    config = tiny_config('ensemble2adv')
+    calls = []
+    train.run(config, workdir, on_snapshot=lambda: calls.append(1))
+    assert checkpoints.open_checkpoints(workdir, 3).steps() == [2, 4]
+    assert checkpoints.open_snapshots(workdir).steps() == [2, 4]
+    assert len(calls) == 3  # after each snapshot, and at the end
+    record = json.loads((workdir / 'config.json').read_text())
+    assert record['config']['ensemble']['size'] == 2
+    assert record['dataset']['num_test'] == 360
+    assert record['parameters'] == sum(
+        leaf.size for leaf in jax.tree.leaves(snapshot(config, workdir, 4)['params'])
+    )
+    assert [session['step'] for session in record['sessions']] == [0]
+    assert record['sessions'][0]['versions']['jax'] == jax.__version__
+    assert any(path.name.startswith('events.') for path in workdir.iterdir())
+    assert not [path for path in pathlib.Path(workdir).rglob('*') if 'tmp' in path.name]
+    for leaf in jax.tree.leaves(snapshot(config, workdir, 4)):
+        assert leaf.shape[0] == 2
+        assert np.all(np.isfinite(leaf))
+
+
+def test_scalars_reach_tensorboard(workdir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    train.run(tiny_config('singleadv'), workdir)
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    values = {
+        tag: {e.step: float(tensor_util.make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)}
+        for tag in events.Tags()['tensors']
+        if not tag.startswith('_')
+    }
+    losses = {'loss', 'clean_loss', 'adversarial_loss', 'gradient_norm'}
+    accuracies = {'clean_accuracy', 'adversarial_accuracy'}
+    for tag in losses | accuracies | {'learning_rate', 'examples_per_second'}:
+        assert {2, 4} <= set(values[tag]), tag
+    # The rate of the last update of each interval: the fourth, number 3, is the first reduced one.
+    np.testing.assert_allclose([values['learning_rate'][s] for s in (2, 4)], [0.1, 0.02], rtol=1e-5)
+    np.testing.assert_allclose(
+        values['loss'][4], (values['clean_loss'][4] + values['adversarial_loss'][4]) / 2, rtol=1e-5
+    )
+
+
+def test_going_on_gives_the_same_bits(workdir):
+    config = tiny_config('ensemble2adv', train__snapshot_every=100)
+    train.run(config, workdir / 'whole')
+    config.train.steps = 2
+    train.run(config, workdir / 'parts')
+    config.train.steps = 4
+    train.run(config, workdir / 'parts')
+    whole, parts = (snapshot_bytes(config, workdir / name, 4) for name in ('whole', 'parts'))
+    assert whole == parts
+
+
+def test_calls_of_any_length_give_the_same_bits(workdir):
+    """The chunks of the compiled loop are a matter of speed."""
+    results = []
+    for steps_per_call in (1, 3):
+        config = tiny_config('singleadv', train__steps_per_call=steps_per_call)
+        config.train.log_every = 4
+        config.train.checkpoint_every = config.train.snapshot_every = 4
+        train.run(config, workdir / str(steps_per_call))
+        results.append(snapshot_bytes(config, workdir / str(steps_per_call), 4))
+    assert results[0] == results[1]
+
+
+def test_killed_and_started_again_gives_the_same_bits(workdir):
+    """SIGKILL in the middle of real work, and the same command once more."""
+    fields = TINY | {
+        'train.steps': 120, 'train.checkpoint_every': 10, 'train.snapshot_every': 1000,
+        'train.log_every': 10, 'eval.inline': False,
+    }  # fmt: skip
+    command = ['--config=configs/singleadv.py', *overrides(fields)]
+    killed = workdir / 'killed'
+    process = subprocess.Popen(
+        [sys.executable, 'main.py', *command, f'--workdir={killed}'],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (killed / 'checkpoints' / '20').exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / 'snapshots' / '120').exists(), 'it was killed too late to test anything'
+    reached = max(int(path.name) for path in (killed / 'checkpoints').glob('[0-9]*'))
+    assert 20 <= reached < 120
+    again = run_main(*command, f'--workdir={killed}')
+    assert again.returncode == 0, again.stderr
+    assert f'going on from the checkpoint of step {reached}' in again.stderr
+    whole = run_main(*command, f'--workdir={workdir}/whole')
+    assert whole.returncode == 0, whole.stderr
+    config = tiny_config('singleadv')
+    assert snapshot_bytes(config, killed, 120) == snapshot_bytes(config, workdir / 'whole', 120)
+
+
+def test_a_finished_run_is_left_alone(workdir, monkeypatch):
+    config = tiny_config('baseline')
+    train.run(config, workdir)
+    before = {str(path): path.stat().st_mtime for path in pathlib.Path(workdir).rglob('*')}
+    # Its data are not even needed.
+    monkeypatch.setattr(build, 'dataset', None)
+    train.run(config, workdir)
+    assert {str(p): p.stat().st_mtime for p in pathlib.Path(workdir).rglob('*')} == before
+
+
+def test_separate_training_equals_single_runs(workdir):
+    """Member i of Separate2Adv with seed s is SingleAdv with seed 2s + i."""
+    changes = {'train__steps': 3, 'train__snapshot_every': 3}
+    separate = tiny_config('separate2adv', seed=3, **changes)
+    train.run(separate, workdir / 'separate')
+    both = snapshot(separate, workdir / 'separate', 3)
+    members = []
+    for seed in (6, 7):
+        single = tiny_config('singleadv', seed=seed, **changes)
+        train.run(single, workdir / f'single{seed}')
+        members.append(snapshot(single, workdir / f'single{seed}', 3))
+    for i, alone in enumerate(members):
+        for ours, expected in zip(*map(jax.tree.leaves, (both, alone)), strict=True):
+            np.testing.assert_allclose(ours[i], expected[0], rtol=1e-3, atol=1e-4)
+    kernels = [member['params']['conv_0']['kernel'] for member in members]
+    assert np.max(np.abs(kernels[0] - kernels[1])) > 0.01
+
+
+def test_seeds_differ_in_everything():
+    keys = [
+        jax.random.key_data(jax.tree.leaves(train.run_keys(seed))[i])
+        for seed in (0, 1)
+        for i in range(4)
+    ]
+    assert len({tuple(np.ravel(key)) for key in keys}) == 8
+    separate = [tiny_config('separate2adv', seed=seed) for seed in (0, 1)]
+    seeds = np.concatenate(
+        [jax.random.key_data(train.learner_keys(config).init) for config in separate]
+    )
+    assert len({tuple(key) for key in seeds}) == 4
+
+
+def test_a_checkpoint_survives_the_reuse_of_its_memory(tmp_path):
+    """Saving goes on in the background while the next step overwrites the state."""
+    import jax.numpy as jnp
+
+    saved = checkpoints.Checkpoints(epath.Path(tmp_path) / 'c', keep=3)
+    overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    for step in range(1, 4):
+        x = jnp.full((2_000_000,), float(step))
+        saved.save(step, {'x': x})
+        overwrite(x).block_until_ready()
+    saved.close()
+    for step in range(1, 4):
+        assert np.all(saved.restore(step, {'x': jnp.zeros(2_000_000)})['x'] == step)
+
+
+def test_stops_on_a_loss_that_is_not_finite(workdir):
+    config = tiny_config('baseline', train__learning_rate=1e30, train__steps=20)
+    with pytest.raises(TrainingError, match=r'not finite between steps \d+ and \d+'):
+        train.run(config, workdir)
+    for step in checkpoints.open_checkpoints(workdir, 3).steps():
+        assert step < 20
+    for step in checkpoints.open_snapshots(workdir).steps():
+        for leaf in jax.tree.leaves(snapshot(config, workdir, step)):
+            assert np.all(np.isfinite(leaf))
+
+
+@pytest.mark.parametrize(
+    'fields, told',
+    [
+        ({'train.batch_size': 2000}, 'at most the 1437 training examples'),
+        ({'data.pad': 8}, "less than the images' 8 pixels"),
+    ],
+)
+def test_what_the_data_do_not_allow_is_refused(workdir, fields, told):
+    config = tiny_config('singleadv')
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=told):
+        train.run(config, workdir)
+    assert not workdir.exists()
+
+
+def test_a_workdir_belongs_to_its_run(workdir):
+    train.run(tiny_config('baseline'), workdir)
+    with pytest.raises(ConfigError, match=r'seed: 0 -> 1; train\.momentum: 0\.9 -> 0\.8'):
+        train.run(tiny_config('baseline', seed=1, train__momentum=0.8), workdir)
+    train.run(tiny_config('baseline', train__steps=5, train__log_every=1), workdir)
+    assert checkpoints.open_snapshots(workdir).steps()[-1] == 5
+
+
+def test_other_data_in_the_same_workdir_are_refused(workdir):
+    config = tiny_config('baseline')
+    train.run(config, workdir)
+    record = workdir_lib.read_record(workdir)
+    record['dataset']['fingerprint'] = 'another'
+    workdir_lib.write_json(workdir / 'config.json', record)
+    config.train.steps = 6
+    with pytest.raises(UserError, match='fingerprint'):
+        train.run(config, workdir)
+
+
+@pytest.mark.parametrize(
+    'step, expected', [(0, 10), (10, 20), (90, 97), (97, 100), (100, 110), (200, 203)]
+)
+def test_calls_stop_where_something_is_due(step, expected):
+    fields = {'steps': 203, 'steps_per_call': 10, 'log_every': 50, 'checkpoint_every': 100,
+              'snapshot_every': 150, 'profile_step': 97}  # fmt: skip
+    config = tiny_config('baseline', **{f'train__{k}': v for k, v in fields.items()})
+    assert train.next_stop(step, config) == expected
+
+
+def test_a_profile_is_written_when_asked_for(workdir):
+    config = tiny_config(
+        'baseline', train__profile_step=2, train__profile_steps=1, train__steps_per_call=1
+    )
+    train.run(config, workdir)
+    assert list(pathlib.Path(workdir).rglob('*.xplane.pb'))
