@@ -30,7 +30,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def workdir_path() -> epath.Path:
     """Returns --workdir, absolute, since Orbax takes no other."""
     path = epath.Path(FLAGS.workdir).expanduser()
-    return path if path.is_absolute() else epath.Path.cwd() / path
+    return path if path.is_absolute() else epath.Path(Path.cwd()) / path
 
 
 def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
@@ -70,8 +70,10 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
         # A config file that cannot be loaded says so when something of it is asked for.
         _ = FLAGS.config and FLAGS.config.is_locked
         return rest
-    except (UserError, flags.Error) as error:
+    except UserError as error:
         fail(str(error))
+    except flags.Error as error:
+        fail(_shortened(str(error)))
     # Whatever a config file or an override does wrong ends up here.
     except Exception as error:
         fields = known_fields(get_default())
@@ -79,9 +81,16 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
             name, dot, field = arg.lstrip('-').partition('=')[0].partition('.')
             if name == 'config' and dot and field not in fields:
                 fail(f'{arg}: unknown config field {field}{config_lib.nearest(field, fields)}')
-        text = str(error)
-        # A message of ml_collections can hold the whole config between a key and a hint.
-        fail('--config: ' + (text if len(text) < 400 else f'{text[:90]} ... {text[-60:]}'))
+        fail(f'--config: {_shortened(str(error))}')
+
+
+def _shortened(message: str) -> str:
+    """Returns what a user needs of a message by ml_collections."""
+    # It can hold the traceback of the config file, whose last line says what is wrong there,
+    message, traceback, rest = message.partition('Traceback (most recent call last):')
+    message += rest.strip().splitlines()[-1] if traceback else ''
+    # and the whole config, between a key and a hint.
+    return message if len(message) < 400 else f'{message[:90]} ... {message[-60:]}'
 
 
 def known_fields(config: ConfigDict) -> set[str]:

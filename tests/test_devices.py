@@ -30,7 +30,9 @@ def weights(path):
 def test_the_trajectory_is_the_same(runs):
     one = weights(runs / '1')
     for devices in (2, 4):
-        assert workdir.read_record(runs / str(devices))['devices']['count'] == devices
+        assert (
+            workdir.read_record(runs / str(devices))['sessions'][0]['devices']['count'] == devices
+        )
         other = weights(runs / str(devices))
         for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
