@@ -72,12 +72,15 @@ def main(argv: list[str]) -> None:
         path = command_line.workdir_path()
         if FLAGS.mode == 'study':
             run_study(config, path)
-        elif FLAGS.mode == 'evaluate':
-            from ensadv import evaluate
+            return
+        from ensadv import evaluate
 
-            evaluate.run(config.copy_and_resolve_references(), path)
+        config = config.copy_and_resolve_references()
+        if FLAGS.mode == 'evaluate':
+            evaluate.run(config, path)
         else:
-            run_one(config.copy_and_resolve_references(), path, config.system)
+            run_one(config, path, config.system)
+            evaluate.show(path)
     except UserError as error:
         fail(str(error))
     except TrainingError as error:

@@ -5,7 +5,9 @@ Reproduces: nothing of the paper's; five of its systems, one seed each, on 1,797
 Run: make quickstart
   which is python main.py --mode=study --config=configs/quickstart.py --workdir=runs/quickstart
 Cost: 300 steps a run; SingleAdv has 303,418 parameters. 8 minutes at most on two CPU cores.
-Expect: EXPECT
+Expect: over 95 % clean everywhere; at PGD20 Baseline under 5 % and the others 65 to 77 %.
+  With one seed and 360 images (standard error about 2.3 points at 75 %) the order of the
+  adversarially trained systems means nothing.
 """
 
 from ml_collections import ConfigDict
@@ -22,12 +24,12 @@ def get_config() -> ConfigDict:
     config.model.depth = 10
     config.model.width = 2
     config.train.steps = 300
-    config.train.batch_size = 64
+    config.train.batch_size = 32
     config.train.learning_rate_steps = (200,)
     config.train.steps_per_call = 25
     config.train.log_every = 50
-    config.train.checkpoint_every = 100
-    config.train.snapshot_every = 100
+    config.train.checkpoint_every = 150
+    config.train.snapshot_every = 150
     config.eval.attacks = ('clean', 'ifgsm5', 'pgd5', 'pgd20')
     config.eval.batch_size = 180
     return config

@@ -245,12 +245,17 @@ def run(config: ConfigDict, workdir_path: epath.Path) -> None:
         job.evaluate_pending()
     finally:
         job.close()
-    evaluations = workdir.read_evaluations(workdir_path)
-    if not evaluations:
+    if not show(workdir_path):
         raise UserError(f'--workdir={workdir_path}: no snapshot to evaluate yet')
+
+
+def show(workdir_path: epath.Path) -> bool:
+    """Prints a run's accuracies, a line for each evaluated step, and returns if there are any."""
+    evaluations = workdir.read_evaluations(workdir_path)
     for step, content in evaluations.items():
         shown = '  '.join(f'{r["name"]} {r["accuracy"]:.4f}' for r in content['attacks'])
         print(f'step {step}  n {content["attacks"][0]["n"]}  {shown}')
+    return bool(evaluations)
 
 
 def best_step(evaluations: Mapping[int, Mapping[str, Any]]) -> int:

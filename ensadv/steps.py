@@ -65,9 +65,10 @@ def train_step(
       mean_over_devices: averages a tree over the devices that share the global batch.
 
     Returns:
-      The next state, and metrics: loss, clean_loss, clean_accuracy, gradient_norm and, unless
-      rho is 0, adversarial_loss and adversarial_accuracy. Accuracies are those of the forward
-      passes that the update uses, so with the batch's statistics in batch norm.
+      The next state, and metrics: loss, clean_loss, clean_accuracy, gradient_norm, parameter_norm
+      (of the next state) and, unless rho is 0, adversarial_loss and adversarial_accuracy.
+      Accuracies are those of the forward passes that the update uses, so with the batch's
+      statistics in batch norm.
     """
     x, y = batch
 
@@ -100,9 +101,11 @@ def train_step(
     gradient, batch_stats, metrics = mean_over_devices((gradient, batch_stats, metrics))
     metrics['gradient_norm'] = optax.tree.norm(gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics['parameter_norm'] = optax.tree.norm(params)
     state = TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
     )

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ensadv import build, checkpoints, data, metrics, parallel, steps, workdir
 from ensadv import config as config_lib
-from ensadv.errors import ConfigError, TrainingError
+from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.optim import TrainState
 
 
@@ -137,7 +137,12 @@ def check_fits(config: ConfigDict, dataset: data.Dataset) -> None:
 
     Raises:
       ConfigError: naming the field.
+      UserError: if there is more than one process.
     """
+    if jax.process_count() > 1:
+        raise UserError(
+            f'found {jax.process_count()} processes: several hosts are not supported yet'
+        )
     devices, batch_size = parallel.num_devices(), config.train.batch_size
     if batch_size % devices:
         raise ConfigError(
@@ -187,9 +192,10 @@ class _Interval:
         means = {name: value / (step - self.first_step) for name, value in sums.items()}
         if not all(map(math.isfinite, means.values())):
             raise TrainingError(
-                f'the loss or its gradient is not finite between steps {self.first_step} and '
-                f'{step}; the checkpoints before that are good. A lower train.learning_rate helps '
-                'most often (in a new workdir: the config of a run cannot change)'
+                'the loss, its gradient or the weights are not finite between steps '
+                f'{self.first_step} and {step}; the checkpoints before that are good. A lower '
+                'train.learning_rate helps most often (in a new workdir: the config of a run '
+                'cannot change)'
             )
         seconds = time.monotonic() - self._start
         means['examples_per_second'] = (step - self.first_step) * batch_size / seconds

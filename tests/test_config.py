@@ -67,7 +67,8 @@ def test_sizes_follow_epsilon_unless_set():
     config.epsilon = 0.4
     config.eval.sigma = 0.01
     found = flat(config)
-    assert found['attack.step_size'] == found['eval.pgd_step_size'] == 0.1
+    assert found['attack.step_size'] == found['eval.ifgsm_step_size'] == 0.1
+    assert found['eval.pgd_step_size'] == 0.2
     assert found['attack.sigma'] == 0.2
     assert found['eval.sigma'] == 0.01
 

@@ -79,6 +79,8 @@ def test_loss_and_update_are_those_of_algorithm_1(weight):
     np.testing.assert_allclose(metrics['gradient_norm'], jnp.sqrt(sum(squares)), rtol=1e-4)
     expected = jax.tree.map(lambda w, g: w - 0.5 * g, state.params, gradient)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.params, expected)
+    squares = [jnp.sum(w**2) for w in jax.tree.leaves(expected)]
+    np.testing.assert_allclose(metrics['parameter_norm'], jnp.sqrt(sum(squares)), rtol=1e-5)
     assert new.step == 1
 
 
