@@ -1,7 +1,7 @@
 """Studies: which runs, going on, and the table."""
 
 import pytest
-from conftest import CIFAR10, ROOT, TINY, overrides, run_main
+from conftest import CIFAR10, QUICK_COMPILE, ROOT, TINY, overrides, run_main
 from etils import epath
 
 from configs import quickstart, table1
@@ -143,7 +143,7 @@ FIELDS = TINY | {'study.systems': ('baseline', 'separate2adv'), 'train.snapshot_
 
 def test_a_study_trains_tabulates_and_goes_on(tmp_path):
     command = ['--mode=study', '--config=configs/quickstart.py', *overrides(FIELDS)]
-    first = run_main(*command, f'--workdir={tmp_path}')
+    first = run_main(*command, f'--workdir={tmp_path}', xla_flags=QUICK_COMPILE)
     assert first.returncode == 0, first.stderr
     table = (tmp_path / 'table.md').read_text()
     assert table in first.stdout
@@ -153,7 +153,7 @@ def test_a_study_trains_tabulates_and_goes_on(tmp_path):
     finished = tmp_path / 'baseline_seed0' / 'eval' / '4.json'
     before = finished.stat().st_mtime_ns
     (tmp_path / 'separate2adv_seed0' / 'eval' / '4.json').unlink()
-    again = run_main(*command, f'--workdir={tmp_path}')
+    again = run_main(*command, f'--workdir={tmp_path}', xla_flags=QUICK_COMPILE)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / 'table.md').read_text() == table
     assert finished.stat().st_mtime_ns == before
@@ -176,7 +176,8 @@ def test_the_eight_systems_on_real_cifar10_images(tmp_path, systems, sizes):
     }  # fmt: skip
     command = ['--mode=study', '--config=configs/quickstart.py', f'--workdir={tmp_path}']
     for steps in (1, 2):
-        result = run_main(*command, *overrides(fields | {'train.steps': steps}))
+        changed = overrides(fields | {'train.steps': steps})
+        result = run_main(*command, *changed, xla_flags=QUICK_COMPILE)
         assert result.returncode == 0, result.stderr
     assert result.stderr.count('going on from the checkpoint of step 1') == 4
     runs = [report.read_run(epath.Path(tmp_path) / f'{name}_seed0') for name in systems]
