@@ -266,7 +266,6 @@ def best_step(evaluations: Mapping[int, Mapping[str, Any]]) -> int:
     Args:
       evaluations: the content of eval/<step>.json by step, at least one.
     """
-
     names = [result['name'] for content in evaluations.values() for result in content['attacks']]
     attacked = [name for name in names if name != 'clean'] or names
     chosen = 'ifgsm5' if 'ifgsm5' in names else attacked[0]

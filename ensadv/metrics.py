@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -27,16 +27,14 @@ class _LogStream:
         pass
 
 
-def progress(
-    iterable: Iterable[Any] | None = None, *, total: int, initial: int = 0, label: str, unit: str
-) -> tqdm.tqdm:
+def progress(*, total: int, initial: int = 0, label: str, unit: str) -> tqdm.tqdm:
     """Returns a tqdm with rate and time left: a bar on a terminal, lines in the log elsewhere."""
     settings = {'total': total, 'initial': initial, 'desc': label, 'unit': unit}
     if sys.stderr.isatty():
-        return tqdm.tqdm(iterable, **settings, dynamic_ncols=True, leave=False)
+        return tqdm.tqdm(**settings, dynamic_ncols=True, leave=False)
     line = '{desc}: {percentage:.0f}% ({n_fmt}/{total_fmt}), {rate_fmt}, {remaining} left'
     return tqdm.tqdm(
-        iterable, **settings, file=_LogStream(), mininterval=LOG_SECONDS, delay=LOG_SECONDS,
+        **settings, file=_LogStream(), mininterval=LOG_SECONDS, delay=LOG_SECONDS,
         bar_format=line, leave=False,
     )  # fmt: skip
 
@@ -118,7 +116,7 @@ class TrainingLog:
         self._writer.write_hparams(dict(values))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes scalars, and shows the losses in the progress."""
+        """Writes scalars, and shows the accuracies in the progress."""
         self._writer.write_scalars(step, dict(values))
         shown = {k: values[k] for k in ('clean_accuracy', 'adversarial_accuracy') if k in values}
         self._bar.set_postfix({k: f'{v:.2f}' for k, v in shown.items()}, refresh=False)

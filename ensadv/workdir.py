@@ -22,7 +22,7 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-    """Writes JSON, one line per innermost object, complete or not at all."""
+    """Writes JSON, complete or not at all."""
     write_bytes(path, (json.dumps(content, indent=1) + '\n').encode())
 
 

@@ -17,7 +17,7 @@ from ensadv.errors import UserError
 TEST_LABELS = [0, 1, 2, 1, 1, 0, 2, 1, 0, 1, 1, 2, 0, 1, 2, 1, 0]
 
 
-def seventeen(flip_labels=False):
+def seventeen():
     rng = np.random.default_rng(0)
     images = lambda n: rng.integers(0, 256, (n, 4, 4, 1), np.uint8)
     labels = np.array(TEST_LABELS, np.int32)
