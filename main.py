@@ -3,6 +3,8 @@
 python main.py --config=configs/ensemble4adv.py --workdir=DIR
 python main.py --mode=study --config=configs/quickstart.py --workdir=DIR
 python main.py --mode=evaluate --workdir=DIR
+python main.py --mode=blackbox --config=configs/blackbox.py --workdir=DIR
+python main.py --mode=compare --ledgers=DIR/eval/1000.npz,OTHER/eval/1000.npz
 python main.py --mode=describe --config=configs/ensemble4adv.py
 """
 
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import default
 from ensadv import command_line, workdir
 from ensadv.command_line import fail
-from ensadv.errors import TrainingError, UserError
+from ensadv.errors import ConfigError, TrainingError, UserError
 
 CONFIGS = epath.Path(__file__).parent / 'configs'
 FLAGS = flags.FLAGS
@@ -24,22 +26,47 @@ def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
     from ensadv import evaluate, train
 
     job = evaluate.Job(config, path, label)
+    inline = config.eval.inline
     try:
-        inline = config.eval.inline
+        if inline:
+            job.check()
         train.run(config, path, on_snapshot=job.evaluate_pending if inline else None, label=label)
+        if inline:
+            job.evaluate_pending(wait=True)
     finally:
         job.close()
 
 
 def run_study(config: ConfigDict, path: epath.Path) -> None:
     """Makes the study's runs, and their table even if some of them fail."""
-    from ensadv import report, study
+    from ensadv import blackbox, report, study
 
+    # All mistakes in the systems are told before the first source is trained.
+    seeds = [run_config.seed for _, run_config in study.runs(config, CONFIGS)]
+    if 'blackbox' in config.eval.attacks and not config.eval.blackbox_path:
+        if config.blackbox.seed in seeds:
+            raise ConfigError('blackbox.seed: expected another than those of study.seeds')
+        transfer_set = blackbox.make(config, path / 'blackbox', CONFIGS, run_one)
+        config.eval.blackbox_path = str(transfer_set)
     finished, failures = study.run(config, path, CONFIGS, run_one)
     report.write_table(path, finished)
     if failures:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in failures.items())
         raise TrainingError(f'not in the table: {reasons}')
+
+
+def compare() -> None:
+    """Prints how two ledgers differ, example by example."""
+    from ensadv import analysis
+
+    paths = [workdir.absolute(path) for path in FLAGS.ledgers or ()]
+    if len(paths) != 2:
+        raise UserError('--ledgers: expected two files, as in --ledgers=A/eval/9.npz,B/eval/9.npz')
+    ledgers = [workdir.read_ledger(path) for path in paths]
+    comparisons = analysis.compare(*ledgers)
+    for name, path in zip(('first', 'second'), paths, strict=True):
+        print(f'{name}: {path}')
+    print(f'\n{analysis.comparison_table(comparisons, ("first", "second"))}')
 
 
 def describe(config: ConfigDict) -> None:
@@ -58,29 +85,50 @@ def describe(config: ConfigDict) -> None:
     print(describe.describe(config, dataset))
 
 
+def run(mode: str) -> None:
+    """Does one job.
+
+    Raises:
+      UserError, TrainingError: see ensadv/errors.py.
+    """
+    if mode == 'compare':
+        compare()
+        return
+    config = command_line.config(default.get_config)
+    if config.eval.blackbox_path:
+        # A run keeps it, and may go on in another directory.
+        config.eval.blackbox_path = str(workdir.absolute(config.eval.blackbox_path))
+    if config.ensemble.members_from and mode != 'evaluate':
+        raise ConfigError(f'ensemble.members_from: only for --mode=evaluate, found --mode={mode}')
+    if mode == 'describe':
+        describe(config)
+        return
+    if not FLAGS.workdir:
+        raise UserError('--workdir: needed, the directory that is written to')
+    path = command_line.workdir_path()
+    if mode == 'study':
+        run_study(config, path)
+    elif mode == 'blackbox':
+        from ensadv import blackbox
+
+        blackbox.make(config, path, CONFIGS, run_one)
+    else:
+        from ensadv import evaluate
+
+        config = config.copy_and_resolve_references()
+        if mode == 'evaluate':
+            evaluate.run(config, path)
+        else:
+            run_one(config, path, config.system)
+            evaluate.show(path)
+
+
 def main(argv: list[str]) -> None:
     command_line.set_up_logging()
     if len(argv) > 1:
         fail(f'unexpected argument {argv[1]!r}; flags begin with --')
     try:
-        config = command_line.config(default.get_config)
-        if FLAGS.mode == 'describe':
-            describe(config)
-            return
-        if not FLAGS.workdir:
-            raise UserError('--workdir: needed, the directory that the run writes to')
-        path = command_line.workdir_path()
-        if FLAGS.mode == 'study':
-            run_study(config, path)
-            return
-        from ensadv import evaluate
-
-        config = config.copy_and_resolve_references()
-        if FLAGS.mode == 'evaluate':
-            evaluate.run(config, path)
-        else:
-            run_one(config, path, config.system)
-            evaluate.show(path)
+        run(FLAGS.mode)
     except UserError as error:
         fail(str(error))
     except TrainingError as error:

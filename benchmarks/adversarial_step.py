@@ -143,19 +143,12 @@ class Peer:
         config = ours.config
         depth, width, k = config.model.depth, config.model.width, config.ensemble.size
         self.ensemble = peer_pytorch.Ensemble(depth, width, k, CLASSES, MEAN, STD)
-        weights = as_peer(ours.start.params, depth) | as_peer(ours.start.batch_stats, depth)
-        weights = {name: torch.tensor(array) for name, array in weights.items()}
-        counters = {
-            name: tensor
-            for name, tensor in self.ensemble.state_dict().items()
-            if name.endswith('num_batches_tracked')
-        }
-        self.ensemble.load_state_dict(weights | counters)
+        peer_pytorch.load(self.ensemble, ours.start.params, ours.start.batch_stats)
         self.optimizer = peer_pytorch.make_optimizer(
             self.ensemble, config.train.learning_rate, config.train.momentum,
             config.train.weight_decay,
         )  # fmt: skip
-        momentum = as_peer(optax.tree.get(ours.start.opt_state, 'trace'), depth)
+        momentum = peer_pytorch.state_dict(optax.tree.get(ours.start.opt_state, 'trace'), depth)
         for name, parameter in self.ensemble.named_parameters():
             buffer = torch.empty_like(parameter).copy_(torch.tensor(momentum[name]))
             self.optimizer.state[parameter]['momentum_buffer'] = buffer
@@ -189,36 +182,6 @@ class Peer:
             self.ensemble, self.optimizer, self.x, self.y, model=self.model, start=start,
             **self.settings,
         )  # fmt: skip
-
-
-def as_peer(tree, depth):
-    """Renames our members' variables for the peer's state_dict.
-
-    Args:
-      tree: params or batch_stats, leaves [k, ...], kernels HWIO.
-      depth: of the Wide ResNet.
-
-    Returns:
-      {'members.0.conv0.weight': array, ...}, kernels OIHW.
-    """
-    leaves = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
-    leaves |= {'mean': 'running_mean', 'var': 'running_var'}
-
-    def renamed(module):
-        if not (match := re.fullmatch(r'group_(\d+)_block_(\d+)', module)):
-            return module.replace('norm', 'bn').replace('_', '')
-        group, block = map(int, match.groups())
-        return f'blocks.{(group - 1) * ((depth - 4) // 6) + block - 1}'
-
-    result = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        *modules, leaf_name = (key.key for key in path)
-        name = '.'.join((*map(renamed, modules), leaves[leaf_name]))
-        array = np.array(leaf)
-        if leaf_name == 'kernel':
-            array = np.moveaxis(array, (-1, -2), (1, 2))
-        result |= {f'members.{i}.{name}': value for i, value in enumerate(array)}
-    return result
 
 
 def compare(ours):
@@ -267,8 +230,8 @@ def _compare_updates(ours, peer, x_adv, sizes):
         (_words(name), abs(float(metrics[name]) - peer_metrics[name]), 1e-4)
         for name in ('clean_loss', 'adversarial_loss')
     ]
-    weights = as_peer(state.params, depth)
-    sums = as_peer(optax.tree.get(state.opt_state, 'trace'), depth)
+    weights = peer_pytorch.state_dict(state.params, depth)
+    sums = peer_pytorch.state_dict(optax.tree.get(state.opt_state, 'trace'), depth)
     gradient_error = weight_error = 0.0
     for name, parameter in peer.ensemble.named_parameters():
         buffer = peer.optimizer.state[parameter]['momentum_buffer']
@@ -282,9 +245,9 @@ def _compare_updates(ours, peer, x_adv, sizes):
     found.append(('weights', weight_error, 1e-5))
     # Torch's running variance takes in unbiased variances, n / (n - 1) times those that Flax's
     # takes in; both passes of a step have the same n.
-    before = as_peer(ours.start.batch_stats, depth)
+    before = peer_pytorch.state_dict(ours.start.batch_stats, depth)
     errors = {'mean': 0.0, 'var': 0.0}
-    for name, array in as_peer(state.batch_stats, depth).items():
+    for name, array in peer_pytorch.state_dict(state.batch_stats, depth).items():
         module, _, kind = name.rpartition('.running_')
         if kind == 'var':
             kept = momentum**2 * before[name]

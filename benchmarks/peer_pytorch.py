@@ -1,13 +1,15 @@
 """The PyTorch peer: the same ensemble, attack and training step, written as PyTorch users would.
 
-It exists to be measured against, by `adversarial_step.py`, and is imported by nothing else. It does
-the same work, step for step: Wide ResNets (Zagoruyko & Komodakis), the mean of the
+It exists to be measured against, by the other programs here, and is imported by nothing else. It
+does the same work, step for step: Wide ResNets (Zagoruyko & Komodakis), the mean of the
 members' softmax, IFGSM on the ensemble's loss with running averages, then the mean of clean and
-adversarial loss with batch statistics, and momentum.
+adversarial loss with batch statistics, and momentum. `load` gives it our weights.
 """
 
 import math
+import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812, as every PyTorch program calls it
 from torch import nn
@@ -64,18 +66,75 @@ class WideResNet(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """k Wide ResNets: float32 pixels [N, 3, H, W] in [0, 1] -> log-probabilities [N, classes]."""
+    """k Wide ResNets: float32 pixels [N, 3, H, W] in [0, 1] -> log-probabilities [N, classes].
 
-    def __init__(self, depth, width, k, num_classes, mean, std):
+    `combine`: 'probs' or 'logits', what is averaged over the members.
+    """
+
+    def __init__(self, depth, width, k, num_classes, mean, std, combine='probs'):
         super().__init__()
+        if combine not in ('probs', 'logits'):
+            raise ValueError(f"combine is {combine!r}, must be 'probs' or 'logits'")
+        self.combine = combine
         self.members = nn.ModuleList(
             WideResNet(depth, width, num_classes, mean, std) for _ in range(k)
         )
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
+        if self.combine == 'logits':
+            return F.log_softmax(torch.stack([member(x) for member in self.members]).mean(0), 1)
         log_probs = torch.stack([F.log_softmax(member(x), 1) for member in self.members])
         return torch.logsumexp(log_probs, 0) - math.log(len(self.members))
+
+
+def state_dict(tree, depth):
+    """Renames our members' variables for the `state_dict` of an `Ensemble`.
+
+    Args:
+      tree: params or batch_stats, nested dicts with leaves [k, ...], kernels HWIO.
+      depth: of the Wide ResNet.
+
+    Returns:
+      {'members.0.conv0.weight': array, ...}, kernels OIHW.
+    """
+    leaves = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
+    leaves |= {'mean': 'running_mean', 'var': 'running_var'}
+
+    def renamed(module):
+        if not (match := re.fullmatch(r'group_(\d+)_block_(\d+)', module)):
+            return module.replace('norm', 'bn').replace('_', '')
+        group, block = map(int, match.groups())
+        return f'blocks.{(group - 1) * ((depth - 4) // 6) + block - 1}'
+
+    result = {}
+
+    def visit(tree, modules):
+        for name, value in tree.items():
+            if hasattr(value, 'items'):
+                visit(value, (*modules, renamed(name)))
+                continue
+            array = np.array(value)
+            if name == 'kernel':
+                array = np.moveaxis(array, (-1, -2), (1, 2))
+            path = '.'.join((*modules, leaves[name]))
+            result.update({f'members.{i}.{path}': member for i, member in enumerate(array)})
+
+    visit(tree, ())
+    return result
+
+
+def load(ensemble, params, batch_stats):
+    """Gives an `Ensemble` our weights and running averages, in place."""
+    depth = 2 * len(ensemble.members[0].blocks) + 4
+    weights = state_dict(params, depth) | state_dict(batch_stats, depth)
+    weights = {name: torch.tensor(array) for name, array in weights.items()}
+    counters = {
+        name: tensor
+        for name, tensor in ensemble.state_dict().items()
+        if name.endswith('num_batches_tracked')
+    }
+    ensemble.load_state_dict(weights | counters)
 
 
 def images(array):

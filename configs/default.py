@@ -22,12 +22,13 @@ def get_config() -> ConfigDict:
     data.download = False  # let TFDS download and prepare a missing data set
     data.path = placeholder(str)  # for npz: file with image_train, label_train, image_test, ...
     data.pad = 4  # pixels of reflection padding before the random crop; 0: no crop
+    data.validation_examples = 0  # of the training split, held out for eval.select_on=validation
     data.flip = placeholder(bool)  # random horizontal flip; None: yes, unless images show digits
 
     config.model = model = ConfigDict()
-    model.name = 'wide_resnet'  # architecture
-    model.depth = 28  # layers of the Wide ResNet, 6n + 4
-    model.width = 10  # widening factor of the Wide ResNet
+    model.name = 'wide_resnet'  # architecture: wide_resnet or vgg
+    model.depth = 28  # layers: 6n + 4 for wide_resnet; 11, 13, 16 or 19 for vgg
+    model.width = 10  # widening factor; the first channels of vgg are 16 times this
     model.dtype = 'auto'  # training compute: float32, bfloat16; auto: float32 on CPU, else bfloat16
     model.conv = 'auto'  # members' convolutions: grouped, separate; auto: separate on CPU only
 
@@ -38,8 +39,13 @@ def get_config() -> ConfigDict:
 
     config.ensemble = ensemble = ConfigDict()
     ensemble.size = 1  # members, k
-    ensemble.combine = 'probs'  # members' outputs become one: mean of probs, or of logits
+    # probs, logits: their mean over the members; gating: the mean of the probs, with weights from
+    # small networks that are trained and attacked as part of the model.
+    ensemble.combine = 'probs'  # how members' outputs become one
     ensemble.training = 'joint'  # joint: one loss, of the ensemble; separate: each member by itself
+    ensemble.gate_width = 16  # for gating: channels of a gate's first layer; its second has twice
+    ensemble.members_from = placeholder(str)  # in --mode=evaluate: 'W1,W2', runs that are members
+    ensemble.members_snapshot = 'last'  # of members_from: last, or best (see eval.select_on)
 
     config.train = train = ConfigDict()
     train.steps = 500_000  # updates of the weights
@@ -70,21 +76,42 @@ def get_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20')  # name and number of steps
-    evaluation.ifgsm_step_size = config.get_oneway_ref('epsilon') / 4  # pixels per step
+    evaluation.long_attacks = ('ifgsm500', 'pgd500')  # at the end, on the best and last snapshot
+    evaluation.ifgsm = ifgsm = ConfigDict()
+    ifgsm.step_size = config.get_oneway_ref('epsilon') / 4  # pixels per step
+    evaluation.pgd = pgd = ConfigDict()
     # By benchmarks/pgd_step_size.py, of the rates eps/8, eps/4, eps/2 and 0.1 * 255/8 eps: at 20
     # steps eps/2 left 73.9 % (the lowest, eps/4, 73.6) and 65.3 % (the lowest) of digits' 360 test
     # images, for SingleAdv and Ensemble2Adv of configs/quickstart.py, and 19.8 % (the lowest) of
     # 500 of CIFAR-10 (JPEG copy), for a WRN-10-2 after 220 steps. They differ by a few images each.
-    evaluation.pgd_step_size = config.get_oneway_ref('epsilon') / 2  # Adam's rate, pixels
-    evaluation.start = 'gaussian'  # as attack.start
-    evaluation.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
-    evaluation.restarts = 1  # independent starts; the worst point over all counts
-    evaluation.loss = 'cross_entropy'  # as attack.loss
+    pgd.step_size = config.get_oneway_ref('epsilon') / 2  # Adam's rate, pixels
+    for group in (ifgsm, pgd):
+        group.schedule = 'constant'  # of the step size: constant, or linear or cosine down to 0
+        group.start = 'gaussian'  # as attack.start
+        group.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
+        group.restarts = 1  # independent starts; the worst point over all counts
+        group.loss = 'cross_entropy'  # as attack.loss
     evaluation.seed = 0  # of the attacks' starts
+    evaluation.blackbox_path = placeholder(str)  # file of --mode=blackbox; adds attack blackbox
+    # The others leave a long attack when they are fooled. These, the first ones, are what the
+    # current iterate's accuracy is of. If as many as the test set has, nobody leaves.
+    evaluation.iterate_examples = 1000  # examples that stay to the end of a long attack
+    evaluation.select_on = 'test'  # the best snapshot is chosen on: test (the paper) or validation
     evaluation.batch_size = 500  # examples per call over all devices; alters only rounding
     evaluation.num_examples = placeholder(int)  # the first of the test split; None: all
     evaluation.dtype = 'float32'  # compute of the evaluated network: float32 or bfloat16
     evaluation.inline = True  # evaluate each snapshot in the training process
+    evaluation.follow = False  # in --mode=evaluate: wait for snapshots until the last is evaluated
+    evaluation.follow_timeout = 3600.0  # seconds without a sign of life of training, then give up
+
+    config.blackbox = blackbox = ConfigDict()  # the transfer set, of --mode=blackbox and of studies
+    blackbox.sources = ('baseline', 'vgg')  # files in configs/ whose runs are attacked
+    blackbox.seed = 1000  # of the sources, so that none of them is also a judged run
+    blackbox.steps = 20  # gradient steps of the first round; each round doubles them
+    blackbox.rounds = 6  # at most, each on the examples that some source still gets right
+    blackbox.step_size = config.get_oneway_ref('epsilon') / 2  # Adam's rate, pixels
+    blackbox.start = 'gaussian'  # as attack.start
+    blackbox.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
 
     config.study = study = ConfigDict()  # --mode=study: many runs, one table
     study.systems = ()  # names of files in configs/; every other field here is their common base

@@ -4,6 +4,7 @@ Reproduces: the row DoubleAdv of the paper's Tables 1a, 1b, 1c.
 Run: python main.py --config=configs/doubleadv.py --workdir=DIR
 Cost: 1 x WRN-28-15, 82,040,154 parameters; 2.74e19 operations to train, which is 3.2 days at a
   sustained 100 TFLOP/s. Evaluating its 100 snapshots adds 1.8e18, in float32.
+  The long attacks add at most 0.6 of that.
   This is arithmetic from --mode=describe, not measured.
 Expect, from the paper (nobody has run this config to its end yet):
   1a, last 10 evaluations, clean / IFGSM5 / PGD5 / PGD20 / black-box: .83 / .57 / .46 / .44 / .82

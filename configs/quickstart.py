@@ -31,6 +31,9 @@ def get_config() -> ConfigDict:
     config.train.log_every = 50
     config.train.checkpoint_every = 150
     config.train.snapshot_every = 150
-    config.eval.attacks = ('clean', 'ifgsm5', 'pgd5', 'pgd20')
+    config.eval.attacks = ('clean', 'ifgsm5', 'pgd5', 'pgd20', 'blackbox')
+    config.eval.long_attacks = ('pgd100',)
+    config.eval.iterate_examples = 90
+    config.blackbox.rounds = 3
     config.eval.batch_size = 180
     return config

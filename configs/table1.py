@@ -1,12 +1,16 @@
 """Table 1 of the paper: all eight systems, three seeds each, at the paper's settings.
 
-Reproduces: the white-box columns of Table 1a, from each run's last snapshot.
+Reproduces: the columns of Table 1a, from each run's last snapshot, and those of Table 1c.
 Run: python main.py --mode=study --config=configs/table1.py --workdir=DIR
   The 24 runs follow one another. To share them out, train each on a machine of its own,
     python main.py --config=configs/SYSTEM.py --config.seed=SEED --workdir=DIR/SYSTEM_seedSEED
   as in DIR/ensemble2adv_seed1; the study then finds them finished and makes the table.
+  It makes the transfer set first, in DIR/blackbox, from two clean runs of its own. A set that
+  configs/blackbox.py made is used instead with --config.eval.blackbox_path=FILE, which the
+  machines that train need, too.
 Cost: 4.5e20 operations to train all 24 (1.5e20 a seed), which is 52 days at a sustained 100
   TFLOP/s. Evaluating their 100 snapshots each adds 4.8e19, in float32.
+  The long attacks add at most 0.6 of that.
   This is arithmetic from --mode=describe, not measured.
 Expect, from the paper (nobody has run this config to its end yet): the rows that the header of
   each system's config gives. See "Comparing with the paper" in README.md.
@@ -30,4 +34,5 @@ def get_config() -> ConfigDict:
         'separate2adv',
     )
     config.study.seeds = (0, 1, 2)
+    config.eval.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20', 'blackbox')
     return config

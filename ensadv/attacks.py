@@ -4,8 +4,9 @@ An attack sees a function from images to log-probabilities and nothing of what i
 example is attacked by itself: its result depends on its own key, image and label, not on the batch.
 """
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +16,56 @@ from jax import Array
 from ensadv import losses
 
 LogProbFn = Callable[[Array], Array]  # images [B, H, W, C] in [0, 1] -> log-probs [B, classes]
+# What is climbed: a key of losses.LOSSES, or a function like the values there.
+Loss = str | Callable[[Any, Array], Array]
+StepSize = float | optax.Schedule
+
+NEVER = -1  # in place of a number of steps: the example stood to the end
+LEAST_GRADIENT = 1e-30  # below it the squares underflow in `pgd`, and the attack hardly moves
 
 
-def ifgsm(step_size: float) -> optax.GradientTransformation:
+def ifgsm(step_size: StepSize) -> optax.GradientTransformation:
     """The step of IFGSM (Kurakin et al., 2016): `step_size` pixels along the gradient's sign."""
-    return optax.chain(optax.scale_by_sign(), optax.scale(step_size))
+    return optax.chain(
+        optax.scale_by_sign(), optax.scale_by_learning_rate(step_size, flip_sign=False)
+    )
 
 
-def pgd(step_size: float) -> optax.GradientTransformation:
+def pgd(step_size: StepSize) -> optax.GradientTransformation:
     """The step of the paper's PGD: Adam's update of the gradient with rate `step_size` (pixels).
 
     Adam's epsilon is far below its usual 1e-8, since a confident network's input gradients are
-    not: with 1e-8 the attack would stall where it is needed most.
+    not: with 1e-8 the attack would stall where it is needed most. Nor would the squares of such
+    gradients be float32 numbers, so they are scaled first, which Adam's update does not show.
     """
-    return optax.chain(optax.scale_by_adam(eps=1e-16), optax.scale(step_size))
+    return optax.chain(
+        optax.scale(2.0**40),
+        optax.scale_by_adam(eps=1e-16),
+        optax.scale_by_learning_rate(step_size, flip_sign=False),
+    )
 
 
 STEPS = {'ifgsm': ifgsm, 'pgd': pgd}
+
+
+def schedule(how: str, step_size: float, num_steps: int | Array) -> StepSize:
+    """Returns the step size over an attack's steps 0 .. num_steps - 1.
+
+    Args:
+      how: 'constant', or 'linear' or 'cosine': from `step_size` down to 0 at `num_steps`.
+      step_size: the first step's, in pixels.
+      num_steps: of the whole attack; may be traced.
+
+    Raises:
+      ValueError: for any other `how`.
+    """
+    if how == 'constant':
+        return step_size
+    if how == 'linear':
+        return lambda step: step_size * (1 - step / num_steps)
+    if how == 'cosine':
+        return lambda step: step_size * (1 + jnp.cos(math.pi * step / num_steps)) / 2
+    raise ValueError(f"schedule: expected 'constant', 'linear' or 'cosine', found {how!r}")
 
 
 def start(how: str, rng: Array, x: Array, *, epsilon: float, sigma: float) -> Array:
@@ -65,41 +99,15 @@ def project(x_adv: Array, x: Array, epsilon: float) -> Array:
     return jnp.clip(x_adv, jnp.maximum(x - epsilon, 0), jnp.minimum(x + epsilon, 1))
 
 
-class Outcome(NamedTuple):
-    """What an attack with restarts did to each example.
-
-    Attributes:
-      x_adv: [B, H, W, C], the iterate with the lowest margin over all steps and restarts,
-        the clean image among them.
-      margin: [B], the margin there (`losses.margin`; the example stands where it is > 0).
-      last_margin: [B], the lowest margin among the restarts' last iterates.
-    """
-
-    x_adv: Array
-    margin: Array
-    last_margin: Array
-
-
-def _climb(log_prob_fn, x_start, x, y, *, step, num_steps, epsilon, loss, visit, visited):
-    """Takes the attack's steps; `visited = visit(visited, x_j, log_probs_j)` sees each iterate
-    whose gradient is taken, so all but the last."""
+def _gradient(predict: Callable[[Array], Any], x_adv: Array, y: Array, loss: Loss):
+    """Returns the loss's gradient at each image [B, H, W, C], and the outputs there."""
+    loss_fn = losses.LOSSES[loss] if isinstance(loss, str) else loss
 
     def objective(x_adv):
-        log_probs = log_prob_fn(x_adv)
-        return jnp.sum(losses.LOSSES[loss](log_probs, y)), log_probs
+        outputs = predict(x_adv)
+        return jnp.sum(loss_fn(outputs, y)), outputs
 
-    def body(_, carry):
-        x_adv, step_state, visited = carry
-        gradient, log_probs = jax.grad(objective, has_aux=True)(x_adv)
-        visited = visit(visited, x_adv, log_probs)
-        update, step_state = step.update(gradient, step_state)
-        return project(x_adv + update, x, epsilon), step_state, visited
-
-    x_start = project(x_start, x, epsilon)
-    x_adv, _, visited = jax.lax.fori_loop(
-        0, num_steps, body, (x_start, step.init(x_start), visited)
-    )
-    return x_adv, visited
+    return jax.grad(objective, has_aux=True)(x_adv)
 
 
 def attack(
@@ -113,7 +121,7 @@ def attack(
     epsilon: float,
     start_from: str = 'gaussian',
     sigma: float = 0.0,
-    loss: str = 'cross_entropy',
+    loss: Loss = 'cross_entropy',
 ) -> Array:
     """Returns the attack's last iterate x_adv, [B, H, W, C]: the inner loop of Algorithm 1.
 
@@ -127,18 +135,158 @@ def attack(
       num_steps: gradient steps; may be traced, so that one compilation serves all numbers.
       epsilon: radius of the L-infinity ball, in pixels.
       start_from, sigma: see `start`.
-      loss: a key of `losses.LOSSES`, climbed.
+      loss: a key of `losses.LOSSES`, climbed; or a function (log_probs, labels) -> [B].
     """
-    x_start = start(start_from, rng, x, epsilon=epsilon, sigma=sigma)
-    x_adv, _ = _climb(
-        log_prob_fn, x_start, x, y, step=step, num_steps=num_steps, epsilon=epsilon, loss=loss,
-        visit=lambda visited, *_: visited, visited=(),
-    )  # fmt: skip
-    return x_adv
+    x_start = project(start(start_from, rng, x, epsilon=epsilon, sigma=sigma), x, epsilon)
+
+    def body(_, carry):
+        x_adv, step_state = carry
+        gradient, _ = _gradient(log_prob_fn, x_adv, y, loss)
+        update, step_state = step.update(gradient, step_state)
+        return project(x_adv + update, x, epsilon), step_state
+
+    return jax.lax.fori_loop(0, num_steps, body, (x_start, step.init(x_start)))[0]
+
+
+class Progress(NamedTuple):
+    """An evaluation's attack between two of its steps; every leaf is [B, ...].
+
+    Attributes:
+      x_adv: [B, H, W, C], the current iterate.
+      step_state: each example's own state of the optax transformation.
+      steps: int32 [B], gradient steps taken so far, over all restarts.
+      margin: float32 [B], the lowest margin so far, the clean image's among them.
+      last_margin: float32 [B], the current iterate's; valid after `advance`.
+      fooled_at: int32 [B], `steps` when the margin first was <= 0; NEVER where it has not been.
+      has_gradient: bool [B], whether any step so far had a gradient that is finite and not zero
+        (at least LEAST_GRADIENT in some pixel).
+      x_worst: [B, H, W, C], where the margin was lowest; None where only verdicts are wanted.
+    """
+
+    x_adv: Array
+    step_state: Any
+    steps: Array
+    margin: Array
+    last_margin: Array
+    fooled_at: Array
+    has_gradient: Array
+    x_worst: Array | None
+
+
+def _record(progress: Progress, x: Array, margin: Array) -> Progress:
+    """Takes a point and its margin into account."""
+    lower = margin < progress.margin
+    x_worst = progress.x_worst
+    if x_worst is not None:
+        x_worst = jnp.where(lower[:, None, None, None], x, x_worst)
+    newly = (margin <= 0) & (progress.fooled_at == NEVER)
+    return progress._replace(
+        margin=jnp.where(lower, margin, progress.margin),
+        last_margin=margin,
+        fooled_at=jnp.where(newly, progress.steps, progress.fooled_at),
+        x_worst=x_worst,
+    )
+
+
+def begin(
+    predict: Callable[[Array], Any],
+    x: Array,
+    y: Array,
+    *,
+    step: optax.GradientTransformation,
+    judge: Callable[[Any, Array], Array] = losses.margin,
+    keep_worst: bool = False,
+) -> Progress:
+    """Returns the attack before its first start, with the clean image taken into account."""
+    margin = judge(predict(x), y)
+    progress = Progress(
+        x_adv=x,
+        step_state=jax.vmap(step.init)(x),
+        steps=jnp.zeros(len(x), jnp.int32),
+        margin=jnp.full_like(margin, jnp.inf),
+        last_margin=margin,
+        fooled_at=jnp.full(len(x), NEVER, jnp.int32),
+        has_gradient=jnp.zeros(len(x), bool),
+        x_worst=x if keep_worst else None,
+    )
+    return _record(progress, x, margin)
+
+
+def restart(
+    progress: Progress,
+    rng: Array,
+    x: Array,
+    number: int | Array,
+    *,
+    step: optax.GradientTransformation,
+    epsilon: float,
+    start_from: str,
+    sigma: float,
+) -> Progress:
+    """Returns the attack at the start with this number, counted from 0, for keys rng [B]."""
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(rng)
+    x_start = project(start(start_from, keys, x, epsilon=epsilon, sigma=sigma), x, epsilon)
+    return progress._replace(x_adv=x_start, step_state=jax.vmap(step.init)(x_start))
+
+
+def advance(
+    predict: Callable[[Array], Any],
+    progress: Progress,
+    x: Array,
+    y: Array,
+    *,
+    step: optax.GradientTransformation,
+    num_steps: int | Array,
+    epsilon: float,
+    loss: Loss,
+    judge: Callable[[Any, Array], Array] = losses.margin,
+) -> Progress:
+    """Takes so many steps more; every iterate counts, the first and the last too.
+
+    A gradient that is not finite moves its example nowhere: the iterate stays an image.
+    """
+
+    def body(_, progress):
+        gradient, outputs = _gradient(predict, progress.x_adv, y, loss)
+        progress = _record(progress, progress.x_adv, judge(outputs, y))
+        axes = tuple(range(1, gradient.ndim))
+        finite = jnp.all(jnp.isfinite(gradient), axis=axes, keepdims=True)
+        gradient = jnp.where(finite, gradient, 0)
+        update, step_state = jax.vmap(lambda g, state: step.update(g, state))(
+            gradient, progress.step_state
+        )
+        return progress._replace(
+            x_adv=project(progress.x_adv + update, x, epsilon),
+            step_state=step_state,
+            steps=progress.steps + 1,
+            has_gradient=progress.has_gradient
+            | jnp.any(jnp.abs(gradient) >= LEAST_GRADIENT, axis=axes),
+        )
+
+    progress = jax.lax.fori_loop(0, num_steps, body, progress)
+    return _record(progress, progress.x_adv, judge(predict(progress.x_adv), y))
+
+
+class Outcome(NamedTuple):
+    """What an attack with restarts did to each example.
+
+    Attributes:
+      margin: float32 [B], the lowest margin over all steps and restarts, the clean image among
+        them (`losses.margin`; the example stands where it is > 0).
+      last_margin: float32 [B], the lowest margin among the restarts' last iterates.
+      has_gradient: bool [B], whether any step had a gradient that is finite and not zero. Where an
+        example stands without, it was not attacked.
+      x_adv: [B, H, W, C], where the margin was lowest; None unless asked for.
+    """
+
+    margin: Array
+    last_margin: Array
+    has_gradient: Array
+    x_adv: Array | None
 
 
 def worst_case(
-    log_prob_fn: LogProbFn,
+    predict: Callable[[Array], Any],
     rng: Array,
     x: Array,
     y: Array,
@@ -148,8 +296,10 @@ def worst_case(
     epsilon: float,
     start_from: str = 'gaussian',
     sigma: float = 0.0,
-    restarts: int = 1,
-    loss: str = 'cross_entropy',
+    restarts: int | Array = 1,
+    loss: Loss = 'cross_entropy',
+    judge: Callable[[Any, Array], Array] = losses.margin,
+    keep_worst: bool = True,
 ) -> Outcome:
     """Attacks for evaluation: keeps for each example the worst point seen, in one pass.
 
@@ -157,34 +307,25 @@ def worst_case(
     the points: it lies in the ball too.
 
     Args:
+      predict: a LogProbFn, or any function of the images whose outputs `loss` and `judge` take.
       restarts: independent starts, each with the full number of steps.
-      log_prob_fn, rng, x, y, step, num_steps, epsilon, start_from, sigma, loss: as in `attack`.
+      judge: (outputs, labels) -> margin [B].
+      keep_worst: whether to return the worst points, too.
+      rng, x, y, step, num_steps, epsilon, start_from, sigma, loss: as in `attack`.
     """
 
-    def keep_worst(worst, x_adv, log_probs):
-        worst_x, worst_margin = worst
-        margin = losses.margin(log_probs, y)
-        lower = margin < worst_margin
-        return (
-            jnp.where(lower[:, None, None, None], x_adv, worst_x),
-            jnp.where(lower, margin, worst_margin),
+    def one_restart(i, carry):
+        progress, last_margin = carry
+        progress = restart(
+            progress, rng, x, i, step=step, epsilon=epsilon, start_from=start_from, sigma=sigma
         )
-
-    def restart(i, carry):
-        worst, last_margin = carry
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(rng)
-        x_start = start(start_from, keys, x, epsilon=epsilon, sigma=sigma)
-        x_adv, worst = _climb(
-            log_prob_fn, x_start, x, y, step=step, num_steps=num_steps, epsilon=epsilon, loss=loss,
-            visit=keep_worst, visited=worst,
+        progress = advance(
+            predict, progress, x, y, step=step, num_steps=num_steps, epsilon=epsilon, loss=loss,
+            judge=judge,
         )  # fmt: skip
-        log_probs = log_prob_fn(x_adv)
-        last_margin = jnp.minimum(last_margin, losses.margin(log_probs, y))
-        return keep_worst(worst, x_adv, log_probs), last_margin
+        return progress, jnp.minimum(last_margin, progress.last_margin)
 
-    clean_margin = losses.margin(log_prob_fn(x), y)
-    no_margin = jnp.full_like(clean_margin, jnp.inf)
-    (x_adv, margin), last_margin = jax.lax.fori_loop(
-        0, restarts, restart, ((x, clean_margin), no_margin)
-    )
-    return Outcome(x_adv, margin, last_margin)
+    progress = begin(predict, x, y, step=step, judge=judge, keep_worst=keep_worst)
+    no_margin = jnp.full_like(progress.margin, jnp.inf)
+    progress, last_margin = jax.lax.fori_loop(0, restarts, one_restart, (progress, no_margin))
+    return Outcome(progress.margin, last_margin, progress.has_gradient, progress.x_worst)

@@ -8,13 +8,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 import ensadv
-from ensadv import attacks, data, optim, parallel
+from ensadv import attacks, data, ensemble, optim, parallel, transfer
 from ensadv.config import parse_attack
+from ensadv.errors import ConfigError
+from ensadv.models.gated import Gated
+from ensadv.models.vgg import VGG
 from ensadv.models.wide_resnet import WideResNet
+
+MODELS = {'wide_resnet': WideResNet, 'vgg': VGG}
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -40,20 +46,36 @@ def environment() -> dict[str, Any]:
 
 
 def dataset(config: ConfigDict) -> data.Dataset:
-    """Returns the data, read once; raises data.DataError."""
+    """Returns the data, with the validation split held out; raises data.DataError."""
     group = config.data
-    return data.load(group.name, data_dir=group.data_dir, path=group.path, download=group.download)
+    whole = data.load(group.name, data_dir=group.data_dir, path=group.path, download=group.download)
+    return data.hold_out(whole, group.validation_examples)
+
+
+def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images and labels of the test examples that are evaluated.
+
+    Raises:
+      ConfigError: if fewer are there than config.eval.num_examples.
+    """
+    there = len(dataset.label_test)
+    n = config.eval.num_examples or there
+    if n > there:
+        raise ConfigError(
+            f'eval.num_examples: expected at most the {there} test examples, found {n}'
+        )
+    return tuple(array[:n] for array in dataset.split('test'))
 
 
 def model(config: ConfigDict, dataset: Mapping[str, Any], *, dtype: str) -> nn.Module:
-    """Returns a member's network.
+    """Returns a member's network, with its gate where members are combined by gating.
 
     Args:
       config: the run's.
       dataset: 'num_classes', 'mean' and 'std', as `data.Dataset.describe` gives them.
       dtype: compute type: float32 or bfloat16.
     """
-    return WideResNet(
+    member = MODELS[config.model.name](
         num_classes=dataset['num_classes'],
         mean=tuple(dataset['mean']),
         std=tuple(dataset['std']),
@@ -64,6 +86,25 @@ def model(config: ConfigDict, dataset: Mapping[str, Any], *, dtype: str) -> nn.M
         norm_momentum=config.batch_norm.momentum,
         norm_epsilon=config.batch_norm.epsilon,
         norm_axis=parallel.AXIS if config.batch_norm.sync else None,
+    )
+    if config.ensemble.combine == 'gating':
+        return Gated(member=member, width=config.ensemble.gate_width)
+    return member
+
+
+def network(config: ConfigDict, dataset: Mapping[str, Any]) -> ensemble.Network:
+    """Returns a run's ensemble as it is evaluated.
+
+    Args:
+      config: the run's.
+      dataset: 'num_classes', 'mean', 'std' and 'image_shape'.
+    """
+    module = model(config, dataset, dtype=config.eval.dtype)
+    shape, k = tuple(dataset['image_shape']), config.ensemble.size
+    return ensemble.Network(
+        partial(ensemble.apply, module),
+        config.ensemble.combine,
+        jax.eval_shape(lambda: ensemble.init(module, jax.random.key(0), k, shape)),
     )
 
 
@@ -100,34 +141,51 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
     )
 
 
+def attack_names(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the attacks of every snapshot; with a transfer set blackbox is one of them."""
+    names = tuple(config.eval.attacks)
+    if config.eval.blackbox_path and 'blackbox' not in names:
+        names += ('blackbox',)
+    return names
+
+
 def evaluation_settings(config: ConfigDict, name: str) -> dict[str, Any]:
-    """Returns all that decides an evaluation attack's outcome, as eval/<step>.json has it."""
+    """Returns all that decides an evaluation attack's outcome, as eval/<step>.json has it.
+
+    Raises:
+      UserError: for blackbox, if its transfer set is missing.
+    """
     kind, steps = parse_attack(name)
     settings = {'attack': kind, 'combine': config.ensemble.combine, 'dtype': config.eval.dtype}
-    if kind != 'clean':
-        settings |= {
-            'epsilon': config.epsilon,
-            'steps': steps,
-            'step_size': config.eval[f'{kind}_step_size'],
-            'start': config.eval.start,
-            'sigma': config.eval.sigma,
-            'restarts': config.eval.restarts,
-            'loss': config.eval.loss,
-            'seed': config.eval.seed,
-        }
+    if kind == 'clean':
+        return settings
+    settings['epsilon'] = config.epsilon
+    if kind == 'blackbox':
+        if not config.eval.blackbox_path:
+            raise ConfigError(
+                'eval.blackbox_path: needed for the attack blackbox; --mode=blackbox with '
+                '--config=configs/blackbox.py makes such a file'
+            )
+        record = transfer.read_record(config.eval.blackbox_path, config.epsilon)
+        # The digest, and not the path, decides the outcome.
+        return settings | {'digest': record['digest'], 'share_fooled': record['share_fooled']}
+    group = config.eval[kind]
+    settings |= {
+        'steps': steps,
+        'step_size': group.step_size,
+        'schedule': group.schedule,
+        'start': group.start,
+        'sigma': group.sigma,
+        'restarts': group.restarts,
+        'loss': group.loss,
+        'seed': config.eval.seed,
+    }
+    if name in config.eval.long_attacks:
+        settings['iterate_examples'] = config.eval.iterate_examples
     return settings
 
 
-def worst_case(settings: Mapping[str, Any]) -> Callable[..., attacks.Outcome] | None:
-    """Returns the attack of `evaluation_settings`, short of its number of steps; None for clean."""
-    if settings['attack'] == 'clean':
-        return None
-    return partial(
-        attacks.worst_case,
-        step=attacks.STEPS[settings['attack']](settings['step_size']),
-        epsilon=settings['epsilon'],
-        start_from=settings['start'],
-        sigma=settings['sigma'],
-        restarts=settings['restarts'],
-        loss=settings['loss'],
-    )
+def attack_step(settings: Mapping[str, Any], num_steps: int | jax.Array) -> Any:
+    """Returns the attack's step, for an attack of so many steps (which may be traced)."""
+    step_size = attacks.schedule(settings['schedule'], settings['step_size'], num_steps)
+    return attacks.STEPS[settings['attack']](step_size)

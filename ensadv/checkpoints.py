@@ -8,6 +8,8 @@ from etils import epath
 
 from ensadv import parallel
 
+_TRIES = 20
+
 
 class Checkpoints:
     """Trees of arrays kept in `directory`/<step>/, each whole or not there.
@@ -22,7 +24,10 @@ class Checkpoints:
           directory: where.
           keep: how many of the newest stay; None: all.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+        # Lightweight: it does not look into the steps when it is made; `steps` does, with care.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, lightweight_initialize=True
+        )
         self._directory = directory
         self._options = options
         self._manager: ocp.CheckpointManager | None = None
@@ -38,7 +43,14 @@ class Checkpoints:
         manager = self._open(create=False)
         if manager is None:
             return []
-        manager.reload()
+        for left in reversed(range(_TRIES)):
+            try:
+                manager.reload()
+                break
+            except (FileNotFoundError, NotADirectoryError):
+                # It listed a step that another process deleted before it looked into it.
+                if not left:
+                    raise
         return sorted(manager.all_steps())
 
     def save(self, step: int, tree: Any, *, wait: bool = False) -> None:

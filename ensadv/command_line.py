@@ -15,10 +15,11 @@ from ensadv import config as config_lib
 from ensadv import workdir
 from ensadv.errors import ConfigError, UserError
 
-MODES = ('train', 'evaluate', 'study', 'describe')
+MODES = ('train', 'evaluate', 'study', 'blackbox', 'compare', 'describe')
 FLAGS = flags.FLAGS
 flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
 flags.DEFINE_string('workdir', None, 'Directory of the run or study; may be on gs://.')
+flags.DEFINE_list('ledgers', None, 'For --mode=compare: two files eval/<step>.npz.')
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -28,9 +29,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def workdir_path() -> epath.Path:
-    """Returns --workdir, absolute, since Orbax takes no other."""
-    path = epath.Path(FLAGS.workdir).expanduser()
-    return path if path.is_absolute() else epath.Path(Path.cwd()) / path
+    """Returns --workdir, absolute."""
+    return workdir.absolute(FLAGS.workdir)
 
 
 def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
@@ -60,6 +60,10 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
             FLAGS(argv, known_only=True)
             if FLAGS.workdir:
                 record = workdir.read_record(workdir_path())
+            overrides = [arg for arg in argv[1:] if arg.lstrip('-').startswith('config.')]
+            if record is None and overrides:
+                where = f', and no run is in {FLAGS.workdir} yet' if FLAGS.workdir else ''
+                raise ConfigError(f'--config: needed for {overrides[0]}{where}')
             FLAGS.unparse_flags()
         if record is None:
             config_flags.DEFINE_config_file('config', None, 'File of the config.')

@@ -15,16 +15,18 @@ MUTABLE_FIELDS = (
     'data.data_dir',
     'data.path',  # the data's fingerprint is compared instead
     'data.download',
+    'blackbox',
     'eval.attacks',
     'eval.batch_size',
+    'eval.blackbox_path',
+    'eval.follow',
+    'eval.follow_timeout',
+    'eval.ifgsm',
     'eval.inline',
-    'eval.ifgsm_step_size',
-    'eval.loss',
-    'eval.pgd_step_size',
-    'eval.restarts',
+    'eval.iterate_examples',
+    'eval.long_attacks',
+    'eval.pgd',
     'eval.seed',
-    'eval.sigma',
-    'eval.start',
     'model.conv',
     'study',
     'train.checkpoint_every',
@@ -38,12 +40,17 @@ MUTABLE_FIELDS = (
 )
 
 DATASETS = ('cifar10', 'cifar100', 'svhn_cropped', 'mnist', 'digits', 'npz')
-MODELS = ('wide_resnet',)
-COMBINES = ('probs', 'logits')
+MODELS = ('wide_resnet', 'vgg')
+VGG_DEPTHS = (11, 13, 16, 19)
+COMBINES = ('probs', 'logits', 'gating')
 TRAININGS = ('joint', 'separate')
 ATTACKS = ('ifgsm', 'pgd')
+MAX_ATTACK_STEPS = 10**6
+WITHOUT_STEPS = ('clean', 'blackbox')  # evaluation attacks whose names have no number
 STARTS = ('gaussian', 'uniform', 'none')
 LOSSES = ('cross_entropy', 'margin')
+SCHEDULES = ('constant', 'linear', 'cosine')
+SPLITS = ('test', 'validation')
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -53,29 +60,34 @@ def nearest(found: str, allowed: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ''
 
 
-def parse_attack(name: str) -> tuple[str, int]:
-    """Splits the name of an evaluation attack: 'pgd20' -> ('pgd', 20), 'clean' -> ('clean', 0).
+def parse_attack(name: str, field: str = 'eval.attacks') -> tuple[str, int]:
+    """Splits an evaluation attack's name: 'pgd20' -> ('pgd', 20), 'clean' -> ('clean', 0).
+
+    Args:
+      name: the attack's.
+      field: where it stands, for errors.
 
     Raises:
       ConfigError: for any other name.
     """
-    if name == 'clean':
-        return 'clean', 0
+    if name in WITHOUT_STEPS:
+        return name, 0
     kind = str(name).rstrip('0123456789')
     digits = str(name)[len(kind) :]
-    if kind not in ATTACKS or not digits or int(digits) < 1:
-        examples = ('clean', *(f'{a}{n}' for a in ATTACKS for n in (5, 7, 20)))
+    if kind not in ATTACKS or not digits or not 1 <= int(digits) <= MAX_ATTACK_STEPS:
+        examples = (*WITHOUT_STEPS, *(f'{a}{n}' for a in ATTACKS for n in (5, 7, 20, 500)))
         raise ConfigError(
-            f"eval.attacks: unknown attack '{name}'{nearest(name, examples)}; "
-            f'allowed: clean, or one of {", ".join(ATTACKS)} with a number of steps, as in '
-            f"--config.eval.attacks=\"('clean', 'pgd20')\""
+            f"{field}: unknown attack '{name}'{nearest(name, examples)}; "
+            f'allowed: {", ".join(WITHOUT_STEPS)}, or one of {", ".join(ATTACKS)} with a number of '
+            f"steps up to {MAX_ATTACK_STEPS}, as in --config.eval.attacks=\"('clean', 'pgd20')\""
         )
     return kind, int(digits)
 
 
 def validate(config: ConfigDict) -> None:
     """Raises ConfigError, which names the field, for the first value that is not allowed."""
-    for group in (_validate_data, _validate_network, _validate_train, _validate_attacks):
+    for group in (_validate_data, _validate_network, _validate_train, _validate_attacks,
+                  _validate_evaluation, _validate_blackbox):  # fmt: skip
         group(config)
     for name in config.study.systems:
         if not isinstance(name, str) or not name.isidentifier():
@@ -90,6 +102,7 @@ def validate(config: ConfigDict) -> None:
 def _validate_data(config: ConfigDict) -> None:
     _one_of(config, 'data.name', DATASETS)
     _integer(config, 'data.pad', 0)
+    _integer(config, 'data.validation_examples', 0)
     if config.data.name == 'npz' and not config.data.path:
         raise ConfigError('data.path: needed for data.name=npz, as in --config.data.path=my.npz')
     if config.data.name != 'npz' and config.data.path:
@@ -99,7 +112,11 @@ def _validate_data(config: ConfigDict) -> None:
 def _validate_network(config: ConfigDict) -> None:
     _one_of(config, 'model.name', MODELS)
     depth = config.model.depth
-    if not _is_int(depth) or depth < 10 or (depth - 4) % 6:
+    if config.model.name == 'vgg':
+        if depth not in VGG_DEPTHS:
+            allowed = ', '.join(map(str, VGG_DEPTHS))
+            raise ConfigError(f'model.depth: expected one of {allowed} for vgg, found {depth}')
+    elif not _is_int(depth) or depth < 10 or (depth - 4) % 6:
         raise ConfigError(
             f'model.depth: expected 6n + 4 with n >= 1 (10, 16, 22, ...), found {depth}'
         )
@@ -111,6 +128,23 @@ def _validate_network(config: ConfigDict) -> None:
     _integer(config, 'ensemble.size', 1)
     _one_of(config, 'ensemble.combine', COMBINES)
     _one_of(config, 'ensemble.training', TRAININGS)
+    _integer(config, 'ensemble.gate_width', 1)
+    _one_of(config, 'ensemble.members_snapshot', ('last', 'best'))
+    if config.ensemble.combine == 'gating' and (
+        config.ensemble.training == 'separate' or config.ensemble.members_from
+    ):
+        raise ConfigError(
+            'ensemble.combine: gating is trained with the members, so it goes only with '
+            'ensemble.training=joint and without ensemble.members_from'
+        )
+    members_from = config.ensemble.members_from
+    if members_from is not None and not all(map(str.strip, members_from.split(','))):
+        raise ConfigError(
+            "ensemble.members_from: expected workdirs with a comma between them, as in 'W1,W2', "
+            f"found '{members_from}'"
+        )
+    if members_from and config.eval.follow:
+        raise ConfigError('eval.follow: not with ensemble.members_from, whose runs are finished')
     # Members trained separately have the seeds size * seed + i.
     _integer(config, 'seed', 0, 2**31 // config.ensemble.size - 1)
 
@@ -137,25 +171,71 @@ def _validate_attacks(config: ConfigDict) -> None:
     _one_of(config, 'attack.name', ATTACKS)
     _integer(config, 'attack.steps', 1)
     _one_of(config, 'attack.batch_norm', ('running', 'batch'))
-    for group, step_sizes in (
-        ('attack', ['step_size']),
-        ('eval', ['ifgsm_step_size', 'pgd_step_size']),
-    ):
-        _one_of(config, f'{group}.start', STARTS)
+    _attack_group(config, 'attack')
+
+
+def _attack_group(config: ConfigDict, group: str) -> None:
+    """Checks what every attack has: in training, of an evaluation, and of the transfer set."""
+    _one_of(config, f'{group}.start', STARTS)
+    for field in ('step_size', 'sigma'):
+        _number(config, f'{group}.{field}', 0, 1)
+    if config.epsilon and not _get(config, group).step_size:
+        raise ConfigError(f'{group}.step_size: 0 would be no attack; expected a number > 0')
+    if group != 'blackbox':
         _one_of(config, f'{group}.loss', LOSSES)
-        for field in (*step_sizes, 'sigma'):
-            _number(config, f'{group}.{field}', 0, 1)
-    attacks = tuple(config.eval.attacks)
+
+
+def _validate_evaluation(config: ConfigDict) -> None:
+    group = config.eval
+    for kind in ATTACKS:
+        _attack_group(config, f'eval.{kind}')
+        _one_of(config, f'eval.{kind}.schedule', SCHEDULES)
+        _integer(config, f'eval.{kind}.restarts', 1)
+    attacks, long_attacks = tuple(group.attacks), tuple(group.long_attacks)
     for name in attacks:
         parse_attack(name)
-    if not attacks or len(set(attacks)) != len(attacks):
-        raise ConfigError(f'eval.attacks: expected attacks, each named once, found {attacks}')
-    _integer(config, 'eval.restarts', 1)
+    if not attacks:
+        raise ConfigError(f'eval.attacks: expected at least one attack, found {attacks}')
+    for name in long_attacks:
+        if name in WITHOUT_STEPS:
+            raise ConfigError(f'eval.long_attacks: {name} has no steps; it belongs to eval.attacks')
+        parse_attack(name, 'eval.long_attacks')
+    if len({*attacks, *long_attacks}) != len(attacks) + len(long_attacks):
+        raise ConfigError(
+            'eval.attacks, eval.long_attacks: expected attacks, each named once, found '
+            f'{attacks} and {long_attacks}'
+        )
     _integer(config, 'eval.seed', 0, 2**31 - 1)
     _integer(config, 'eval.batch_size', 1)
-    if config.eval.num_examples is not None:
+    if group.num_examples is not None:
         _integer(config, 'eval.num_examples', 1)
+    _integer(config, 'eval.iterate_examples', 0)
+    _one_of(config, 'eval.select_on', SPLITS)
+    if group.select_on == 'validation' and not config.data.validation_examples:
+        raise ConfigError(
+            'eval.select_on: validation needs held-out examples, as in '
+            '--config.data.validation_examples=5000, from the start of training'
+        )
+    if group.select_on == 'validation' and set(attacks) == {'blackbox'}:
+        raise ConfigError(
+            'eval.select_on: validation needs an attack that can be made on held-out examples; '
+            'eval.attacks names only blackbox'
+        )
     _one_of(config, 'eval.dtype', DTYPES)
+    _number(config, 'eval.follow_timeout', 0, above=True)
+
+
+def _validate_blackbox(config: ConfigDict) -> None:
+    _attack_group(config, 'blackbox')
+    for field in ('steps', 'rounds'):
+        _integer(config, f'blackbox.{field}', 1)
+    _integer(config, 'blackbox.seed', 0, 2**30)
+    sources = tuple(config.blackbox.sources)
+    if not sources or len(set(sources)) != len(sources):
+        raise ConfigError(f'blackbox.sources: expected names, each once, found {sources}')
+    for name in sources:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f'blackbox.sources: {name!r} is not the name of a file in configs/')
 
 
 def _is_int(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Images: whole splits as uint8 arrays, and their sampling and augmentation on the device.
 
-`load` and `spec` run on the host, once. `batch_indices`, `augment` and `to_pixels` are pure `jnp`
-and belong inside the compiled training step.
+`load`, `spec` and `hold_out` run on the host, once. `batch_indices`, `augment` and `to_pixels` are
+pure `jnp` and belong inside the compiled training step.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ NAMES = (*_TFDS, 'digits', 'npz')
 
 _ARRAYS = ('image_train', 'label_train', 'image_test', 'label_test')
 _MAX_CLASSES = 2**16  # beyond it a label is a stray number, not a class
+_HOLD_OUT_SEED = 0  # not the run's: all seeds of a study hold the same examples out
 
 
 class DataError(UserError):
@@ -39,10 +40,11 @@ class DataError(UserError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Both splits of a data set, in host memory.
+    """All splits of a data set, in host memory.
 
     Images are uint8 [n, H, W, C], labels int32 [n] in 0..num_classes - 1. Treat the arrays as
-    read-only: `mean`, `std` and `fingerprint` are computed once and kept.
+    read-only: `mean`, `std` and `fingerprint` are computed once and kept. The validation split is
+    empty unless `hold_out` made the data set; then `held_out_from` is the fingerprint of the whole.
     """
 
     name: str
@@ -51,6 +53,19 @@ class Dataset:
     image_test: np.ndarray
     label_test: np.ndarray
     num_classes: int
+    image_validation: np.ndarray | None = None
+    label_validation: np.ndarray | None = None
+    held_out_from: str | None = None
+
+    def __post_init__(self):
+        for field in ('image', 'label'):
+            if getattr(self, f'{field}_validation') is None:
+                empty = getattr(self, f'{field}_train')[:0]
+                object.__setattr__(self, f'{field}_validation', empty)
+
+    def split(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of the 'train', 'validation' or 'test' split."""
+        return getattr(self, f'image_{name}'), getattr(self, f'label_{name}')
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -83,7 +98,12 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256, as hex digits, of the four arrays: bytes, shapes and dtypes."""
+        """SHA-256, as hex digits, of the four arrays: bytes, shapes and dtypes.
+
+        It identifies the data, whatever part of them is held out.
+        """
+        if self.held_out_from is not None:
+            return self.held_out_from
         digest = hashlib.sha256()
         for field in _ARRAYS:
             array = getattr(self, field)
@@ -94,7 +114,8 @@ class Dataset:
     def describe(self) -> dict:
         """What a run writes down about its data; JSON keeps it unchanged."""
         fields = ('name', 'fingerprint', 'num_classes', 'image_shape', 'mean', 'std')
-        sizes = {'num_train': len(self.image_train), 'num_test': len(self.image_test)}
+        splits = ('train', 'validation', 'test')
+        sizes = {f'num_{split}': len(self.split(split)[1]) for split in splits}
         values = {field: getattr(self, field) for field in fields}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | sizes
 
@@ -124,6 +145,40 @@ def load(
         arrays = _read_npz(path)
         return Dataset(name, *arrays, int(arrays[1].max()) + 1)
     raise DataError(f'data.name: found {name!r}, allowed are {", ".join(NAMES)}')
+
+
+@functools.lru_cache(maxsize=1)  # as `load`: training and evaluation share one copy
+def hold_out(dataset: Dataset, n: int) -> Dataset:
+    """Moves n training examples into the validation split, from which a snapshot can be chosen.
+
+    Which ones depends on n and the number of examples alone, and a larger n adds to those of a
+    smaller one. They are spread over the split, since files may be sorted by class. All examples
+    keep their order; `mean` and `std` become those of what is left to train on.
+
+    Args:
+        dataset: as `load` gives it, with nothing held out yet.
+        n: examples, from 0 up; 0 returns `dataset` itself.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    total = len(dataset.label_train)
+    found = f'data.validation_examples: found {n}'
+    allowed = f'{dataset.name} has {total} training examples, allowed are 0..{total - 1}'
+    _require(0 <= n < total, f'{found}; {allowed}')
+    if n == 0:
+        return dataset
+    held_out = np.zeros(total, bool)
+    # Of NumPy's generators this one is promised to stay the same in later versions.
+    held_out[np.random.RandomState(_HOLD_OUT_SEED).permutation(total)[:n]] = True
+    return dataclasses.replace(
+        dataset,
+        image_train=dataset.image_train[~held_out],
+        label_train=dataset.label_train[~held_out],
+        image_validation=dataset.image_train[held_out],
+        label_validation=dataset.label_train[held_out],
+        held_out_from=dataset.fingerprint,
+    )
 
 
 def spec(

@@ -40,9 +40,10 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
 
 def _shapes(config: ConfigDict, dataset: Mapping[str, Any], k: int) -> tuple[Any, Any, Any]:
     """Returns the network, the shapes of k members' variables, and those of one image."""
-    model = build.model(config, dataset, dtype=config.model.dtype)
+    config = config.copy_and_resolve_references()
     # One device's share is described, so there is no other to average batch statistics with.
-    model = model.clone(norm_axis=None)
+    config.batch_norm.sync = False
+    model = build.model(config, dataset, dtype=config.model.dtype)
     shape = tuple(dataset['image_shape'])
     variables = jax.eval_shape(lambda: ensemble.init(model, jax.random.key(0), k, shape))
     return model, variables, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -61,6 +62,20 @@ def parameters(config: ConfigDict, dataset: Mapping[str, Any]) -> int:
     return _size(_shapes(config, dataset, config.ensemble.size)[1]['params'])
 
 
+_COMBINES = {
+    'probs': 'the mean of their probs',
+    'logits': 'the mean of their logits',
+    'gating': 'gating: a weighted mean of their probs',
+}
+
+
+def _network(config: ConfigDict) -> str:
+    depth, width = config.model.depth, config.model.width
+    if config.model.name == 'vgg':
+        return f'VGG-{depth} with batch norm, {16 * width} to {128 * width} channels'
+    return f'WRN-{depth}-{width}'
+
+
 def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     k, weight = config.ensemble.size, config.train.adversarial_weight
     training = (
@@ -69,8 +84,8 @@ def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
         else 'each member by itself'
     )
     return {
-        'network': f'WRN-{config.model.depth}-{config.model.width}',
-        'members': f'{k}, combined by the mean of their {config.ensemble.combine}',
+        'network': _network(config),
+        'members': f'{k}, combined by {_COMBINES[config.ensemble.combine]}',
         'training': f'{training}, {"clean" if not weight else f"adversarial weight {weight:g}"}',
         'data': f'{dataset["name"]}, images {tuple(dataset["image_shape"])}, '
         f'{dataset["num_classes"]} classes',
@@ -162,9 +177,14 @@ def _training_attack(config: ConfigDict) -> dict[str, str]:
 
 def _evaluation_attacks(config: ConfigDict) -> dict[str, str]:
     rows = {}
-    for name in config.eval.attacks:
+    for name in (*build.attack_names(config), *config.eval.long_attacks):
+        if name == 'blackbox':
+            rows[name] = (
+                f'the examples of {config.eval.blackbox_path or "a set made for the study"}'
+            )
+            continue
         settings = build.evaluation_settings(config, name)
-        shown = ('step_size', 'start', 'sigma', 'restarts', 'loss')
+        shown = ('step_size', 'schedule', 'start', 'sigma', 'restarts', 'loss', 'iterate_examples')
         rows[name] = _settings({key: settings[key] for key in shown if key in settings}) or '-'
     return rows
 

@@ -1,7 +1,8 @@
 """Ensembles: k members of one architecture, stacked on a leading axis of every variable."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -58,11 +59,13 @@ def combine(member_logits: Array, how: str) -> Array:
 
     'probs' averages the members' probabilities, p(y|x) = 1/k sum_i p(y|x, theta_i) (section 3 of
     the paper), in log space, so that it stays finite for any finite logits; 'logits' averages
-    their logits (Liu et al., 2016). With one member both give log_softmax of its logits.
+    their logits (Liu et al., 2016). With one member both give log_softmax of its logits. 'gating'
+    weighs the members' probabilities by the total mass of each, sum_y exp(logits), which gives
+    p(y|x) = sum_i w_i(x) p(y|x, theta_i) for members with a gate (`models.gated`).
 
     Args:
       member_logits: float [k, B, classes].
-      how: 'probs' or 'logits'.
+      how: 'probs', 'logits' or 'gating'.
 
     Raises:
       ValueError: for any other `how`.
@@ -73,4 +76,39 @@ def combine(member_logits: Array, how: str) -> Array:
         return log_probs[0] if k == 1 else jax.nn.logsumexp(log_probs, axis=0) - math.log(k)
     if how == 'logits':
         return jax.nn.log_softmax(jnp.mean(member_logits, axis=0))
-    raise ValueError(f"combine: expected 'probs' or 'logits', found {how!r}")
+    if how == 'gating':
+        return jax.nn.log_softmax(jax.nn.logsumexp(member_logits, axis=0))
+    raise ValueError(f"combine: expected 'probs', 'logits' or 'gating', found {how!r}")
+
+
+class Network(NamedTuple):
+    """What is evaluated: the ensemble of one run, or one whose members are runs.
+
+    Attributes:
+      member_logits: (variables, images [B, H, W, C]) -> logits [k, B, classes].
+      combine: how members' outputs become one, see `combine`.
+      variables: what `member_logits` takes, as jax.ShapeDtypeStructs.
+    """
+
+    member_logits: Callable[[Any, Array], Array]
+    combine: str
+    variables: Any
+
+    def log_probs(self, variables: Any, x: Array) -> Array:
+        """Returns the ensemble's log-probabilities, [B, classes], of images [B, H, W, C]."""
+        return combine(self.member_logits(variables, x), self.combine)
+
+
+def of_networks(networks: Sequence[Network], how: str) -> Network:
+    """Returns the ensemble whose members are these networks, of any architectures.
+
+    Its variables are the list of theirs. A network counts as one member with its combined
+    prediction, however many members it has itself; for a network with one member this is that
+    member.
+    """
+
+    def member_logits(variables, x):
+        # Log-probabilities are logits: log_softmax takes them as they are.
+        return jnp.stack([n.log_probs(v, x) for n, v in zip(networks, variables, strict=True)])
+
+    return Network(member_logits, how, [network.variables for network in networks])

@@ -1,252 +1,274 @@
-"""The evaluation job: snapshots x attacks -> one file of results per snapshot."""
+"""The evaluation job: every snapshot of a run, or an ensemble of runs, under every attack."""
 
+import sys
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, checkpoints, data, ensemble, metrics, parallel, steps, workdir
-from ensadv.errors import UserError
+from ensadv import build, checkpoints, claims, runs, workdir
+from ensadv.errors import ConfigError, TrainingError, UserError
+from ensadv.results import Results, Unit
 
-
-class Evaluator:
-    """Evaluates weights under attacks, on the first examples of a test set, every one once.
-
-    The results depend neither on the batch size nor on the devices: each example has its own key,
-    and the last batch's padding is masked.
-    """
-
-    def __init__(self, config: ConfigDict, dataset: data.Dataset):
-        """Puts the test set on the devices.
-
-        Args:
-          config: a validated config.
-          dataset: its data.
-
-        Raises:
-          UserError: if fewer examples are there than config.eval.num_examples.
-        """
-        self._config = config
-        self.num_examples = config.eval.num_examples or len(dataset.label_test)
-        if self.num_examples > len(dataset.label_test):
-            raise UserError(
-                f'eval.num_examples: expected at most the {len(dataset.label_test)} test examples, '
-                f'found {self.num_examples}'
-            )
-        self.labels = dataset.label_test[: self.num_examples]
-        self._arrays = parallel.replicate((dataset.image_test[: self.num_examples], self.labels))
-        self._model = build.model(config, dataset.describe(), dtype=config.eval.dtype)
-        devices = parallel.num_devices()
-        # A batch is as large as asked for, or as the test set, and divides by the devices.
-        self._batch_size = -(-min(config.eval.batch_size, self.num_examples) // devices) * devices
-        self._compiled: dict[str, Callable[..., Any]] = {}
-
-    def init_variables(self) -> ensemble.Variables:
-        """Returns the shapes of the weights that `evaluate` takes."""
-        image_shape, k = self._arrays[0].shape[1:], self._config.ensemble.size
-        return jax.eval_shape(lambda: ensemble.init(self._model, jax.random.key(0), k, image_shape))
-
-    def evaluate(
-        self, variables: ensemble.Variables, settings: Mapping[str, Any], label: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns each example's worst margin and its margin at the last iterate, float32 [n].
-
-        Args:
-          variables: replicated, every leaf [k, ...].
-          settings: `build.evaluation_settings`.
-          label: of the progress.
-        """
-        step = self._compile(settings)
-        num_steps = np.int32(settings.get('steps', 0))
-        margins = []
-        firsts = range(0, self.num_examples, self._batch_size)
-        robust = 0
-        with metrics.progress(total=self.num_examples, label=label, unit='image') as bar:
-            for first in firsts:
-                outcome = jax.device_get(step(variables, self._arrays, np.int32(first), num_steps))
-                valid = min(self._batch_size, self.num_examples - first)
-                # [devices, share] -> [batch], in the order of the test set.
-                margins.append([m.reshape(-1)[:valid] for m in outcome])
-                robust += int(np.sum(margins[-1][0] > 0))
-                bar.set_postfix(accuracy=f'{robust / (first + valid):.3f}', refresh=False)
-                bar.update(valid)
-        worst, last = (np.concatenate(column) for column in zip(*margins, strict=True))
-        return worst, last
-
-    def _compile(self, settings: Mapping[str, Any]) -> Callable[..., Any]:
-        """Returns the attack's compiled batch step; one serves every number of steps."""
-        kind = str({name: value for name, value in settings.items() if name != 'steps'})
-        if kind in self._compiled:
-            return self._compiled[kind]
-        evaluate_step = partial(
-            steps.evaluate_step,
-            model=self._model,
-            combine=settings['combine'],
-            worst_case=build.worst_case(settings),
-        )
-        seed, last = settings.get('seed', 0), self.num_examples - 1
-
-        def batch_step(variables, arrays, first, num_steps):
-            images, labels = arrays
-            places = jnp.minimum(first + parallel.my_share(self._batch_size), last)
-            keys = jax.vmap(lambda place: jax.random.fold_in(jax.random.key(seed), place))(places)
-            batch = data.to_pixels(images[places]), labels[places]
-            return evaluate_step(variables, batch, keys, num_steps)
-
-        self._compiled[kind] = parallel.run_on_devices(batch_step, 4, replicated_out=False)
-        return self._compiled[kind]
+POLL_SECONDS = 5  # between two looks at what another process does
 
 
 class Job:
-    """Evaluates a run's snapshots that are not evaluated yet, and keeps those worth keeping."""
+    """Evaluates a run's snapshots, each once, and keeps those worth keeping.
+
+    Any number of processes may do this in one workdir: they claim what they are at.
+    """
 
     def __init__(self, config: ConfigDict, workdir_path: epath.Path, label: str = 'evaluate'):
-        """Reads nothing yet: the workdir may be empty still.
-
-        Args:
-          config: a validated config.
-          workdir_path: the run's.
-          label: the run's name in the progress.
-        """
+        """See `Results`."""
         self._config = config
         self._workdir = workdir_path
-        self._label = label
-        self._settings = {
-            name: build.evaluation_settings(config, name) for name in config.eval.attacks
-        }
-        self._evaluator: Evaluator | None = None
-        self._writer: Any = None
+        self._results = Results(
+            config, workdir_path, label, lambda dataset: build.network(config, dataset.describe())
+        )
+        self._claims = claims.Claims(workdir_path / 'claims')
 
-    def evaluate_pending(self) -> None:
-        """Evaluates every snapshot that lacks one of the config's attacks, the oldest first."""
+    def evaluate_pending(self, wait: bool = False) -> None:
+        """Evaluates every snapshot that lacks one of the config's attacks, the oldest first.
+
+        Once the last one is evaluated, the long attacks follow.
+
+        Args:
+          wait: whether to wait for what other processes are at, and do it should they die.
+        """
         snapshots = checkpoints.open_snapshots(self._workdir)
-        for step in snapshots.steps():
-            done, ledger = self._finished(step)
-            if all(name in done for name in self._settings):
+        evaluated = waited = False
+        while pending := self._pending(snapshots):
+            if any(self._evaluate(step, units, snapshots) for step, units in pending):
+                evaluated = True
                 continue
-            if self._evaluator is None:
-                self._open()
-            self._evaluate(step, snapshots, done, ledger)
-        self._prune(snapshots)
+            if not wait:
+                break
+            if not waited:
+                for step, _ in pending:
+                    holder = self._claims.holder(str(step)) or 'another process'
+                    logging.info('%s: waiting: %s is at step %d', self._label, holder, step)
+                waited = True
+            time.sleep(POLL_SECONDS)
+        # It reads all results, too much for each look at a trainer.
+        if evaluated or wait:
+            self._prune(snapshots)
         snapshots.close()
 
+    def follow(self) -> None:
+        """Evaluates snapshots as training writes them, until the last one is evaluated.
+
+        Raises:
+          TrainingError: if training shows no sign of life for config.eval.follow_timeout seconds.
+        """
+        seen, since = None, time.monotonic()
+        while True:
+            self.evaluate_pending()
+            if self._has_last():
+                break
+            signs = self._signs_of_life()
+            # What is still pending is what another process is at, be it for hours.
+            if signs != seen or self._is_pending():
+                seen, since = signs, time.monotonic()
+            elif time.monotonic() - since > self._config.eval.follow_timeout:
+                reached = max((step for steps in signs[:2] for step in steps), default=0)
+                raise TrainingError(
+                    f'no new checkpoint or snapshot in {self._workdir} for '
+                    f'{self._config.eval.follow_timeout:g} s (eval.follow_timeout): training is '
+                    f'at step {reached} of {self._goal()}, and stands still. What is there is '
+                    'evaluated; start training, and then this'
+                )
+            time.sleep(POLL_SECONDS)
+        self.evaluate_pending(wait=True)
+
+    def check(self) -> None:
+        """See `Results.check`."""
+        self._results.check()
+
     def close(self) -> None:
-        """Waits until the metrics are written."""
-        if self._writer is not None:
-            self._writer.flush()
-            self._writer.close()
-            self._writer = None
+        """Waits until the metrics are written, and gives claims back."""
+        self._claims.close()
+        self._results.close()
 
-    def _open(self) -> None:
-        config = self._config
-        # Evaluation computes in a type of its own, on whatever devices there are.
-        workdir.check_config(self._workdir, config, ignore=('model.dtype',))
-        dataset = build.dataset(config)
-        workdir.check_data(self._workdir, dataset.fingerprint)
-        self._evaluator = Evaluator(config, dataset)
-        self._writer = metrics.open_writer(self._workdir / 'eval')
-        self._environment = build.environment()
+    @property
+    def _label(self) -> str:
+        return self._results.label
 
-    def _finished(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Returns a snapshot's results, by attack, and their ledger, as far as they stay valid."""
-        path = workdir.evaluation_path(self._workdir, step, '.json')
-        ledger_path = workdir.evaluation_path(self._workdir, step, '.npz')
-        if not path.exists() or not ledger_path.exists():
-            return {}, {}
-        done = {result['name']: result for result in workdir.read_json(path)['attacks']}
-        for name, settings in self._settings.items():
-            if name in done and done[name]['settings'] != settings:
-                del done[name]
-        return done, workdir.read_arrays(ledger_path)
+    def _pending(self, snapshots: checkpoints.Checkpoints) -> list[tuple[int, list[Unit]]]:
+        """Returns the snapshots with something to do, and what they should have."""
+        steps, units = snapshots.steps(), self._results.units
+        pending = [(step, units) for step in steps if self._results.missing(step, units)]
+        long_units = self._results.long_units
+        if pending or not long_units or not self._has_last():
+            return pending
+        wanted = [step for step in self._worth_keeping() if step in steps]
+        return [(step, long_units) for step in wanted if self._results.missing(step, long_units)]
 
     def _evaluate(
-        self,
-        step: int,
-        snapshots: checkpoints.Checkpoints,
-        done: dict[str, Any],
-        ledger: dict[str, np.ndarray],
-    ) -> None:
-        evaluator = self._evaluator
-        variables = snapshots.restore(step, evaluator.init_variables())
-        results = {}
-        for name, settings in self._settings.items():
-            if name in done:
-                results[name] = done[name]
-                continue
-            start = time.monotonic()
-            worst, last = evaluator.evaluate(
-                variables, settings, label=f'{self._label} step {step} {name}'
-            )
-            correct = worst > 0
-            results[name] = {
-                'name': name,
-                'n': len(correct),
-                'correct': int(np.sum(correct)),
-                'accuracy': float(np.mean(correct)),
-                'last_iterate_accuracy': float(np.mean(last > 0)),
-                'seconds': round(time.monotonic() - start, 3),
-                'settings': settings,
-                **self._environment,
-            }
-            ledger |= {f'{name}_correct': correct, f'{name}_margin': worst}
-        # Attacks that were asked for at another time stay.
-        results |= {name: done[name] for name in done if name not in results}
-        ledger['label'] = evaluator.labels
-        self._write(step, list(results.values()), ledger)
+        self, step: int, units: Sequence[Unit], snapshots: checkpoints.Checkpoints
+    ) -> bool:
+        """Evaluates a snapshot; returns False if another process is at it."""
+        with self._claims.taken(str(step)) as mine:
+            # It may have been done, and even deleted, since it was found to be pending.
+            if mine and step in snapshots.steps():
+                self._results.evaluate(
+                    step, units, lambda network: snapshots.restore(step, network.variables)
+                )
+        return mine
 
-    def _write(self, step: int, results: list[Any], arrays: Mapping[str, np.ndarray]) -> None:
+    def _goal(self) -> int:
+        """Returns the run's last step, by its own config or by this one, whichever is later."""
         record = workdir.read_record(self._workdir)
-        content = {
-            'system': self._config.system,
-            'seed': self._config.seed,
-            'step': step,
-            'dataset': record['dataset']['name'],
-            'fingerprint': record['dataset']['fingerprint'],
-            'split': 'test',
-            'test_examples': record['dataset']['num_test'],
-            'attacks': results,
+        mine = self._config.train.steps
+        return max(mine, record['config']['train']['steps']) if record else mine
+
+    def _has_last(self) -> bool:
+        """Returns whether the snapshot of the run's last step has all attacks but the long ones."""
+        return not self._results.missing(self._goal(), self._results.units)
+
+    def _is_pending(self) -> bool:
+        snapshots = checkpoints.open_snapshots(self._workdir)
+        pending = self._pending(snapshots)
+        snapshots.close()
+        return bool(pending)
+
+    def _signs_of_life(self) -> tuple[Any, ...]:
+        """Returns what changes while training goes on."""
+        folders = []
+        for opened in (
+            checkpoints.open_checkpoints(self._workdir, self._config.train.checkpoints_to_keep),
+            checkpoints.open_snapshots(self._workdir),
+        ):
+            folders.append(tuple(opened.steps()))
+            opened.close()
+        record = workdir.read_record(self._workdir)
+        return *folders, len(record['sessions']) if record else None
+
+    def _worth_keeping(self) -> set[int]:
+        """Returns the best and the last of the steps that have all attacks as they are set now.
+
+        What has others is no rival: another process may be at it.
+        """
+        evaluations = {
+            step: content
+            for step, content in workdir.read_evaluations(self._workdir).items()
+            if not self._results.missing(step, self._results.units)
         }
-        # The ledger first: where the .json is, both are.
-        workdir.write_arrays(workdir.evaluation_path(self._workdir, step, '.npz'), arrays)
-        workdir.write_json(workdir.evaluation_path(self._workdir, step, '.json'), content)
-        accuracies = {result['name']: result['accuracy'] for result in results}
-        self._writer.write_scalars(step, {f'accuracy/{k}': v for k, v in accuracies.items()})
-        shown = ', '.join(f'{name} {value:.3f}' for name, value in accuracies.items())
-        logging.info('%s: step %d: %s', self._label, step, shown)
+        attack = runs.selection_attack(self._wanted_by_run())
+        best = runs.best_step(evaluations, attack, self._config.eval.select_on)
+        return {step for step in (best, max(evaluations, default=None)) if step is not None}
+
+    def _wanted_by_run(self) -> tuple[str, ...]:
+        """Returns the attacks that the run itself asks for, which may be more than this job's."""
+        record = workdir.read_record(self._workdir)
+        stored = record['config']['eval'] if record else {}
+        return tuple(stored.get('attacks', ())) or build.attack_names(self._config)
+
+    def _is_done(self, step: int) -> bool:
+        """Returns whether nobody needs the snapshot for an attack on every snapshot any more."""
+        wanted = [Unit(name, 'test') for name in self._wanted_by_run()]
+        if self._config.eval.select_on == 'validation':
+            wanted.append(Unit(runs.selection_attack(self._wanted_by_run()), 'validation'))
+        return not self._results.missing(step, [*self._results.units, *wanted])
 
     def _prune(self, snapshots: checkpoints.Checkpoints) -> None:
-        """Deletes evaluated snapshots except the last and the best."""
-        evaluations = workdir.read_evaluations(self._workdir)
-        evaluated = [step for step in snapshots.steps() if step in evaluations]
-        if evaluated:
-            keep = {evaluated[-1], best_step(evaluations)}
-            for step in evaluated:
-                if step not in keep:
+        """Deletes snapshots that have all attacks, the run's own too, but for the last and best."""
+        keep = self._worth_keeping()
+        for step in snapshots.steps():
+            if step in keep:
+                continue
+            with self._claims.taken(str(step)) as mine:
+                # Another process may have finished it just now, and found it to be the best.
+                done = mine and self._is_done(step)
+                if done and step not in self._worth_keeping() and step in snapshots.steps():
                     snapshots.delete(step)
 
 
 def run(config: ConfigDict, workdir_path: epath.Path) -> None:
-    """Evaluates every snapshot of a run that is not evaluated yet, and prints the results.
+    """Evaluates what is not evaluated yet of a run, or an ensemble of runs, and prints the results.
 
     Raises:
       UserError: if the workdir holds no run or no snapshot, or the data are not the run's.
+      TrainingError: where it follows training, and that stops.
     """
-    if workdir.read_record(workdir_path) is None:
+    if config.ensemble.members_from:
+        run_members(config, workdir_path)
+        show(workdir_path)
+        return
+    if not config.eval.follow and workdir.read_record(workdir_path) is None:
         raise UserError(f'--workdir={workdir_path}: no run is here (no config.json)')
     job = Job(config, workdir_path, label=config.system)
     try:
-        job.evaluate_pending()
+        if config.eval.follow:
+            job.follow()
+        else:
+            job.evaluate_pending(wait=True)
     finally:
         job.close()
     if not show(workdir_path):
         raise UserError(f'--workdir={workdir_path}: no snapshot to evaluate yet')
+
+
+def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
+    """Evaluates the ensemble whose members are the runs of config.ensemble.members_from.
+
+    The workdir gets a config.json that tells the runs, and eval/ as a run's has it, with the
+    number of the latest of the members' steps.
+
+    Raises:
+      UserError: if a member is not a finished run on this data.
+    """
+    field = 'ensemble.members_from'
+    paths = [workdir.absolute(path.strip()) for path in config.ensemble.members_from.split(',')]
+    if len(set(paths)) != len(paths):
+        raise ConfigError(f'{field}: expected workdirs, each once, found {list(map(str, paths))}')
+    members = [runs.find(path, field, config, config.ensemble.members_snapshot) for path in paths]
+    config = config.copy_and_resolve_references()
+    config.ensemble.members_from = ','.join(map(str, paths))
+    config.ensemble.size = len(members)
+    config.ensemble.training = 'separate'
+    workdir.check_config(workdir_path, config, ignore=('model.dtype',))
+    dataset = build.dataset(config)
+    for member in members:
+        workdir.check_data(member.path, dataset.describe())
+    facts = {
+        'dataset': dataset.describe(),
+        'parameters': sum(member.record['parameters'] for member in members),
+        'members': [member.describe() for member in members],
+    }
+    _check_members(workdir_path, facts['members'])
+    step = max(member.step for member in members)
+    network, variables = runs.load(
+        members, combine=config.ensemble.combine, dtype=config.eval.dtype
+    )
+    results = Results(config, workdir_path, config.system, lambda _: network)
+    # An ensemble of runs has this one snapshot, its best and its last.
+    units = [*results.units, *results.long_units]
+    with claims.Claims(workdir_path / 'claims').taken(str(step)) as mine:
+        if not mine:
+            raise UserError(f'--workdir={workdir_path}: another process is evaluating this')
+        if results.missing(step, units):
+            session = {'step': step, **build.environment(), 'command': sys.argv}
+            workdir.write_record(workdir_path, config, facts, session)
+        try:
+            results.evaluate(step, units, lambda _: variables)
+        finally:
+            results.close()
+
+
+def _check_members(workdir_path: epath.Path, members: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a workdir whose results are of other snapshots of these runs."""
+    record = workdir.read_record(workdir_path)
+    found = [member['step'] for member in record['members']] if record else []
+    steps = [member['step'] for member in members]
+    if record and found != steps:
+        raise UserError(
+            f"--workdir={workdir_path}: is of the members' snapshots of steps {found}, and now "
+            f'they are {steps}; use another workdir'
+        )
 
 
 def show(workdir_path: epath.Path) -> bool:
@@ -256,23 +278,3 @@ def show(workdir_path: epath.Path) -> bool:
         shown = '  '.join(f'{r["name"]} {r["accuracy"]:.4f}' for r in content['attacks'])
         print(f'step {step}  n {content["attacks"][0]["n"]}  {shown}')
     return bool(evaluations)
-
-
-def best_step(evaluations: Mapping[int, Mapping[str, Any]]) -> int:
-    """Returns the step with the best IFGSM5 accuracy, the paper's choice; the earliest of equals.
-
-    Where IFGSM5 was never evaluated it is the first attack that was. Steps without are passed over.
-
-    Args:
-      evaluations: the content of eval/<step>.json by step, at least one.
-    """
-    names = [result['name'] for content in evaluations.values() for result in content['attacks']]
-    attacked = [name for name in names if name != 'clean'] or names
-    chosen = 'ifgsm5' if 'ifgsm5' in names else attacked[0]
-    accuracies = {
-        step: result['accuracy']
-        for step in sorted(evaluations)
-        for result in evaluations[step]['attacks']
-        if result['name'] == chosen
-    }
-    return max(accuracies, key=accuracies.get)

@@ -1,5 +1,6 @@
 """What training descends and attacks climb, per example, from the ensemble's log-probabilities."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,8 +21,11 @@ def margin(log_probs: Array, labels: Array) -> Array:
       labels: int [B].
     """
     is_label = jnp.arange(log_probs.shape[-1]) == labels[:, None]
-    others = jnp.max(jnp.where(is_label, -jnp.inf, log_probs), axis=-1)
-    result = -cross_entropy(log_probs, labels) - others
+    others = jnp.where(is_label, -jnp.inf, jax.lax.stop_gradient(log_probs))
+    # Not max: its gradient goes to what equals the maximum, and where XLA computes that anew, with
+    # another rounding, to nothing.
+    other = jnp.argmax(others, axis=-1)
+    result = cross_entropy(log_probs, other) - cross_entropy(log_probs, labels)
     return jnp.where(jnp.isnan(result), -jnp.inf, result)
 
 

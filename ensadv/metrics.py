@@ -32,7 +32,7 @@ def progress(*, total: int, initial: int = 0, label: str, unit: str) -> tqdm.tqd
     settings = {'total': total, 'initial': initial, 'desc': label, 'unit': unit}
     if sys.stderr.isatty():
         return tqdm.tqdm(**settings, dynamic_ncols=True, leave=False)
-    line = '{desc}: {percentage:.0f}% ({n_fmt}/{total_fmt}), {rate_fmt}, {remaining} left'
+    line = '{desc}: {percentage:.0f}% ({n_fmt}/{total_fmt}), {rate_fmt}, {remaining} left{postfix}'
     return tqdm.tqdm(
         **settings, file=_LogStream(), mininterval=LOG_SECONDS, delay=LOG_SECONDS,
         bar_format=line, leave=False,

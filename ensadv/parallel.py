@@ -42,15 +42,14 @@ def my_share(batch_size: int) -> Array:
 
 
 def run_on_devices(
-    f: Callable[..., Any], num_args: int, *, replicated_out: bool, donate_first: bool = False
+    f: Callable[..., Any], num_args: int, *, donate_first: bool = False
 ) -> Callable[..., Any]:
     """Compiles f to run on every device with the same arguments; f asks `my_share` for its part.
 
     Args:
-      f: takes `num_args` trees, all replicated.
+      f: takes `num_args` trees, all replicated, and returns the same on every device (after
+        `mean_over_devices`).
       num_args: how many.
-      replicated_out: whether every device returns the same (after `mean_over_devices`), and so the
-        result has no device axis; else it gets one in front.
       donate_first: whether the first argument's memory becomes the result's.
     """
     # pmap wants one argument with a device axis, and donates by position only.
@@ -58,8 +57,31 @@ def run_on_devices(
         lambda *args: f(*args[:-1]),
         axis_name=AXIS,
         in_axes=(*[None] * num_args, 0),
-        out_axes=None if replicated_out else 0,
+        out_axes=None,
         donate_argnums=(0,) if donate_first else (),
     )
     unused = np.zeros(jax.local_device_count(), np.int8)
     return lambda *args: mapped(*args, unused)
+
+
+def map_examples(f: Callable[..., Any], num_shared: int) -> Callable[..., Any]:
+    """Compiles f(*shared, batch) so that every device computes its share of the batch's examples.
+
+    Args:
+      f: takes `num_shared` replicated trees, then one whose leaves are [B, ...]; returns another
+        such. An example's result may depend on that example alone.
+      num_shared: how many.
+
+    Returns:
+      The function, whose batch is of NumPy arrays with B divisible by the devices, and so is its
+      result.
+    """
+    devices = num_devices()
+    mapped = jax.pmap(f, axis_name=AXIS, in_axes=(*[None] * num_shared, 0))
+
+    def call(*args):
+        batch = jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), args[-1])
+        result = jax.device_get(mapped(*args[:-1], batch))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)
+
+    return call

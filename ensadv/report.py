@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from ensadv import workdir
+from ensadv import analysis, workdir
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,21 +76,24 @@ def table(runs: Sequence[Run]) -> str:
             system,
             str(first['config']['ensemble']['size']),
             f'{first["parameters"]:,}',
-            *(_spread([r.attacks[n]['accuracy'] for r in mine if n in r.attacks]) for n in names),
+            *(_cell([r.attacks[n] for r in mine if n in r.attacks]) for n in names),
             str(len(mine)),
         ]
         rows.append(row)
-    return '\n'.join([_markdown(rows), '', *_basis(runs), *apart, ''])
+    return '\n'.join([analysis.markdown(rows), '', *_basis(runs), *apart, ''])
 
 
 def _difference(first: Run, run: Run) -> str:
     """Returns why two runs' numbers cannot stand in one table; '' if they can."""
     if run.record['dataset']['fingerprint'] != first.record['dataset']['fingerprint']:
         return f'its data are others ({run.record["dataset"]["name"]})'
+    trained_on, expected = (r.record['dataset']['num_train'] for r in (run, first))
+    if trained_on != expected:
+        return f'trained on {trained_on:,} examples, not {expected:,}'
     for name, result in run.attacks.items():
         expected = first.attacks.get(name)
         if expected is None:
-            return f'the first run has no {name}'
+            continue
         if result['n'] != expected['n']:
             return f'{name} on {result["n"]:,} examples, not {expected["n"]:,}'
         for setting, value in expected['settings'].items():
@@ -100,13 +103,14 @@ def _difference(first: Run, run: Run) -> str:
     return ''
 
 
-def _spread(accuracies: Sequence[float]) -> str:
-    if not accuracies:
+def _cell(results: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the mean over the seeds and its spread; * where an attack had no gradient."""
+    if not results:
         return '-'
-    mean = f'{100 * statistics.mean(accuracies):.1f}'
-    if len(accuracies) == 1:
-        return mean
-    return f'{mean} ({100 * min(accuracies):.1f}-{100 * max(accuracies):.1f})'
+    accuracies = [100 * result['accuracy'] for result in results]
+    mark = '*' if any(result.get('no_gradient') for result in results) else ''
+    mean = f'{statistics.mean(accuracies):.1f}{mark}'
+    return mean if len(results) == 1 else f'{mean} ({min(accuracies):.1f}-{max(accuracies):.1f})'
 
 
 def _basis(runs: Sequence[Run]) -> list[str]:
@@ -120,18 +124,24 @@ def _basis(runs: Sequence[Run]) -> list[str]:
         for name, result in attacks.items()
         if name != 'clean'
     ]
+    without = sum(r.get('no_gradient', 0) for run in runs for r in run.attacks.values())
+    if without:
+        settings.append(
+            f'* {without:,} examples stood without having been attacked, their gradients being '
+            'zero or NaN; they are not counted as correct.'
+        )
     trained = [session for run in runs for session in run.record['sessions']]
     evaluated = [result for run in runs for result in run.attacks.values()]
     return [
         f'Accuracy in % on {n:,} of the {dataset["num_test"]:,} test images of {dataset["name"]}; '
-        'under attack, at the worst point seen over all steps, the clean image among them.',
+        'under white-box attacks at the worst point over all steps, the clean image among them.',
         f'Snapshot: the last, step {span}; nothing was selected on the test set.',
         *settings,
         f'Trained on {_machines(trained)}; evaluated on {_machines(evaluated)}.',
     ]
 
 
-_SHOWN = ('epsilon', 'step_size', 'start', 'restarts', 'loss')
+_SHOWN = ('epsilon', 'step_size', 'schedule', 'start', 'restarts', 'loss', 'digest', 'share_fooled')
 
 
 def _machines(sessions: Sequence[Mapping[str, Any]]) -> str:
@@ -143,16 +153,3 @@ def _machines(sessions: Sequence[Mapping[str, Any]]) -> str:
             for s in sessions
         )
     )
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows as an aligned Markdown table; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return '| ' + ' | '.join([first, *rest]) + ' |'
-
-    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
-    return '\n'.join([line(rows[0]), line(rule), *map(line, rows[1:])])

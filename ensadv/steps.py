@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: pure functions of arrays."""
+"""One training step: a pure function of arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ensadv import attacks, ensemble, losses
+from ensadv import ensemble, losses
 from ensadv.optim import TrainState
 
 Batch = tuple[Array, Array]  # images float32 [B, H, W, C] in [0, 1], labels int32 [B]
@@ -110,38 +110,6 @@ def train_step(
         opt_state=opt_state,
     )
     return state, metrics
-
-
-def evaluate_step(
-    variables: ensemble.Variables,
-    batch: Batch,
-    rng: Array,
-    num_steps: int | Array,
-    *,
-    model: nn.Module,
-    combine: str,
-    worst_case: Callable[..., attacks.Outcome] | None,
-) -> tuple[Array, Array]:
-    """Returns each example's worst margin and its margin at the last iterate, float32 [B] each.
-
-    Args:
-      variables: the members', with running averages.
-      batch: images and labels.
-      rng: keys [B], one per example.
-      num_steps: the attack's gradient steps; may be traced.
-      model, combine: as in `train_step`.
-      worst_case: `attacks.worst_case` with its settings bound, or None for the clean images.
-    """
-    x, y = batch
-
-    def log_prob_fn(images):
-        return ensemble.combine(ensemble.apply(model, variables, images), combine)
-
-    if worst_case is None:
-        margin = losses.margin(log_prob_fn(x), y)
-        return margin, margin
-    outcome = worst_case(log_prob_fn, rng, x, y, num_steps=num_steps)
-    return outcome.margin, outcome.last_margin
 
 
 def _accuracy(log_probs: Array, labels: Array) -> Array:

@@ -129,7 +129,7 @@ def make_train_steps(config: ConfigDict, model: Any, dataset: data.Dataset) -> C
 
         return jax.lax.fori_loop(0, num_steps, body, (state, zeros))
 
-    return parallel.run_on_devices(train_steps, 4, replicated_out=True, donate_first=True)
+    return parallel.run_on_devices(train_steps, 4, donate_first=True)
 
 
 def check_fits(config: ConfigDict, dataset: data.Dataset) -> None:
@@ -222,9 +222,11 @@ def run(
       TrainingError: if the loss is no longer finite.
     """
     config = build.resolve(config)
-    workdir.check_config(workdir_path, config)
     saved = checkpoints.open_checkpoints(workdir_path, config.train.checkpoints_to_keep)
     step = max(saved.steps(), default=0)
+    # A finished run is looked at on any machine, whatever type it would train in there.
+    ignore = ('model.dtype',) if step >= config.train.steps else ()
+    workdir.check_config(workdir_path, config, ignore)
     if step < config.train.steps:
         try:
             _train(config, workdir_path, step, saved, on_snapshot, label)
@@ -239,7 +241,7 @@ def _train(config, workdir_path, step, saved, on_snapshot, label) -> None:
     dataset = build.dataset(config)
     check_fits(config, dataset)
     description = dataset.describe()
-    workdir.check_data(workdir_path, dataset.fingerprint)
+    workdir.check_data(workdir_path, description)
     model = build.model(config, description, dtype=config.model.dtype)
     keys = learner_keys(config)
     make_state = partial(init_state, config, model, dataset.image_shape)
@@ -297,12 +299,14 @@ def _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot) -
             means = interval.means(step, train.batch_size)
             log.scalars(step, means | {'learning_rate': float(schedule(step - 1))})
         log.step(step)
-        if due['snapshot'] and step not in snapshots.steps():
+        new_snapshot = due['snapshot'] and step not in snapshots.steps()
+        if new_snapshot:
             snapshots.save(step, snapshot_of(config, state), wait=True)
-            if on_snapshot:
-                on_snapshot()
         if due['checkpoint']:
             saved.save(step, state)
+        # Evaluation may take long: what training needs is safe by then.
+        if new_snapshot and on_snapshot:
+            on_snapshot()
         if any(due.values()):
             interval = _Interval(step)
     snapshots.close()

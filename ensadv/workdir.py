@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,12 @@ from ml_collections import ConfigDict
 
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, UserError
+
+
+def absolute(path: str) -> epath.Path:
+    """Returns a path as the user gave it, absolute, since Orbax takes no other."""
+    expanded = epath.Path(path).expanduser()
+    return expanded if expanded.is_absolute() else epath.Path(Path.cwd()) / expanded
 
 
 def write_bytes(path: epath.Path, content: bytes) -> None:
@@ -51,6 +58,23 @@ def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def read_ledger(path: epath.Path) -> dict[str, np.ndarray]:
+    """Reads eval/<step>.npz as a user names it.
+
+    Raises:
+      UserError: if it is missing, damaged or no ledger.
+    """
+    if not path.exists():
+        raise UserError(f'{path}: found no such file, expected eval/<step>.npz of a run')
+    try:
+        ledger = read_arrays(path)
+    except Exception as error:  # whatever storage, zipfile and NumPy raise
+        raise UserError(f'{path}: expected an undamaged .npz of plain arrays ({error})') from error
+    if 'label' not in ledger:
+        raise UserError(f'{path}: expected a ledger, found no array label in it')
+    return ledger
+
+
 def read_record(workdir: epath.Path) -> dict[str, Any] | None:
     """Returns config.json's content ('config', 'dataset', ...), or None where there is none."""
     path = workdir / 'config.json'
@@ -80,13 +104,30 @@ def check_config(workdir: epath.Path, config: ConfigDict, ignore: tuple[str, ...
             )
 
 
-def check_data(workdir: epath.Path, fingerprint: str) -> None:
-    """Raises UserError if the workdir's run was made on data with another fingerprint."""
+def check_data(workdir: epath.Path, dataset: Mapping[str, Any]) -> None:
+    """Checks that a workdir is free, or that of a run on these data.
+
+    Args:
+      workdir: the run's.
+      dataset: as `data.Dataset.describe` gives it.
+
+    Raises:
+      UserError: if its run was made on data with another fingerprint, or on another part of them.
+    """
     record = read_record(workdir)
-    if record is not None and record['dataset']['fingerprint'] != fingerprint:
+    if record is None:
+        return
+    found = record['dataset']
+    if found['fingerprint'] != dataset['fingerprint']:
         raise UserError(
-            f'--workdir={workdir}: its run was made on other data than {record["dataset"]["name"]} '
-            'holds now (another fingerprint)'
+            f'{workdir}: its run was made on other data than {found["name"]} holds now (another '
+            'fingerprint)'
+        )
+    if found['num_train'] != dataset['num_train']:
+        raise UserError(
+            f'{workdir}: its run was trained on {found["num_train"]} examples, and '
+            f'data.validation_examples leaves {dataset["num_train"]}: it may have seen what is '
+            'held out here'
         )
 
 

@@ -160,3 +160,35 @@ def test_small_gradients_do_not_stall_pgd():
     faint = lambda x: linear(x) * 1e-12
     x_adv = attack('pgd', 40, 0.02, start_from='none')(faint, KEYS, X, Y)
     np.testing.assert_allclose(x_adv, worst_of_linear(), atol=1e-6)
+
+
+def confident(gap):
+    """Two classes, of which the first leads by `gap` and the sum of the pixels."""
+
+    def log_prob_fn(x):
+        lead = (gap + x.sum((1, 2, 3))) / 2
+        return jax.nn.log_softmax(jnp.stack([lead, -lead], axis=-1))
+
+    return log_prob_fn
+
+
+def attack_confident(gap):
+    x, y = jnp.full((1, 2, 2, 1), 0.5), jnp.zeros(1, int)
+    keys = jax.random.split(jax.random.key(0), 1)
+    return attacks.worst_case(
+        confident(gap), keys, x, y, step=attacks.pgd(0.02), num_steps=20, epsilon=0.1,
+        start_from='none',
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('gap', [20, 45, 60])
+def test_pgd_goes_on_where_the_network_is_very_confident(gap):
+    """The squares of its gradients, as small as exp(-60), are no float32 numbers."""
+    outcome = attack_confident(gap)
+    np.testing.assert_allclose(outcome.margin, gap + 2 - 0.4, rtol=1e-5)
+    assert outcome.has_gradient.all()
+
+
+@pytest.mark.parametrize('gap', [75, 200])
+def test_a_gradient_too_faint_to_follow_is_none(gap):
+    assert not attack_confident(gap).has_gradient.any()

@@ -44,7 +44,7 @@ def test_the_default_is_the_papers():
         'train.learning_rate': 0.1, 'train.learning_rate_steps': [30_000, 60_000, 90_000],
         'train.learning_rate_factor': 0.2, 'train.weight_decay': 5e-4,
         'train.adversarial_weight': 1.0, 'attack.name': 'ifgsm', 'attack.steps': 7,
-        'attack.step_size': 2 / 255, 'attack.sigma': 4 / 255, 'eval.sigma': 4 / 255,
+        'attack.step_size': 2 / 255, 'attack.sigma': 4 / 255, 'eval.pgd.sigma': 4 / 255,
     }  # fmt: skip
     found = flat(default.get_config())
     assert {field: found[field] for field in expected} == expected
@@ -57,20 +57,20 @@ def test_every_field_is_explained_where_it_is_declared_and_read_somewhere():
     for field in flat(default.get_config()):
         name = field.rpartition('.')[2]
         assert re.search(rf'\.{name} = .*  # \w', declared), field
-        # eval's step sizes are read by the name of their attack, the periods by that of what is due
-        by_name = {'ifgsm_step_size', 'pgd_step_size', 'name'}
+        # the periods are read by the name of what is due
+        by_name = {'name'}
         assert re.search(rf'\.{name}\b', code) or name in by_name, field
 
 
 def test_sizes_follow_epsilon_unless_set():
     config = default.get_config()
     config.epsilon = 0.4
-    config.eval.sigma = 0.01
+    config.eval.pgd.sigma = 0.01
     found = flat(config)
-    assert found['attack.step_size'] == found['eval.ifgsm_step_size'] == 0.1
-    assert found['eval.pgd_step_size'] == 0.2
-    assert found['attack.sigma'] == 0.2
-    assert found['eval.sigma'] == 0.01
+    assert found['attack.step_size'] == found['eval.ifgsm.step_size'] == 0.1
+    assert found['eval.pgd.step_size'] == found['blackbox.step_size'] == 0.2
+    assert found['attack.sigma'] == found['eval.ifgsm.sigma'] == 0.2
+    assert found['eval.pgd.sigma'] == 0.01
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,23 @@ def test_sizes_follow_epsilon_unless_set():
         ('eval.attacks', ('pgd0',), "unknown attack 'pgd0'"),
         ('eval.attacks', (), 'found ()'),
         ('eval.attacks', ('pgd5', 'pgd5'), 'named once'),
-        ('eval.loss', 'cross-entropy', "did you mean 'cross_entropy'?"),
-        ('eval.restarts', 0, '>= 1'),
+        ('eval.attacks', ('clean', 'blackboks'), "did you mean 'blackbox'?"),
+        ('eval.long_attacks', ('clean',), 'clean has no steps'),
+        ('eval.long_attacks', ('pgd20',), 'named once'),
+        ('eval.pgd.loss', 'cross-entropy', "did you mean 'cross_entropy'?"),
+        ('eval.ifgsm.restarts', 0, '>= 1'),
+        ('eval.ifgsm.schedule', 'cosin', "did you mean 'cosine'?"),
+        ('eval.pgd.step_size', -0.1, '>= 0'),
+        ('eval.iterate_examples', -1, '>= 0'),
+        ('eval.select_on', 'train', 'allowed: test, validation'),
+        ('eval.select_on', 'validation', 'data.validation_examples=5000'),
+        ('eval.follow_timeout', 0, '> 0'),
+        ('data.validation_examples', -1, '>= 0'),
+        ('ensemble.gate_width', 0, '>= 1'),
+        ('ensemble.members_snapshot', 'first', 'allowed: last, best'),
+        ('blackbox.sources', (), 'found ()'),
+        ('blackbox.sources', ('baseline', 'no/file'), 'not the name of a file'),
+        ('blackbox.rounds', 0, '>= 1'),
         ('eval.num_examples', 0, '>= 1'),
         ('batch_norm.momentum', 1.0, '>= 0 and < 1'),
         ('seed', -1, '>= 0'),

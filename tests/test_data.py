@@ -112,10 +112,11 @@ def test_fingerprint_tells_any_difference():
 def test_describe_survives_json():
     description = tiny_dataset().describe()
     assert json.loads(json.dumps(description)) == description
-    expected = {'name', 'fingerprint', 'image_shape', 'num_classes', 'num_train', 'num_test'}
-    assert set(description) == expected | {'mean', 'std'}
+    expected = {'name', 'fingerprint', 'image_shape', 'num_classes', 'mean', 'std'}
+    assert set(description) == expected | {'num_train', 'num_validation', 'num_test'}
     assert description['image_shape'] == [4, 5, 3]
-    assert (description['num_train'], description['num_test']) == (9, 4)
+    sizes = [description[f'num_{split}'] for split in ('train', 'validation', 'test')]
+    assert sizes == [9, 0, 4]
 
 
 def test_flips_only_where_a_mirrored_image_means_the_same():
@@ -124,6 +125,80 @@ def test_flips_only_where_a_mirrored_image_means_the_same():
         'cifar100',
         'npz',
     ]
+
+
+# The validation split
+
+
+def numbered_dataset(total: int = 100, classes: int = 5) -> data.Dataset:
+    """A data set sorted by class, whose training images hold their own place."""
+    places = np.arange(total)
+    images = np.stack([places // 256, places % 256], axis=-1).astype(np.uint8)
+    labels = (places * classes // total).astype(np.int32)
+    test = tiny_arrays()['label_test'].astype(np.int32)
+    images = images.reshape(total, 1, 1, 2)
+    return data.Dataset('npz', images, labels, images[:4], test, classes)
+
+
+def places(images: np.ndarray) -> list[int]:
+    return (images.reshape(-1, 2).astype(int) @ [256, 1]).tolist()
+
+
+def test_held_out_examples_are_not_trained_on():
+    whole = numbered_dataset()
+    held = data.hold_out(whole, 20)
+    train, validation = places(held.image_train), places(held.image_validation)
+    assert (len(train), len(validation)) == (80, 20)
+    assert sorted(train + validation) == list(range(100))
+    assert (train, validation) == (sorted(train), sorted(validation))  # the order is kept
+    np.testing.assert_array_equal(held.label_train, whole.label_train[train])
+    np.testing.assert_array_equal(held.label_validation, whole.label_train[validation])
+    assert set(held.label_validation) == set(range(5))  # sorted by class, yet all are there
+    pixels = held.image_train.reshape(-1, 2) / 255
+    np.testing.assert_allclose(held.mean, pixels.mean(axis=0), rtol=1e-10)
+    assert held.std[1] == pytest.approx(pixels.std(axis=0)[1], rel=1e-10)
+    assert held.mean != whole.mean
+    for split in ('train', 'validation', 'test'):
+        images, labels = held.split(split)
+        assert images is getattr(held, f'image_{split}')
+        assert labels is getattr(held, f'label_{split}')
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+        assert held.describe()[f'num_{split}'] == len(images) == len(labels)
+    assert held.split('test')[0] is whole.image_test
+
+
+def test_the_same_examples_are_always_held_out():
+    chosen = places(data.hold_out(numbered_dataset(), 10).image_validation)
+    # What runs that resume elsewhere refer to: NumPy must not change it unnoticed.
+    assert chosen == [2, 16, 26, 54, 55, 73, 75, 86, 93, 95]
+    more = places(data.hold_out(numbered_dataset(), 30).image_validation)
+    assert set(chosen) < set(more)
+    largest = places(data.hold_out(numbered_dataset(50000, 10), 5).image_validation)
+    assert largest == [11841, 19602, 25747, 42642, 45519]
+
+
+def test_the_fingerprint_is_that_of_the_whole():
+    whole = numbered_dataset()
+    assert data.hold_out(whole, 20).fingerprint == numbered_dataset().fingerprint
+    held = data.hold_out(whole, 99)
+    assert held.describe()['fingerprint'] == whole.describe()['fingerprint']
+    assert (held.describe()['num_train'], held.describe()['num_validation']) == (1, 99)
+
+
+def test_nothing_held_out_is_the_data_set_itself():
+    whole = numbered_dataset()
+    assert data.hold_out(whole, 0) is whole
+    images, labels = whole.split('validation')
+    assert (images.shape, images.dtype) == ((0, 1, 1, 2), np.uint8)
+    assert (labels.shape, labels.dtype) == ((0,), np.int32)
+
+
+@pytest.mark.parametrize('n', [-1, 100, 101])
+def test_something_is_left_to_train_on(n):
+    with pytest.raises(data.DataError) as caught:
+        data.hold_out(numbered_dataset(), n)
+    expected = f'data.validation_examples: found {n}; npz has 100 training examples, '
+    assert str(caught.value) == f'{expected}allowed are 0..99'
 
 
 # A user's own arrays

@@ -1,14 +1,23 @@
 """One, two and four devices compute the same run."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, overrides, run_main, tiny_config
+from conftest import QUICK_COMPILE, TINY, overrides, run_main, tiny_config, variables_like
 from etils import epath
 
-from ensadv import build, checkpoints, evaluate, workdir
+from ensadv import checkpoints, workdir
 
-FIELDS = TINY | {'batch_norm.sync': True, 'train.steps': 3, 'train.snapshot_every': 3}
+FIELDS = TINY | {
+    'batch_norm.sync': True,
+    'train.steps': 3,
+    'train.snapshot_every': 3,
+    'eval.inline': False,
+    'eval.long_attacks': ('pgd6',),
+    'eval.iterate_examples': 7,
+}
 
 
 @pytest.fixture(scope='module')
@@ -16,15 +25,16 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp('devices')
     for devices in (1, 2, 4):
         command = ['--config=configs/ensemble2adv.py', *overrides(FIELDS)]
-        result = run_main(*command, f'--workdir={root}/{devices}', devices=devices)
+        result = run_main(
+            *command, f'--workdir={root}/{devices}', devices=devices, xla_flags=QUICK_COMPILE
+        )
         assert result.returncode == 0, result.stderr
     return epath.Path(root)
 
 
 def weights(path):
     config = tiny_config('ensemble2adv')
-    like = evaluate.Evaluator(config, build.dataset(config)).init_variables()
-    return jax.device_get(checkpoints.open_snapshots(path).restore(3, like))
+    return jax.device_get(checkpoints.open_snapshots(path).restore(3, variables_like(config)))
 
 
 def test_the_trajectory_is_the_same(runs):
@@ -38,14 +48,29 @@ def test_the_trajectory_is_the_same(runs):
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 
 
-def test_the_evaluation_is_the_same(runs):
-    ledgers = [
-        workdir.read_arrays(workdir.evaluation_path(runs / str(n), 3, '.npz')) for n in (1, 2, 4)
-    ]
+@pytest.fixture(scope='module')
+def ledgers(runs):
+    """What one snapshot's evaluation comes to on 1, 2 and 4 devices."""
+    ledgers = []
+    for devices in (1, 2, 4):
+        copy = runs / f'evaluated_on_{devices}'
+        shutil.copytree(runs / '1', copy)
+        result = run_main(
+            '--mode=evaluate', f'--workdir={copy}', devices=devices, xla_flags=QUICK_COMPILE
+        )
+        assert result.returncode == 0, result.stderr
+        results = workdir.read_evaluations(copy)[3]['attacks']
+        assert {result['devices']['count'] for result in results} == {devices}
+        ledgers.append(workdir.read_arrays(workdir.evaluation_path(copy, 3, '.npz')))
+    return ledgers
+
+
+@pytest.mark.parametrize('name', ['clean', 'ifgsm2', 'pgd6'])
+def test_the_evaluation_is_the_same(ledgers, name):
     for other in ledgers[1:]:
         np.testing.assert_array_equal(other['label'], ledgers[0]['label'])
-        for name in ('clean_margin', 'ifgsm2_margin'):
-            np.testing.assert_allclose(other[name], ledgers[0][name], atol=5e-3)
+        np.testing.assert_array_equal(other[f'{name}_correct'], ledgers[0][f'{name}_correct'])
+        np.testing.assert_allclose(other[f'{name}_margin'], ledgers[0][f'{name}_margin'], atol=5e-4)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):

@@ -1,111 +1,14 @@
-"""Evaluation: sums and counts over every example once, whatever the batch."""
+"""The evaluation job: which snapshots, which attacks, what is written, what is kept."""
 
 import json
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import build, checkpoints, data, evaluate, parallel, train
+from ensadv import build, checkpoints, evaluate, evaluator, runs, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import UserError
-
-# 17 test images, which divides by nothing: labels 0, 1, 2 come 5, 8 and 4 times.
-TEST_LABELS = [0, 1, 2, 1, 1, 0, 2, 1, 0, 1, 1, 2, 0, 1, 2, 1, 0]
-
-
-def seventeen():
-    rng = np.random.default_rng(0)
-    images = lambda n: rng.integers(0, 256, (n, 4, 4, 1), np.uint8)
-    labels = np.array(TEST_LABELS, np.int32)
-    return data.Dataset('npz', images(9), np.arange(9, dtype=np.int32) % 3, images(17), labels, 3)
-
-
-class Constant(nn.Module):
-    """The same logits for every image: class 1 wins by 0.5 over class 0."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        del train
-        bias = self.param('bias', lambda _: jnp.array([0.5, 1.0, -1.0]))
-        self.variable('batch_stats', 'none', jnp.zeros, ())
-        return jnp.broadcast_to(bias, (len(x), 3))
-
-
-class Brightness(nn.Module):
-    """Bright images are class 0, dark ones class 1."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        del train
-        scale = self.param('scale', lambda _: jnp.array(10.0))
-        self.variable('batch_stats', 'none', jnp.zeros, ())
-        z = scale * (jnp.mean(x, axis=(1, 2, 3)) - 0.5)
-        return jnp.stack([z, -z, jnp.full_like(z, -100)], axis=-1)
-
-
-def evaluator_of(monkeypatch, network, dataset=None, **changes):
-    monkeypatch.setattr(build, 'model', lambda *_, **__: network)
-    changes = {'eval__num_examples': 17, 'eval__batch_size': 5} | changes
-    config = tiny_config('ensemble2', **changes)
-    return config, evaluate.Evaluator(config, dataset or seventeen())
-
-
-def variables_of(network, k=2):
-    one = network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), train=False)
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * k), one)
-    return parallel.replicate(stacked)
-
-
-@pytest.mark.parametrize('name', ['clean', 'ifgsm3', 'pgd3'])
-@pytest.mark.parametrize('batch_size', [1, 5, 17, 100])
-def test_constant_logits_have_the_accuracy_worked_out_by_hand(monkeypatch, name, batch_size):
-    config, evaluator = evaluator_of(monkeypatch, Constant(), eval__batch_size=batch_size)
-    settings = build.evaluation_settings(config, name)
-    worst, last = evaluator.evaluate(variables_of(Constant()), settings, 'test')
-    assert len(worst) == len(last) == 17
-    assert np.mean(worst > 0) == 8 / 17
-    np.testing.assert_array_equal(worst > 0, np.array(TEST_LABELS) == 1)
-    np.testing.assert_allclose(worst[[0, 1, 2]], [-0.5, 0.5, -2.0], atol=1e-6)
-    np.testing.assert_array_equal(worst, last)
-
-
-def test_a_model_whose_worst_case_is_known(monkeypatch):
-    """The mean brightness moves by epsilon, as far as the pixel box lets every pixel move."""
-    dataset = seventeen()
-    config, evaluator = evaluator_of(monkeypatch, Brightness(), dataset)
-    x = dataset.image_test / 255.0
-    toward = np.where(np.array(TEST_LABELS) == 0, -1, 1)
-    moved = np.clip(x + 0.15 * toward[:, None, None, None], 0, 1).mean((1, 2, 3))
-    z = 10 * (moved - 0.5)
-    expected = np.select(
-        [np.array(TEST_LABELS) == 0, np.array(TEST_LABELS) == 1], [2 * z, -2 * z], np.nan
-    )
-    settings = build.evaluation_settings(config, 'ifgsm20')
-    worst, _ = evaluator.evaluate(variables_of(Brightness()), settings, 'test')
-    known = np.isfinite(expected)
-    np.testing.assert_allclose(worst[known], expected[known], atol=1e-4)
-
-
-def test_results_do_not_depend_on_the_batch_size(monkeypatch):
-    results = []
-    for batch_size in (3, 17):
-        config, evaluator = evaluator_of(monkeypatch, Brightness(), eval__batch_size=batch_size)
-        settings = build.evaluation_settings(config, 'pgd2')
-        results.append(evaluator.evaluate(variables_of(Brightness()), settings, 'test'))
-    np.testing.assert_allclose(results[0], results[1], atol=1e-6)
-
-
-def test_the_first_examples_alone_when_told(monkeypatch):
-    config, evaluator = evaluator_of(monkeypatch, Constant(), eval__num_examples=7)
-    settings = build.evaluation_settings(config, 'clean')
-    worst, _ = evaluator.evaluate(variables_of(Constant()), settings, 'test')
-    np.testing.assert_array_equal(worst > 0, np.array(TEST_LABELS[:7]) == 1)
-    with pytest.raises(UserError, match='at most the 17 test examples, found 18'):
-        evaluator_of(monkeypatch, Constant(), eval__num_examples=18)
 
 
 @pytest.fixture(scope='module')
@@ -160,20 +63,20 @@ def test_keeps_the_best_and_the_last_snapshot(copy_of_trained):
     job = evaluate.Job(config, path)
     job.evaluate_pending()
     job.close()
-    best = evaluate.best_step(workdir_lib.read_evaluations(path))
+    best = runs.best_step(workdir_lib.read_evaluations(path), 'ifgsm2')
     assert checkpoints.open_snapshots(path).steps() == sorted({best, 6})
 
 
 def test_only_what_is_missing_is_evaluated(copy_of_trained, monkeypatch):
     config, path = copy_of_trained
     done = []
-    original = evaluate.Evaluator.evaluate
+    original = evaluator.Evaluator.evaluate
 
-    def counting(self, variables, settings, label):
+    def counting(self, variables, settings, images, labels, label):
         done.append(label.rpartition(' ')[2])
-        return original(self, variables, settings, label)
+        return original(self, variables, settings, images, labels, label)
 
-    monkeypatch.setattr(evaluate.Evaluator, 'evaluate', counting)
+    monkeypatch.setattr(evaluator.Evaluator, 'evaluate', counting)
 
     def evaluate_with(**changes):
         done.clear()
@@ -189,7 +92,9 @@ def test_only_what_is_missing_is_evaluated(copy_of_trained, monkeypatch):
     kept = len(checkpoints.open_snapshots(path).steps())
     assert evaluate_with(eval__attacks=('clean', 'ifgsm2', 'ifgsm3')) == ['ifgsm3'] * kept
     # Another setting is another attack; what was asked for before stays.
-    assert evaluate_with(eval__attacks=('ifgsm2',), eval__ifgsm_step_size=0.01) == ['ifgsm2'] * kept
+    assert (
+        evaluate_with(eval__attacks=('ifgsm2',), eval__ifgsm__step_size=0.01) == ['ifgsm2'] * kept
+    )
     last = workdir_lib.read_evaluations(path)[6]['attacks']
     assert [r['name'] for r in last] == ['ifgsm2', 'clean', 'ifgsm3']
     assert last[0]['settings']['step_size'] == 0.01
@@ -208,6 +113,128 @@ def test_data_other_than_the_runs_are_refused(copy_of_trained):
         evaluate.Job(config, path).evaluate_pending()
 
 
+def job_of(config, path, **changes):
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
+    return evaluate.Job(changed, path)
+
+
+def test_a_look_with_fewer_attacks_deletes_nothing(copy_of_trained):
+    config, path = copy_of_trained
+    job_of(config, path, eval__attacks=('clean',)).evaluate_pending()
+    assert checkpoints.open_snapshots(path).steps() == [2, 4, 6]
+    job_of(config, path).evaluate_pending()
+    assert len(checkpoints.open_snapshots(path).steps()) < 3
+
+
+def names_of(path, step):
+    return [r['name'] for r in workdir_lib.read_evaluations(path)[step]['attacks']]
+
+
+def test_what_another_process_wrote_meanwhile_stays(copy_of_trained, monkeypatch):
+    """As where a paused process wakes, whose claim another has taken over."""
+    config, path = copy_of_trained
+    original = evaluator.Evaluator.evaluate
+    meanwhile = []
+
+    def interrupted(self, *args):
+        verdicts = original(self, *args)
+        if not meanwhile:
+            meanwhile.append(True)
+            other = job_of(config, path, eval__attacks=('pgd2', 'ifgsm3'))
+            for step in (2, 4, 6):
+                other._results.evaluate(
+                    step,
+                    other._results.units,
+                    lambda network, step=step: checkpoints.open_snapshots(path).restore(
+                        step, network.variables
+                    ),
+                )
+        return verdicts
+
+    monkeypatch.setattr(evaluator.Evaluator, 'evaluate', interrupted)
+    job_of(config, path).evaluate_pending()
+    assert names_of(path, 2) == ['clean', 'ifgsm2', 'pgd2', 'ifgsm3']
+    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 2, '.npz'))
+    assert all(f'{name}_margin' in ledger for name in names_of(path, 2))
+
+
+def test_results_never_stand_beside_a_ledger_of_other_settings(copy_of_trained, monkeypatch):
+    config, path = copy_of_trained
+    job_of(config, path).evaluate_pending()
+    original = workdir_lib.write_json
+
+    def dies_after_the_ledger(target, content):
+        if any(r['settings'].get('step_size') == 0.01 for r in content['attacks']):
+            raise OSError('power loss')
+        original(target, content)
+
+    monkeypatch.setattr(workdir_lib, 'write_json', dies_after_the_ledger)
+    with pytest.raises(OSError, match='power loss'):
+        job_of(config, path, eval__ifgsm__step_size=0.01).evaluate_pending()
+    ledger_path = workdir_lib.evaluation_path(path, 6, '.npz')
+    step = next(
+        s for s in checkpoints.open_snapshots(path).steps() if names_of(path, s) == ['clean']
+    )
+    ledger_path = workdir_lib.evaluation_path(path, step, '.npz')
+    settings = json.loads(str(workdir_lib.read_arrays(ledger_path)['ifgsm2_settings']))
+    assert settings['step_size'] == 0.01
+    # With the old settings it is done again, and not taken for done.
+    monkeypatch.setattr(workdir_lib, 'write_json', original)
+    job_of(config, path).evaluate_pending()
+    assert names_of(path, step) == ['clean', 'ifgsm2']
+    settings = json.loads(str(workdir_lib.read_arrays(ledger_path)['ifgsm2_settings']))
+    assert settings['step_size'] == 0.0375
+
+
+def test_what_no_attack_could_be_made_on_is_not_called_robust(copy_of_trained, monkeypatch, caplog):
+    config, path = copy_of_trained
+    original = evaluator.Evaluator.evaluate
+
+    def without_gradient(self, variables, settings, *args):
+        verdicts = original(self, variables, settings, *args)
+        if 'steps' not in settings:
+            return verdicts
+        margin = np.arange(-5, 25, dtype=np.float32) + 0.5  # 5 fall, 25 stand
+        return verdicts._replace(
+            margin=margin, last_margin=margin, has_gradient=np.arange(30) % 2 == 0
+        )
+
+    monkeypatch.setattr(evaluator.Evaluator, 'evaluate', without_gradient)
+    job_of(config, path).evaluate_pending()
+    clean, attacked = workdir_lib.read_evaluations(path)[6]['attacks']
+    assert clean['no_gradient'] == 0
+    assert (attacked['no_gradient'], attacked['correct']) == (13, 12)
+    assert attacked['accuracy'] == attacked['last_iterate_accuracy'] == 12 / 30
+    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
+    np.testing.assert_array_equal(
+        ledger['ifgsm2_correct'], (np.arange(30) >= 5) & (np.arange(30) % 2 == 0)
+    )
+    assert 'no gradient, or one of zeros or NaN only, on 13 of the 25' in caplog.text
+
+
+def test_long_attacks_are_made_on_the_best_and_the_last(copy_of_trained):
+    config, path = copy_of_trained
+    settings = {'eval__long_attacks': ('pgd7',), 'eval__iterate_examples': 10}
+    job_of(config, path, **settings).evaluate_pending()
+    evaluations = workdir_lib.read_evaluations(path)
+    best = runs.best_step(evaluations, 'ifgsm2')
+    for step in (2, 4, 6):
+        assert ('pgd7' in names_of(path, step)) == (step in (best, 6))
+    result = evaluations[6]['attacks'][-1]
+    curve = result['curve']
+    assert curve['steps'] == [1, 2, 5, 7]
+    assert len(curve['accuracy']) == len(curve['iterate_accuracy']) == 4
+    assert curve['accuracy'] == sorted(curve['accuracy'], reverse=True)
+    assert curve['accuracy'][-1] == result['accuracy']
+    assert curve['iterate_n'] == result['last_iterate_n'] == 10
+    assert curve['iterate_accuracy'][-1] == result['last_iterate_accuracy']
+    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
+    fooled_at = ledger['pgd7_fooled_at']
+    np.testing.assert_array_equal(fooled_at == -1, ledger['pgd7_margin'] > 0)
+    assert np.mean((fooled_at == -1) | (fooled_at > 2)) == curve['accuracy'][1]
+
+
 def evaluation(**accuracies):
     return {'attacks': [{'name': k, 'accuracy': v} for k, v in accuracies.items()]}
 
@@ -218,14 +245,34 @@ def evaluation(**accuracies):
         ({1: {'clean': 0.9, 'ifgsm5': 0.3}, 2: {'clean': 0.5, 'ifgsm5': 0.4}}, 2),
         ({5: {'clean': 0.9, 'ifgsm5': 0.3}, 3: {'clean': 0.5, 'ifgsm5': 0.3}}, 3),
         ({1: {'pgd5': 0.2, 'ifgsm5': 0.3}, 2: {'pgd5': 0.9, 'ifgsm5': 0.2}}, 1),
-        ({1: {'clean': 0.9, 'pgd5': 0.3}, 2: {'clean': 0.5, 'pgd5': 0.4}}, 2),
-        ({1: {'clean': 0.9}, 2: {'clean': 0.5}}, 1),
         ({1: {'ifgsm5': 0.3}, 2: {'clean': 0.9, 'pgd50': 0.8}}, 1),
+        ({1: {'clean': 0.9}}, None),
+        ({}, None),
     ],
 )
-def test_the_best_step_is_that_of_ifgsm5(evaluations, expected):
+def test_the_best_step_is_that_of_the_highest_accuracy(evaluations, expected):
     evaluations = {step: evaluation(**values) for step, values in evaluations.items()}
-    assert evaluate.best_step(evaluations) == expected
+    assert runs.best_step(evaluations, 'ifgsm5') == expected
+    # The same on the other split, which must not see the test's.
+    swapped = {
+        step: {'attacks': [], 'validation': content['attacks']}
+        for step, content in evaluations.items()
+    }
+    assert runs.best_step(swapped, 'ifgsm5', 'validation') == expected
+    assert runs.best_step(swapped, 'ifgsm5') is None
+
+
+@pytest.mark.parametrize(
+    'names, expected',
+    [
+        (('clean', 'ifgsm7', 'ifgsm5', 'pgd20'), 'ifgsm5'),
+        (('clean', 'blackbox', 'pgd5', 'ifgsm7'), 'pgd5'),
+        (('blackbox', 'clean'), 'clean'),
+        (('blackbox',), 'blackbox'),
+    ],
+)
+def test_the_attack_that_selects(names, expected):
+    assert runs.selection_attack(names) == expected
 
 
 def test_results_are_plain_json(copy_of_trained):

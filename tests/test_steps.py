@@ -139,15 +139,3 @@ def test_no_gradient_flows_through_the_attack():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours.params, given.params
     )
-
-
-def test_evaluate_step_of_clean_images_is_their_margin():
-    state = state_of()
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    worst, last = steps.evaluate_step(
-        variables, (X, Y), KEYS, 0, model=Linear(), combine='probs', worst_case=None
-    )
-    log_probs = ensemble.combine(ensemble.apply(Linear(), variables, X), 'probs')
-    correct = np.argmax(log_probs, axis=1) == Y
-    np.testing.assert_array_equal(np.asarray(worst) > 0, correct)
-    np.testing.assert_array_equal(worst, last)

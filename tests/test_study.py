@@ -1,5 +1,7 @@
 """Studies: which runs, going on, and the table."""
 
+import hashlib
+
 import pytest
 from conftest import CIFAR10, QUICK_COMPILE, ROOT, TINY, overrides, run_main
 from etils import epath
@@ -52,7 +54,7 @@ def run_of(system, seed, accuracies, *, parameters=1234567, n=10_000, **settings
     }
     record = {
         'config': {'ensemble': {'size': 2}},
-        'dataset': {'name': 'cifar10', 'num_test': 10_000, 'fingerprint': 'f'},
+        'dataset': {'name': 'cifar10', 'num_train': 50_000, 'num_test': 10_000, 'fingerprint': 'f'},
         'parameters': parameters,
         'sessions': [machine],
     }
@@ -138,7 +140,14 @@ def test_one_run_that_diverges_does_not_stop_the_others(tmp_path):
     assert report.table([]) == 'No run has an evaluation yet.\n'
 
 
-FIELDS = TINY | {'study.systems': ('baseline', 'separate2adv'), 'train.snapshot_every': 4}
+FIELDS = TINY | {
+    'study.systems': ('baseline', 'separate2adv'),
+    'train.snapshot_every': 4,
+    'eval.attacks': ('clean', 'ifgsm2', 'blackbox'),
+    'blackbox.sources': ('baseline',),
+    'blackbox.steps': 2,
+    'blackbox.rounds': 1,
+}
 
 
 def test_a_study_trains_tabulates_and_goes_on(tmp_path):
@@ -148,7 +157,13 @@ def test_a_study_trains_tabulates_and_goes_on(tmp_path):
     table = (tmp_path / 'table.md').read_text()
     assert table in first.stdout
     assert [line.split()[1] for line in table.splitlines()[2:4]] == ['Baseline', 'Separate2Adv']
+    header = [cell.strip() for cell in table.splitlines()[0].split('|')]
+    assert header[4:7] == ['clean', 'ifgsm2', 'blackbox']
     assert '30 of the 360 test images of digits' in table
+    # The set is made once, against a run with another seed than those that are judged.
+    assert (tmp_path / 'blackbox' / 'baseline_seed1000' / 'config.json').exists()
+    transfer_set = (tmp_path / 'blackbox' / 'blackbox.npz').read_bytes()
+    digest = hashlib.sha256(transfer_set).hexdigest()
     # A run that is lost is made again, a finished one is not touched.
     finished = tmp_path / 'baseline_seed0' / 'eval' / '4.json'
     before = finished.stat().st_mtime_ns
@@ -157,6 +172,8 @@ def test_a_study_trains_tabulates_and_goes_on(tmp_path):
     assert again.returncode == 0, again.stderr
     assert (tmp_path / 'table.md').read_text() == table
     assert finished.stat().st_mtime_ns == before
+    again = (tmp_path / 'blackbox' / 'blackbox.npz').read_bytes()
+    assert hashlib.sha256(again).hexdigest() == digest
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason='no prepared CIFAR-10 here')

@@ -11,17 +11,25 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, overrides, run_main, snapshot_bytes, tiny_config
+from conftest import (
+    ROOT,
+    TINY,
+    overrides,
+    run_environment,
+    run_main,
+    snapshot_bytes,
+    tiny_config,
+    variables_like,
+)
 from etils import epath
 
-from ensadv import build, checkpoints, evaluate, train
+from ensadv import build, checkpoints, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 
 
 def snapshot(config, path, step):
-    like = evaluate.Evaluator(config, build.dataset(config)).init_variables()
-    return checkpoints.open_snapshots(path).restore(step, like)
+    return checkpoints.open_snapshots(path).restore(step, variables_like(config))
 
 
 def test_writes_what_the_design_says(workdir):
@@ -102,7 +110,7 @@ def test_killed_and_started_again_gives_the_same_bits(workdir):
     killed = workdir / 'killed'
     process = subprocess.Popen(
         [sys.executable, 'main.py', *command, f'--workdir={killed}'],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env=run_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (killed / 'checkpoints' / '20').exists() and time.monotonic() < deadline:

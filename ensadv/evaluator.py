@@ -1,0 +1,378 @@
+"""Networks under attack: every example once, in batches over all devices."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ensadv import attacks, build, data, ensemble, losses, metrics, parallel
+
+REPACK_STEPS = 25  # steps after which, at the latest, fooled examples leave a long attack
+
+
+class Verdicts(NamedTuple):
+    """What an attack did to n examples.
+
+    Attributes:
+      margin: float32 [n], the lowest over all steps and restarts.
+      last_margin: float32 [n], the lowest among the restarts' last iterates.
+      has_gradient: bool [n], whether any step's gradient was finite and not zero.
+    """
+
+    margin: np.ndarray
+    last_margin: np.ndarray
+    has_gradient: np.ndarray
+
+
+class LongVerdicts(NamedTuple):
+    """What a long attack did to n examples, and when.
+
+    Attributes:
+      margin: float32 [n], the lowest until the example left.
+      has_gradient: as in `Verdicts`.
+      fooled_at: int32 [n], gradient steps, over all restarts, when the example first was an error
+        (0: as the clean image or at the start); attacks.NEVER where it stood.
+      steps: the numbers of steps of the curve, which is that of the first restart.
+      stands: bool [len(steps), n], whether no iterate so far was an error.
+      iterate_margin: float32 [len(steps), m], the current iterate's, of the m examples that stayed.
+    """
+
+    margin: np.ndarray
+    has_gradient: np.ndarray
+    fooled_at: np.ndarray
+    steps: tuple[int, ...]
+    stands: np.ndarray
+    iterate_margin: np.ndarray
+
+
+def curve_steps(num_steps: int) -> tuple[int, ...]:
+    """Returns 1, 2, 5, 10, 20, 50, ... up to the attack's number of steps, which is the last."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return (*itertools.takewhile(lambda step: step < num_steps, steps), num_steps)
+
+
+class Evaluator:
+    """Evaluates a network's weights on uint8 images.
+
+    Results depend neither on the batch size nor on the devices, except by rounding: each example
+    has a key of its own, made from its place, and the last batch's padding is dropped.
+    """
+
+    def __init__(self, network: ensemble.Network, batch_size: int):
+        """Compiles nothing yet.
+
+        Args:
+          network: what is evaluated.
+          batch_size: examples per call over all devices, at most; where the devices do not divide
+            it, a little more.
+        """
+        self.network = network
+        self._batch_size = batch_size
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def evaluate(
+        self,
+        variables: Any,
+        settings: Mapping[str, Any],
+        images: np.ndarray,
+        labels: np.ndarray,
+        label: str,
+    ) -> Verdicts:
+        """Returns what an attack, or none, does to each example.
+
+        Args:
+          variables: the network's, replicated.
+          settings: `build.evaluation_settings`; without 'steps' the images are taken as they are.
+          images: uint8 [n, H, W, C].
+          labels: int32 [n].
+          label: of the progress.
+        """
+        judge = self._attack_batch if 'steps' in settings else self._clean_batch
+        columns = []
+        robust = seen = 0
+        with metrics.progress(total=len(labels), label=label, unit='image') as bar:
+            for places, valid in self._batches(np.arange(len(labels)), len(labels)):
+                verdicts = judge(variables, settings, (places, images[places], labels[places]))
+                columns.append([leaf[:valid] for leaf in verdicts])
+                robust += int(np.sum(columns[-1][0] > 0))
+                seen += valid
+                bar.set_postfix(accuracy=f'{robust / seen:.3f}', refresh=False)
+                bar.update(valid)
+        return Verdicts(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+    def _clean_batch(self, variables, settings, batch) -> Verdicts:
+        del settings
+        margin = self._compile('clean', {}, _clean_batch, 1)(variables, batch)
+        return Verdicts(margin, margin, np.ones(len(margin), bool))
+
+    def _attack_batch(self, variables, settings, batch) -> Verdicts:
+        """Attacks a batch by the parts of `long_attack`, so that they are compiled once."""
+        begin, restart, advance = self._compile_attack(settings)
+        num_steps = np.int32(settings['steps'])
+        progress = begin(variables, batch)
+        last_margin = np.full(len(progress.margin), np.inf, np.float32)
+        for number in range(settings['restarts']):
+            progress = restart(np.int32(number), (*batch, progress))
+            progress = advance(variables, num_steps, num_steps, (*batch, progress))
+            last_margin = np.minimum(last_margin, progress.last_margin)
+        return Verdicts(progress.margin, last_margin, progress.has_gradient)
+
+    def _compile_attack(self, settings: Mapping[str, Any]) -> tuple[Callable[..., Any], ...]:
+        return (
+            self._compile('begin', settings, _begin_batch, 1),
+            self._compile('restart', settings, _restart_batch, 1),
+            self._compile('advance', settings, _advance_batch, 3),
+        )
+
+    def long_attack(
+        self,
+        variables: Any,
+        settings: Mapping[str, Any],
+        images: np.ndarray,
+        labels: np.ndarray,
+        label: str,
+    ) -> LongVerdicts:
+        """Returns the verdicts of `evaluate`, and when each example fell, for less.
+
+        Examples that are fooled leave and the rest are packed into full batches, so that the cost
+        falls with the robust accuracy. But the first settings['iterate_examples'] stay in the first
+        restart, for the current iterate. Each example meets the same start and the same steps as
+        in `evaluate`, whoever shares its batch.
+
+        Args:
+          variables, settings, images, labels, label: as in `evaluate`.
+        """
+        n, num_steps, restarts = len(labels), settings['steps'], settings['restarts']
+        begin, restart, advance = self._compile_attack(settings)
+        points = curve_steps(num_steps)
+        stops = sorted({0, *points, *range(REPACK_STEPS, num_steps, REPACK_STEPS)})
+        stay = np.arange(n) < settings['iterate_examples']
+        stands, iterate_margin = [], []
+        packed = _Packed(n)
+        bar = metrics.progress(total=n * num_steps * restarts, label=label, unit='image step')
+
+        def over(places, count, f, *shared):
+            for batch, valid in self._batches(places, n):
+                examples = batch, images[batch], labels[batch], packed.take(batch)
+                packed.put(batch, valid, f(*shared, examples))
+                bar.update(valid * count)
+
+        with bar:
+            for batch, valid in self._batches(np.arange(n), n):
+                packed.put(batch, valid, begin(variables, (batch, images[batch], labels[batch])))
+            for number in range(restarts):
+                active = np.flatnonzero(packed.stands) if number else np.arange(n)
+                over(active, 0, restart, np.int32(number))
+                for taken, stop in itertools.pairwise(stops):
+                    count = np.int32(stop - taken)
+                    over(active, count, advance, variables, np.int32(num_steps), count)
+                    if number == 0 and stop in points:
+                        stands.append(packed.stands)
+                        iterate_margin.append(packed.progress.last_margin[stay])
+                    go_on = packed.stands if number else packed.stands | stay
+                    active = np.flatnonzero(go_on)
+                    later = int(np.sum(packed.stands)) * num_steps * (restarts - number - 1)
+                    bar.total = bar.n + len(active) * (num_steps - stop) + later
+                    bar.set_postfix(robust=f'{np.mean(packed.stands):.3f}', refresh=False)
+        progress = packed.progress
+        return LongVerdicts(
+            progress.margin,
+            progress.has_gradient,
+            progress.fooled_at,
+            points,
+            np.stack(stands),
+            np.stack(iterate_margin),
+        )
+
+    def transfer_attack(
+        self,
+        variables: Any,
+        settings: Mapping[str, Any],
+        images: np.ndarray,
+        labels: np.ndarray,
+        places: np.ndarray,
+        label: str,
+    ) -> np.ndarray:
+        """Returns adversarial examples, float32 [m, H, W, C], that every member is to err on.
+
+        The point kept is the one where the largest of the members' margins is lowest.
+
+        Args:
+          variables, images, labels, label: as in `evaluate`.
+          settings: as in `evaluate`, with 'loss' one of `TRANSFER_LOSSES`.
+          places: int [m], the examples that are attacked.
+        """
+        # One compilation serves every round.
+        varied = ('steps', 'restarts', 'seed')
+        same = {name: value for name, value in settings.items() if name not in varied}
+        step = self._compile('transfer', same, _transfer_batch, 2)
+        numbers = {name: np.int32(settings[name]) for name in varied}
+        # Few examples are left in the end: powers of two are few sizes to compile.
+        size = 1 << (len(places) - 1).bit_length()
+        results = []
+        with metrics.progress(total=len(places), label=label, unit='image') as bar:
+            for batch, valid in self._batches(places, size):
+                x_adv = step(variables, numbers, (batch, images[batch], labels[batch]))
+                results.append(x_adv[:valid])
+                bar.update(valid)
+        return np.concatenate(results)
+
+    def member_margins(self, variables: Any, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns each member's margin on each image, float32 [n, k], for uint8 images [n, ...]."""
+        step = self._compile('members', {}, _member_batch, 1)
+        n = len(labels)
+        results = []
+        for batch, valid in self._batches(np.arange(n), n):
+            results.append(step(variables, (batch, images[batch], labels[batch]))[:valid])
+        return np.concatenate(results)
+
+    def _batches(self, places: np.ndarray, n: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields `places` in batches of one size, the last one padded, and how many are valid."""
+        devices = parallel.num_devices()
+        size = -(-min(self._batch_size, n) // devices) * devices
+        for first in range(0, len(places), size):
+            batch = places[first : first + size].astype(np.int32)
+            yield np.pad(batch, (0, size - len(batch)), mode='edge'), len(batch)
+
+    def _compile(
+        self, name: str, settings: Mapping[str, Any], f: Callable[..., Any], num_shared: int
+    ) -> Callable[..., Any]:
+        """Returns f(network, settings, ...) compiled; one serves every number of steps."""
+        varied = ('steps', 'restarts', 'iterate_examples')
+        rest = {key: value for key, value in settings.items() if key not in varied}
+        kind = f'{name} {rest}'
+        if kind not in self._compiled:
+            self._compiled[kind] = parallel.map_examples(
+                lambda *args: f(self.network, rest, *args), num_shared
+            )
+        return self._compiled[kind]
+
+
+class _Packed:
+    """A long attack's progress for all n examples, on the host: taken out and put back."""
+
+    def __init__(self, n: int):
+        self._n = n
+        self.progress: attacks.Progress | None = None
+
+    @property
+    def stands(self) -> np.ndarray:
+        """bool [n]: not fooled so far."""
+        return self.progress.margin > 0
+
+    def take(self, places: np.ndarray) -> attacks.Progress:
+        return jax.tree.map(lambda leaf: leaf[places], self.progress)
+
+    def put(self, places: np.ndarray, valid: int, progress: attacks.Progress) -> None:
+        """Takes in a batch's progress; what comes after the first `valid` examples is padding."""
+        if self.progress is None:
+            self.progress = jax.tree.map(
+                lambda leaf: np.zeros((self._n, *leaf.shape[1:]), leaf.dtype), progress
+            )
+
+        def put_leaf(everyone, some):
+            everyone[places[:valid]] = some[:valid]
+
+        jax.tree.map(put_leaf, self.progress, progress)
+
+
+# What is compiled: functions of one device's share of a batch, places int32 [B] in the split,
+# images uint8 [B, H, W, C] and labels int32 [B].
+
+
+def _clean_batch(network, settings, variables, batch):
+    del settings
+    _, images, labels = batch
+    return losses.margin(network.log_probs(variables, data.to_pixels(images)), labels)
+
+
+def _member_batch(network, settings, variables, batch):
+    del settings
+    _, images, labels = batch
+    logits = network.member_logits(variables, data.to_pixels(images))
+    return jax.vmap(losses.margin, (0, None), 1)(logits, labels)
+
+
+def _keys(settings, places):
+    """Returns each example's key: its place's, whatever the batch."""
+    key = jax.random.key(settings['seed'])
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+
+
+def _start(settings):
+    return {
+        'epsilon': settings['epsilon'],
+        'start_from': settings['start'],
+        'sigma': settings['sigma'],
+    }
+
+
+def _begin_batch(network, settings, variables, batch):
+    _, images, labels = batch
+    # The step's state at its beginning does not depend on the number of steps.
+    step = build.attack_step(settings, 1)
+    predict = lambda x: network.log_probs(variables, x)
+    return attacks.begin(predict, data.to_pixels(images), labels, step=step)
+
+
+def _restart_batch(network, settings, number, batch):
+    del network
+    places, images, _, progress = batch
+    x, step = data.to_pixels(images), build.attack_step(settings, 1)
+    return attacks.restart(
+        progress, _keys(settings, places), x, number, step=step, **_start(settings)
+    )
+
+
+def _advance_batch(network, settings, variables, num_steps, count, batch):
+    _, images, labels, progress = batch
+    return attacks.advance(
+        lambda x: network.log_probs(variables, x),
+        progress,
+        data.to_pixels(images),
+        labels,
+        step=build.attack_step(settings, num_steps),
+        num_steps=count,
+        epsilon=settings['epsilon'],
+        loss=settings['loss'],
+    )
+
+
+def _best_margin(member_logits, labels):
+    """Returns the margin of whichever member is the furthest from an error, float32 [B]."""
+    margins = jax.vmap(losses.margin, (0, None))(member_logits, labels)
+    # As in losses.margin: the gradient of max is not to be trusted.
+    furthest = jnp.argmax(jax.lax.stop_gradient(margins), axis=0)
+    return jnp.take_along_axis(margins, furthest[None], axis=0)[0]
+
+
+# What a transfer attack climbs: functions of the members' logits [k, B, classes] and labels [B].
+TRANSFER_LOSSES = {
+    # The cross-entropy of the members' mean logits, as in the paper.
+    'mean_logits': lambda logits, labels: losses.cross_entropy(
+        ensemble.combine(logits, 'logits'), labels
+    ),
+    # The margin of the member that still stands: what is left when the mean is fooled already.
+    'best_margin': lambda logits, labels: -_best_margin(logits, labels),
+}
+
+
+def _transfer_batch(network, settings, variables, numbers, batch):
+    settings = settings | numbers
+    places, images, labels = batch
+    outcome = attacks.worst_case(
+        lambda x: network.member_logits(variables, x),
+        _keys(settings, places),
+        data.to_pixels(images),
+        labels,
+        step=build.attack_step(settings, settings['steps']),
+        num_steps=settings['steps'],
+        **_start(settings),
+        restarts=settings['restarts'],
+        loss=TRANSFER_LOSSES[settings['loss']],
+        judge=_best_margin,
+    )
+    return outcome.x_adv

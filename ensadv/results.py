@@ -1,0 +1,280 @@
+"""A workdir's eval/: results and ledgers, one pair of files for each step's weights."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from ensadv import build, data, ensemble, metrics, runs, transfer, workdir
+from ensadv import config as config_lib
+from ensadv.errors import UserError
+from ensadv.evaluator import Evaluator, LongVerdicts, Verdicts
+
+LEDGER_SUFFIXES = ('correct', 'margin', 'settings', 'fooled_at')  # of each attack's arrays
+
+
+class Unit(NamedTuple):
+    """An attack on a split; results have it once per snapshot."""
+
+    name: str
+    split: str
+
+    @property
+    def key(self) -> str:
+        """Its name in the ledger."""
+        return self.name if self.split == 'test' else f'{self.split}_{self.name}'
+
+
+class Results:
+    """A workdir's eval/: what attacks do to the weights of each step, evaluated once.
+
+    A step's files are written anew after each attack, so that what is finished is never lost.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir_path: epath.Path,
+        label: str,
+        make_network: Callable[[data.Dataset], ensemble.Network],
+    ):
+        """Reads nothing yet, but for the transfer set's record: the workdir may be empty still.
+
+        Args:
+          config: a validated config.
+          workdir_path: of a run, or of an ensemble of runs.
+          label: the run's name in the progress.
+          make_network: what is evaluated, for its data.
+
+        Raises:
+          UserError: if an attack's settings cannot be made.
+        """
+        self.label = label
+        self._config = config
+        self._workdir = workdir_path
+        self._make_network = make_network
+        names = build.attack_names(config)
+        self.units = [Unit(name, 'test') for name in names]
+        if config.eval.select_on == 'validation':
+            self.units.append(Unit(runs.selection_attack(names), 'validation'))
+        self.long_units = [Unit(name, 'test') for name in config.eval.long_attacks]
+        self._settings = {
+            unit: build.evaluation_settings(config, unit.name)
+            for unit in (*self.units, *self.long_units)
+        }
+        self._evaluator: Evaluator | None = None
+        self._writer: Any = None
+
+    def missing(self, step: int, units: Sequence[Unit]) -> list[Unit]:
+        """Returns which of these units the step's file lacks."""
+        done = self._finished(step)
+        return [unit for unit in units if unit not in done]
+
+    def evaluate(
+        self, step: int, units: Sequence[Unit], restore: Callable[[ensemble.Network], Any]
+    ) -> None:
+        """Evaluates what is missing of `units`, and writes it.
+
+        Args:
+          step: of the weights.
+          units: what is wanted.
+          restore: gives the network's weights, replicated.
+        """
+        if not self.missing(step, units):
+            return
+        self._open()
+        variables = restore(self._evaluator.network)
+        for unit in self.missing(step, units):
+            start = time.monotonic()
+            verdicts = self._verdicts(unit, variables, f'{self.label} step {step} {unit.key}')
+            result = self._result(unit, verdicts)
+            result['seconds'] = round(time.monotonic() - start, 3)
+            self._add(step, unit, result, self._ledger(unit, verdicts))
+            self._writer.write_scalars(step, {f'accuracy/{unit.key}': result['accuracy']})
+        done = self._finished(step)
+        shown = ', '.join(f'{unit.key} {done[unit]["accuracy"]:.3f}' for unit in units)
+        logging.info('%s: step %d: %s', self.label, step, shown)
+
+    def check(self) -> None:
+        """Reads the data, if a run is still to be trained, and checks what evaluation needs.
+
+        Raises:
+          UserError: for what else would be told only when the first snapshot is there.
+        """
+        if workdir.read_record(self._workdir) is None:
+            self._read_data(config_lib.to_dict(self._config))
+
+    def close(self) -> None:
+        """Waits until the metrics are written."""
+        if self._writer is not None:
+            self._writer.flush()
+            self._writer.close()
+            self._writer = None
+
+    def _open(self) -> None:
+        """Gets ready, at the first evaluation."""
+        if self._writer is not None:
+            return
+        config = self._config
+        # Evaluation computes in a type of its own, on whatever devices there are.
+        workdir.check_config(self._workdir, config, ignore=('model.dtype',))
+        record = workdir.read_record(self._workdir)
+        dataset = self._read_data(*(judged['config'] for judged in (record, *_members(record))))
+        workdir.check_data(self._workdir, dataset.describe())
+        self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
+        self._environment = build.environment()
+        self._writer = metrics.open_writer(self._workdir / 'eval')
+
+    def _read_data(self, *judged: Mapping[str, Any]) -> data.Dataset:
+        """Reads what is evaluated on; `judged` are the configs of the runs that are evaluated."""
+        config = self._config
+        dataset = build.dataset(config)
+        images, labels = build.test_split(config, dataset)
+        self._splits = {'test': (images, labels), 'validation': dataset.split('validation')}
+        if any(unit.name == 'blackbox' for unit in self.units):
+            path = config.eval.blackbox_path
+            transfer_set = transfer.load(path, dataset, config.epsilon)
+            if not np.array_equal(transfer_set.indices[: len(labels)], np.arange(len(labels))):
+                raise UserError(
+                    f'eval.blackbox_path: {path}: expected the first {len(labels)} test examples, '
+                    f'as evaluated here, found {len(transfer_set.indices)}'
+                )
+            for stored in judged:
+                runs.refuse_sources(stored, transfer_set.record)
+            self._transfer_images = transfer_set.images[: len(labels)]
+        return dataset
+
+    def _verdicts(self, unit: Unit, variables: Any, label: str) -> Verdicts | LongVerdicts:
+        images, labels = self._splits[unit.split]
+        if unit == Unit('blackbox', 'test'):
+            images = self._transfer_images
+        evaluate = self._evaluator.evaluate
+        if unit in self.long_units:
+            evaluate = self._evaluator.long_attack
+        return evaluate(variables, self._settings[unit], images, labels, label)
+
+    def _result(self, unit: Unit, verdicts: Verdicts | LongVerdicts) -> dict[str, Any]:
+        """Returns a unit's part of the results, but for its time."""
+        stands = verdicts.margin > 0
+        # What no gradient was found for was not attacked, and is not called robust.
+        correct = stands & verdicts.has_gradient
+        result = {
+            'name': unit.name,
+            'split': unit.split,
+            'n': len(correct),
+            'correct': int(np.sum(correct)),
+            'accuracy': float(np.mean(correct)),
+        }
+        if isinstance(verdicts, LongVerdicts):
+            result['curve'] = curve = self._curve(verdicts)
+            # Of more restarts than one it is not known: only in the first do examples stay.
+            known = curve['iterate_n'] and self._settings[unit]['restarts'] == 1
+            result['last_iterate_accuracy'] = curve['iterate_accuracy'][-1] if known else None
+            result['last_iterate_n'] = curve['iterate_n'] if known else 0
+        else:
+            last = (verdicts.last_margin > 0) & verdicts.has_gradient
+            result['last_iterate_accuracy'] = float(np.mean(last))
+        result['no_gradient'] = int(np.sum(stands & ~verdicts.has_gradient))
+        if result['no_gradient']:
+            logging.warning(
+                '%s: %s: no gradient, or one of zeros or NaN only, on %d of the %d examples that '
+                'stand: they were not attacked, and do not count as robust. Try another '
+                'eval.<attack>.loss',
+                self.label,
+                unit.key,
+                result['no_gradient'],
+                np.sum(stands),
+            )
+        result['settings'] = self._settings[unit]
+        result['select_on'] = self._config.eval.select_on
+        return result | self._environment
+
+    def _curve(self, verdicts: LongVerdicts) -> dict[str, Any]:
+        """Returns accuracies over the first restart's steps: of the worst and current iterate."""
+        stayed = verdicts.iterate_margin.shape[1]
+        stands = verdicts.stands & verdicts.has_gradient
+        iterate = (verdicts.iterate_margin > 0) & verdicts.has_gradient[:stayed]
+        return {
+            'steps': list(verdicts.steps),
+            'accuracy': [float(np.mean(row)) for row in stands],
+            'iterate_accuracy': [float(np.mean(row)) for row in iterate] if stayed else [],
+            'iterate_n': stayed,
+        }
+
+    def _ledger(self, unit: Unit, verdicts: Verdicts | LongVerdicts) -> dict[str, np.ndarray]:
+        """Returns a unit's part of the ledger."""
+        prefix = '' if unit.split == 'test' else f'{unit.split}_'
+        arrays = {
+            f'{prefix}label': self._splits[unit.split][1],
+            f'{unit.key}_correct': (verdicts.margin > 0) & verdicts.has_gradient,
+            f'{unit.key}_margin': verdicts.margin,
+            f'{unit.key}_settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
+        }
+        if isinstance(verdicts, LongVerdicts):
+            arrays[f'{unit.key}_fooled_at'] = verdicts.fooled_at
+        return arrays
+
+    def _read(self, step: int) -> dict[Unit, dict[str, Any]]:
+        """Returns all of a step's results."""
+        path = workdir.evaluation_path(self._workdir, step, '.json')
+        if not path.exists():
+            return {}
+        content = workdir.read_json(path)
+        results = (*content['attacks'], *content['validation'])
+        return {Unit(result['name'], result['split']): result for result in results}
+
+    def _finished(self, step: int) -> dict[Unit, dict[str, Any]]:
+        """Returns a step's results, as far as they stay valid."""
+        return {
+            unit: result
+            for unit, result in self._read(step).items()
+            if result['settings'] == self._settings.get(unit, result['settings'])
+        }
+
+    def _add(
+        self, step: int, unit: Unit, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+    ) -> None:
+        """Adds a unit to a step's files, as they are by now.
+
+        The .json never has what the ledger has not, nor what it has with other settings: what is
+        not valid any more leaves the .json first, and what is new comes to the ledger first.
+        """
+        done = self._finished(step)
+        if len(done) < len(self._read(step)):
+            self._write(step, done)
+        path = workdir.evaluation_path(self._workdir, step, '.npz')
+        ledger = workdir.read_arrays(path) if path.exists() else {}
+        kept = {'label', 'validation_label'}
+        kept |= {f'{other.key}_{suffix}' for other in done for suffix in LEDGER_SUFFIXES}
+        ledger = {key: array for key, array in ledger.items() if key in kept}
+        fingerprint = workdir.read_record(self._workdir)['dataset']['fingerprint']
+        workdir.write_arrays(path, ledger | arrays | {'fingerprint': np.array(fingerprint)})
+        self._write(step, done | {unit: result})
+
+    def _write(self, step: int, done: Mapping[Unit, Any]) -> None:
+        record = workdir.read_record(self._workdir)
+        # In the config's order; then what was asked for at another time, and stays.
+        ordered = [unit for unit in self._settings if unit in done]
+        ordered += [unit for unit in done if unit not in self._settings]
+        content = {
+            'system': self._config.system,
+            'seed': self._config.seed,
+            'step': step,
+            'dataset': record['dataset']['name'],
+            'fingerprint': record['dataset']['fingerprint'],
+            'test_examples': record['dataset']['num_test'],
+            'select_on': self._config.eval.select_on,
+            'attacks': [done[unit] for unit in ordered if unit.split == 'test'],
+            'validation': [done[unit] for unit in ordered if unit.split == 'validation'],
+        }
+        workdir.write_json(workdir.evaluation_path(self._workdir, step, '.json'), content)
+
+
+def _members(record: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    """Returns the runs that are members of what a config.json describes."""
+    return tuple(record.get('members', ())) if record else ()

@@ -1,0 +1,151 @@
+"""Runs that are there already: their snapshots, read as what can be evaluated."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from ensadv import build, checkpoints, ensemble, workdir
+from ensadv import config as config_lib
+from ensadv.errors import UserError
+
+
+class Run(NamedTuple):
+    """A finished run and one of its snapshots.
+
+    Attributes:
+      path: its workdir.
+      config: its own, resolved.
+      record: its config.json.
+      step: the snapshot's.
+    """
+
+    path: epath.Path
+    config: ConfigDict
+    record: Mapping[str, Any]
+    step: int
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what an ensemble of runs, or a transfer set, writes down about this one."""
+        return {
+            'workdir': str(self.path),
+            'system': self.config.system,
+            'seed': self.config.seed,
+            'step': self.step,
+            'parameters': self.record['parameters'],
+            'config': self.record['config'],
+        }
+
+
+def find(path: epath.Path, field: str, base: ConfigDict, snapshot: str = 'last') -> Run:
+    """Returns the finished run in a workdir.
+
+    Args:
+      path: the workdir.
+      field: that named it, for errors.
+      base: has all fields that a config has.
+      snapshot: 'last', or 'best' by what base.eval.select_on says.
+
+    Raises:
+      UserError: if no run is there, it is not finished, or the snapshot is not there any more.
+    """
+    record = workdir.read_record(path)
+    if record is None:
+        raise UserError(f'{field}: {path}: no run is here (no config.json)')
+    config = config_lib.from_dict(record['config'], base.copy_and_resolve_references())
+    snapshots = checkpoints.open_snapshots(path)
+    steps = snapshots.steps()
+    snapshots.close()
+    if config.train.steps not in steps:
+        found = f'found snapshots at {steps}' if steps else 'found no snapshot'
+        raise UserError(
+            f'{field}: {path}: expected a finished run, with a snapshot at step '
+            f'{config.train.steps}, {found}'
+        )
+    step = config.train.steps
+    if snapshot == 'best':
+        chosen = selection_attack(build.attack_names(config))
+        step = best_step(workdir.read_evaluations(path), chosen, config.eval.select_on)
+        if step not in steps:
+            which = 'was never evaluated' if step is None else f'is of step {step}'
+            raise UserError(
+                f'{field}: {path}: the best snapshot, by {chosen} on {config.eval.select_on}, '
+                f'{which}; found those of {steps}. Evaluate the run, or take the last snapshot'
+            )
+    return Run(path, config, record, step)
+
+
+def load(runs: Sequence[Run], *, combine: str, dtype: str) -> tuple[ensemble.Network, Any]:
+    """Returns the ensemble whose members are these runs, and its weights, replicated.
+
+    Args:
+      runs: at least one, all of the same data.
+      combine: how their predictions become one.
+      dtype: compute type: float32 or bfloat16.
+    """
+    networks, variables = [], []
+    for run in runs:
+        run.config.eval.dtype = dtype
+        network = build.network(run.config, run.record['dataset'])
+        snapshots = checkpoints.open_snapshots(run.path)
+        variables.append(snapshots.restore(run.step, network.variables))
+        snapshots.close()
+        networks.append(network)
+    return ensemble.of_networks(networks, combine), variables
+
+
+def best_step(
+    evaluations: Mapping[int, Mapping[str, Any]], attack: str, select_on: str = 'test'
+) -> int | None:
+    """Returns the step with the best accuracy under an attack; the earliest of equals.
+
+    Args:
+      evaluations: the content of eval/<step>.json by step.
+      attack: its name.
+      select_on: the split whose accuracy decides: 'test' or 'validation'.
+
+    Returns:
+      The step, or None where that was never evaluated.
+    """
+    key = 'validation' if select_on == 'validation' else 'attacks'
+    accuracies = {
+        step: result['accuracy']
+        for step in sorted(evaluations)
+        for result in evaluations[step][key]
+        if result['name'] == attack
+    }
+    return max(accuracies, key=accuracies.get, default=None)
+
+
+def selection_attack(names: Sequence[str]) -> str:
+    """Returns which of a config's attacks decides which snapshot is the best.
+
+    IFGSM5, as in the paper; where it is not there the first attack that is, or clean. blackbox can
+    be made on the test split alone, and decides only where nothing else is there.
+    """
+    if 'ifgsm5' in names:
+        return 'ifgsm5'
+    attacked = [name for name in names if name not in config_lib.WITHOUT_STEPS]
+    return (attacked or [name for name in names if name != 'blackbox'] or list(names))[0]
+
+
+def refuse_sources(config: Mapping[str, Any], set_record: Mapping[str, Any]) -> None:
+    """Refuses to judge a source of the transfer set by it: that would be no black box.
+
+    Args:
+      config: of the run that is judged, as JSON has it.
+      set_record: of the transfer set.
+
+    Raises:
+      UserError: if they are trained alike, with the same seed.
+    """
+    # Runs that differ in these alone begin with the same weights, and train much alike.
+    ignore = ('system', 'epsilon', 'attack', 'eval', 'model.dtype', 'data.validation_examples')
+    for source in set_record['sources']:
+        if not config_lib.changed_fields(source['config'], config, ignore):
+            raise UserError(
+                f'eval.blackbox_path: the run is one of the sources of this transfer set '
+                f'({source["system"]}, seed {source["seed"]}), which the set was made to fool; '
+                'judge a run with another seed'
+            )
