@@ -37,6 +37,8 @@ def apply(model: nn.Module, variables: Variables, x: Array) -> Array:
       variables: as `init` returns them, with a leading [k] axis.
       x: images [B, H, W, C] in [0, 1], the same for every member.
     """
+    # Restored weights may be NumPy's, which a convolution's batching rule does not take in a jit.
+    variables = jax.tree.map(jnp.asarray, variables)
     return jax.vmap(lambda v: model.apply(v, x, train=False))(variables)
 
 

@@ -164,8 +164,12 @@ class Job:
     def _wanted_by_run(self) -> tuple[str, ...]:
         """Returns the attacks that the run itself asks for, which may be more than this job's."""
         record = workdir.read_record(self._workdir)
-        stored = record['config']['eval'] if record else {}
-        return tuple(stored.get('attacks', ())) or build.attack_names(self._config)
+        if record is None:
+            return build.attack_names(self._config)
+        stored = record['config']['eval']
+        names = tuple(stored['attacks'])
+        judged = stored['blackbox_path'] and 'blackbox' not in names
+        return (*names, 'blackbox') if judged else names
 
     def _is_done(self, step: int) -> bool:
         """Returns whether nobody needs the snapshot for an attack on every snapshot any more."""

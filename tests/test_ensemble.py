@@ -46,6 +46,14 @@ def test_one_member_is_the_bare_network_bit_for_bit(variables):
         )
 
 
+def test_weights_may_be_numpys(variables):
+    weights = jax.device_get(variables)
+    logits = jax.jit(lambda x: ensemble.apply(MODEL, weights, x))(X)
+    np.testing.assert_allclose(
+        logits, jax.jit(lambda v, x: ensemble.apply(MODEL, v, x))(variables, X), atol=1e-5
+    )
+
+
 def test_logits_equal_a_loop_over_members(variables):
     logits = jax.jit(lambda v, x: ensemble.apply(MODEL, v, x))(variables, X)
     assert logits.shape == (3, 6, 4)
