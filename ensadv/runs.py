@@ -1,5 +1,6 @@
 """Runs that are there already: their snapshots, read as what can be evaluated."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -142,8 +143,14 @@ def refuse_sources(config: Mapping[str, Any], set_record: Mapping[str, Any]) -> 
     """
     # Runs that differ in these alone begin with the same weights, and train much alike.
     ignore = ('system', 'epsilon', 'attack', 'eval', 'model.dtype', 'data.validation_examples')
-    for source in set_record['sources']:
-        if not config_lib.changed_fields(source['config'], config, ignore):
+    seeds = [config['seed']]
+    if config['ensemble']['training'] == 'separate':
+        # Its members are runs of their own, see `train.learner_keys`.
+        k = config['ensemble']['size']
+        seeds = [k * config['seed'] + i for i in range(k)]
+        config = {**config, 'ensemble': config['ensemble'] | {'size': 1, 'training': 'joint'}}
+    for source, seed in itertools.product(set_record['sources'], seeds):
+        if not config_lib.changed_fields(source['config'], {**config, 'seed': seed}, ignore):
             raise UserError(
                 f'eval.blackbox_path: the run is one of the sources of this transfer set '
                 f'({source["system"]}, seed {source["seed"]}), which the set was made to fool; '

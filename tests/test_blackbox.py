@@ -1,5 +1,7 @@
 """The transfer set: made against sources of our own, verified, and judged by."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from etils import epath
 
 import main
 from configs import default
-from ensadv import blackbox, build, checkpoints, evaluate, transfer
+from ensadv import blackbox, build, checkpoints, evaluate, runs, transfer
+from ensadv import config as config_lib
 from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluator import Evaluator
@@ -205,6 +208,27 @@ def test_a_source_is_not_judged_by_its_own_set(root):
     config.train.snapshot_every = 40
     with pytest.raises(UserError, match='one of the sources'):
         evaluate.Job(config, path).evaluate_pending()
+
+
+@pytest.mark.parametrize(
+    'changes, refused',
+    [
+        ({}, True),
+        ({'seed': 999}, False),
+        ({'train.adversarial_weight': 1.0}, False),
+        # Members 1000 and 1001; and 998 and 999.
+        ({'seed': 500, 'ensemble.size': 2, 'ensemble.training': 'separate'}, True),
+        ({'seed': 499, 'ensemble.size': 2, 'ensemble.training': 'separate'}, False),
+    ],
+)
+def test_who_is_a_source(root, changes, refused):
+    record = transfer.read_record(root / 'blackbox.npz')
+    config = default.get_config()
+    config.update_from_flattened_dict(config_lib.flatten(record['sources'][0]['config']))
+    config.update_from_flattened_dict(changes)
+    told = pytest.raises(UserError, match='one of the sources')
+    with told if refused else contextlib.nullcontext():
+        runs.refuse_sources(config_lib.to_dict(config), record)
 
 
 @pytest.mark.parametrize(
