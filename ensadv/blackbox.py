@@ -107,7 +107,7 @@ def _check_made_alike(
 ) -> None:
     """Refuses a transfer set that these sources and settings would not have made."""
     found = [source['config'] for source in record['sources']]
-    alike = record['made_by'] == made_by and len(found) == len(configs)
+    alike = record.get('made_by') == made_by and len(found) == len(configs)
     for stored, run_config in zip(found, configs, strict=False):
         wanted = config_lib.to_dict(run_config)
         alike = alike and not config_lib.changed_fields(stored, wanted, ignore=('model.dtype',))
@@ -132,7 +132,8 @@ def _make(
         return np.max(evaluator.member_margins(variables, images, labels[places]), axis=1)
 
     everything = np.arange(n)
-    stored, margin = images.copy(), largest_margin(images, everything)
+    clean = evaluator.member_margins(variables, images, labels)
+    stored, margin = images.copy(), np.max(clean, axis=1)
     fooled_per_round = []
     for number, settings in enumerate(made_by['rounds']):
         # The first round takes all, also those that are errors without an attack.
@@ -149,7 +150,6 @@ def _make(
         margin[standing[better]] = found[better]
         fooled_per_round.append(int(np.sum(margin <= 0)))
         logging.info('%s: %d of %d examples fool every source', label, fooled_per_round[-1], n)
-    clean = evaluator.member_margins(variables, images, labels)
     record = {
         'epsilon': config.epsilon,
         'dataset': dataset.name,

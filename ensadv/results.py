@@ -97,7 +97,9 @@ class Results:
             self._add(step, unit, result, self._ledger(unit, verdicts))
             self._writer.write_scalars(step, {f'accuracy/{unit.key}': result['accuracy']})
         done = self._finished(step)
-        shown = ', '.join(f'{unit.key} {done[unit]["accuracy"]:.3f}' for unit in units)
+        shown = ', '.join(
+            f'{unit.key} {done[unit]["accuracy"]:.3f}' for unit in units if unit in done
+        )
         logging.info('%s: step %d: %s', self.label, step, shown)
 
     def check(self) -> None:
@@ -124,7 +126,9 @@ class Results:
         # Evaluation computes in a type of its own, on whatever devices there are.
         workdir.check_config(self._workdir, config, ignore=('model.dtype',))
         record = workdir.read_record(self._workdir)
-        dataset = self._read_data(*(judged['config'] for judged in (record, *_members(record))))
+        dataset = self._read_data(
+            *(judged['config'] for judged in (record, *record.get('members', ())))
+        )
         workdir.check_data(self._workdir, dataset.describe())
         self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
         self._environment = build.environment()
@@ -273,8 +277,3 @@ class Results:
             'validation': [done[unit] for unit in ordered if unit.split == 'validation'],
         }
         workdir.write_json(workdir.evaluation_path(self._workdir, step, '.json'), content)
-
-
-def _members(record: Mapping[str, Any] | None) -> tuple[Any, ...]:
-    """Returns the runs that are members of what a config.json describes."""
-    return tuple(record.get('members', ())) if record else ()

@@ -46,7 +46,7 @@ def find(path: epath.Path, field: str, base: ConfigDict, snapshot: str = 'last')
       path: the workdir.
       field: that named it, for errors.
       base: has all fields that a config has.
-      snapshot: 'last', or 'best' by what base.eval.select_on says.
+      snapshot: 'last', or 'best' by the run's own eval.select_on.
 
     Raises:
       UserError: if no run is there, it is not finished, or the snapshot is not there any more.

@@ -88,6 +88,15 @@ def test_table_by_hand():
     assert 'Trained on 8 x TPU v3 with jax 1.2, ensadv 0.1; evaluated on 8 x TPU v3' in table
 
 
+def test_numbers_of_attacks_without_gradients_are_marked():
+    runs = [run_of('Baseline', seed, {'pgd20': 0.25}) for seed in (0, 1)]
+    runs.append(run_of('SingleAdv', 0, {'pgd20': 0.5}))
+    runs[1].attacks['pgd20']['no_gradient'] = 30
+    table = report.table(runs)
+    assert [row[3] for row in rows_of(table)[2:]] == ['25.0* (25.0-25.0)', '50.0']
+    assert '* 30 examples stood without having been attacked' in table
+
+
 @pytest.mark.parametrize(
     'change, reason',
     [({'epsilon': 0.5}, 'pgd20 with epsilon 0.5, not 0.25'), ({'n': 100}, 'on 100 examples')],

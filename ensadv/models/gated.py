@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ensadv import conv
-from ensadv.models.wide_resnet import conv_init
+from ensadv.models.base import ImageNetwork, conv_init
 
 
 class Gate(nn.Module):
@@ -49,11 +49,11 @@ class Gated(nn.Module):
     'logits' ignores the score. The gate computes in float32, whatever the member's type.
 
     Attributes:
-      member: the member's network, with `mean`, `std` and `conv` as `WideResNet` has them.
+      member: the member's network.
       width: channels of the gate's first convolution.
     """
 
-    member: nn.Module
+    member: ImageNetwork
     width: int = 16
 
     @nn.compact
@@ -64,6 +64,5 @@ class Gated(nn.Module):
           train: whether the member's batch norm uses the batch's statistics.
         """
         log_probs = jax.nn.log_softmax(self.member(x, train))
-        x = (x - jnp.asarray(self.member.mean)) / jnp.asarray(self.member.std)
-        score = Gate(self.width, self.member.conv, name='gate')(x)
+        score = Gate(self.width, self.member.conv, name='gate')(self.member.standardise(x))
         return log_probs + score[:, None]

@@ -1,14 +1,12 @@
 """VGG-like networks (Simonyan & Zisserman, 2015, "Very Deep Convolutional Networks ...")."""
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from ensadv import conv
-from ensadv.models.wide_resnet import conv_init, linear_init
+from ensadv.models.base import ImageNetwork
 
 DEPTHS = (11, 13, 16, 19)
 # How many 3x3 convolutions each of the five stages has, by depth: table 1, columns A, B, D, E.
@@ -17,33 +15,19 @@ _STAGES = dict(
 )
 
 
-class VGG(nn.Module):
+class VGG(ImageNetwork):
     """VGG-depth with batch norm, and the per-channel standardisation of the images inside.
 
     Batch norm follows each convolution, as in torchvision's vgg16_bn. As is usual on CIFAR, global
     average pooling and one linear layer stand in for the original's three, which `depth` counts.
 
     Attributes:
-      num_classes: width of the output.
-      mean, std: per channel, in pixels of [0, 1].
       depth: convolutions and linear layers of the original: 11, 13, 16 or 19.
       width: the stages have 16, 32, 64, 128 and 128 times this many channels; 4 is the original.
-      dtype: compute type; weights, batch-norm averages and logits are float32.
-      conv: which convolution, see `ensadv.conv.get`.
-      norm_momentum, norm_epsilon: of batch norm.
-      norm_axis: name of a mapped axis over which batch statistics are averaged, or None.
     """
 
-    num_classes: int
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
     depth: int = 16
     width: int = 4
-    dtype: Any = jnp.float32
-    conv: str = 'auto'
-    norm_momentum: float = 0.9
-    norm_epsilon: float = 1e-5
-    norm_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -55,27 +39,9 @@ class VGG(nn.Module):
         if self.depth not in _STAGES:
             allowed = ', '.join(map(str, DEPTHS))
             raise ValueError(f'depth: expected one of {allowed}, found {self.depth}')
-        # float32 is to mean float32: left to their default, TPUs and GPUs would round the factors.
-        precision = 'highest' if self.dtype == jnp.float32 else None
-        convolution = partial(
-            nn.Conv,
-            kernel_size=(3, 3),
-            padding=1,
-            use_bias=False,
-            dtype=self.dtype,
-            precision=precision,
-            kernel_init=conv_init,
-            conv_general_dilated=conv.get(self.conv),
-        )
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            epsilon=self.norm_epsilon,
-            dtype=self.dtype,
-            axis_name=self.norm_axis if train else None,
-        )
-        x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        convolution = partial(self.convolution(), kernel_size=(3, 3), padding=1)
+        norm = self.norm(train)
+        x = self.standardise(x)
         for stage, layers in enumerate(_STAGES[self.depth], start=1):
             features = 16 * 2 ** min(stage - 1, 3) * self.width
             for layer in range(1, layers + 1):
@@ -88,6 +54,4 @@ class VGG(nn.Module):
                 # computes them again for the backward pass, which loses that gradient (jax #40564).
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return nn.Dense(
-            self.num_classes, precision='highest', kernel_init=linear_init, name='linear'
-        )(x)
+        return self.linear()(x)
