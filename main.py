@@ -1,14 +1,18 @@
-"""Trains, evaluates and describes adversarially trained ensembles. See README.md.
+"""Trains, evaluates and reports on adversarially trained ensembles. See README.md.
 
 python main.py --config=configs/ensemble4adv.py --workdir=DIR
 python main.py --mode=study --config=configs/quickstart.py --workdir=DIR
 python main.py --mode=evaluate --workdir=DIR
 python main.py --mode=blackbox --config=configs/blackbox.py --workdir=DIR
+python main.py --mode=report --workdir=DIR
+python main.py --mode=planes --workdir=DIR --config.planes.other=OTHER
 python main.py --mode=compare --ledgers=DIR/eval/1000.npz,OTHER/eval/1000.npz
 python main.py --mode=describe --config=configs/ensemble4adv.py
 """
 
-from absl import app, flags
+from collections.abc import Callable
+
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -38,35 +42,63 @@ def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
 
 
 def run_study(config: ConfigDict, path: epath.Path) -> None:
-    """Makes the study's runs, and their table even if some of them fail."""
-    from ensadv import blackbox, report, study
+    """Makes the study's runs, and a report on them even if some of them fail."""
+    write_report = report_writer()
+    from ensadv import blackbox, study
 
     # All mistakes in the systems are told before the first source is trained.
-    seeds = [run_config.seed for _, run_config in study.runs(config, CONFIGS)]
+    run_configs = dict(study.runs(config, CONFIGS))
+    seeds = [run_config.seed for run_config in run_configs.values()]
     if 'blackbox' in config.eval.attacks and not config.eval.blackbox_path:
         if config.blackbox.seed in seeds:
             raise ConfigError('blackbox.seed: expected another than those of study.seeds')
         transfer_set = blackbox.make(config, path / 'blackbox', CONFIGS, run_one)
         config.eval.blackbox_path = str(transfer_set)
     finished, failures = study.run(config, path, CONFIGS, run_one)
-    report.write_table(path, finished)
+    pair = study.pair_of_planes(config)
+    if pair and {path / name for name in pair} <= set(finished):
+        try:
+            draw_planes(run_configs[pair[0]], path, pair)
+        except UserError as error:  # the report is worth having without them
+            logging.error('no decision planes: %s', error)
+    if finished:
+        write_report(path)
     if failures:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in failures.items())
-        raise TrainingError(f'not in the table: {reasons}')
+        raise TrainingError(f'not in the report: {reasons}')
+
+
+def draw_planes(config: ConfigDict, root: epath.Path, pair: tuple[str, str]) -> None:
+    """Draws the decision planes of two runs of a study."""
+    from ensadv import decision_planes
+
+    config.planes.other = str(root / pair[1])
+    decision_planes.run(config, root / pair[0])
+
+
+def report_writer() -> Callable[[epath.Path], epath.Path]:
+    """Returns `report.write`; what it needs beyond training is told before that, and not after."""
+    try:
+        from ensadv import report
+    except ImportError as error:
+        raise UserError(
+            f'the report needs a package that is missing ({error}): pip install -r requirements.txt'
+        ) from error
+    return report.write
 
 
 def compare() -> None:
     """Prints how two ledgers differ, example by example."""
-    from ensadv import analysis
+    from ensadv import significance
 
     paths = [workdir.absolute(path) for path in FLAGS.ledgers or ()]
     if len(paths) != 2:
         raise UserError('--ledgers: expected two files, as in --ledgers=A/eval/9.npz,B/eval/9.npz')
     ledgers = [workdir.read_ledger(path) for path in paths]
-    comparisons = analysis.compare(*ledgers)
+    comparisons = significance.compare(*ledgers)
     for name, path in zip(('first', 'second'), paths, strict=True):
         print(f'{name}: {path}')
-    print(f'\n{analysis.comparison_table(comparisons, ("first", "second"))}')
+    print(f'\n{significance.comparison_table(comparisons, ("first", "second"))}')
 
 
 def describe(config: ConfigDict) -> None:
@@ -94,6 +126,11 @@ def run(mode: str) -> None:
     if mode == 'compare':
         compare()
         return
+    if mode == 'report':
+        if not FLAGS.workdir:
+            raise UserError('--workdir: needed, the directory whose runs are reported on')
+        report_writer()(command_line.workdir_path())
+        return
     config = command_line.config(default.get_config)
     if config.eval.blackbox_path:
         # A run keeps it, and may go on in another directory.
@@ -105,6 +142,9 @@ def run(mode: str) -> None:
         return
     if not FLAGS.workdir:
         raise UserError('--workdir: needed, the directory that is written to')
+    from ensadv import compilation_cache
+
+    compilation_cache.enable(FLAGS.compilation_cache)
     path = command_line.workdir_path()
     if mode == 'study':
         run_study(config, path)
@@ -112,6 +152,10 @@ def run(mode: str) -> None:
         from ensadv import blackbox
 
         blackbox.make(config, path, CONFIGS, run_one)
+    elif mode == 'planes':
+        from ensadv import decision_planes
+
+        decision_planes.run(config.copy_and_resolve_references(), path)
     else:
         from ensadv import evaluate
 

@@ -96,6 +96,8 @@ def get_config() -> ConfigDict:
     # The others leave a long attack when they are fooled. These, the first ones, are what the
     # current iterate's accuracy is of. If as many as the test set has, nobody leaves.
     evaluation.iterate_examples = 1000  # examples that stay to the end of a long attack
+    # The report shows them; attacked by the one of eval.attacks with the most steps.
+    evaluation.examples = 8  # test examples, the first, kept with their adversarial images; or 0
     evaluation.select_on = 'test'  # the best snapshot is chosen on: test (the paper) or validation
     evaluation.batch_size = 500  # examples per call over all devices; alters only rounding
     evaluation.num_examples = placeholder(int)  # the first of the test split; None: all
@@ -113,7 +115,14 @@ def get_config() -> ConfigDict:
     blackbox.start = 'gaussian'  # as attack.start
     blackbox.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
 
+    config.planes = planes = ConfigDict()  # --mode=planes: decision planes, the paper's Figure 4
+    planes.other = placeholder(str)  # workdir of the second run; None: the run's own two members
+    planes.images = (0, 1, 2)  # places in the test split
+    planes.attack = 'pgd20'  # whose examples span the planes: ifgsm or pgd, and number of steps
+    planes.resolution = 200  # pixels along each side of a window
+
     config.study = study = ConfigDict()  # --mode=study: many runs, one table
     study.systems = ()  # names of files in configs/; every other field here is their common base
     study.seeds = (0,)  # each system is run once with each seed
+    study.planes = ()  # two of the systems: decision planes of their first seed's runs; or none
     return config.lock()

@@ -20,6 +20,7 @@ from configs import default
 def get_config() -> ConfigDict:
     config = default.get_config()
     config.study.systems = ('baseline', 'singleadv', 'doubleadv', 'ensemble2adv', 'separate2adv')
+    config.study.planes = ('singleadv', 'ensemble2adv')
     config.epsilon = 0.15
     config.data.name = 'digits'
     config.data.pad = 1

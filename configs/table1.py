@@ -1,10 +1,11 @@
 """Table 1 of the paper: all eight systems, three seeds each, at the paper's settings.
 
-Reproduces: the columns of Table 1a, from each run's last snapshot, and those of Table 1c.
+Reproduces: Tables 1a, 1b and 1c, figures 2a, 2b and 2c, and figure 4 of two of the systems, in
+  DIR/report.
 Run: python main.py --mode=study --config=configs/table1.py --workdir=DIR
   The 24 runs follow one another. To share them out, train each on a machine of its own,
     python main.py --config=configs/SYSTEM.py --config.seed=SEED --workdir=DIR/SYSTEM_seedSEED
-  as in DIR/ensemble2adv_seed1; the study then finds them finished and makes the table.
+  as in DIR/ensemble2adv_seed1; the study then finds them finished and writes the report.
   It makes the transfer set first, in DIR/blackbox, from two clean runs of its own. A set that
   configs/blackbox.py made is used instead with --config.eval.blackbox_path=FILE, which the
   machines that train need, too.
@@ -34,5 +35,6 @@ def get_config() -> ConfigDict:
         'separate2adv',
     )
     config.study.seeds = (0, 1, 2)
+    config.study.planes = ('singleadv', 'ensemble2adv')
     config.eval.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20', 'blackbox')
     return config

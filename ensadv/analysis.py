@@ -1,126 +1,201 @@
-"""From results to what a paper prints. NumPy only."""
+"""From the evaluations of runs to what a paper plots and prints (its section 4.3). NumPy only.
 
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+A series is what a run's evaluations say of one quantity, at increasing steps; NaN where an
+evaluation does not have it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from ensadv.errors import UserError
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Comparison:
-    """Which examples two models predict correctly under one attack.
+class Band(NamedTuple):
+    """A mean over seeds, on common steps.
 
     Attributes:
-      both, only_first, only_second, neither: bool [n]; each example is in one of them.
+      steps: float64 [m].
+      mean: float64 [m].
+      low: float64 [m], the lowest seed's.
+      high: float64 [m], the highest seed's.
+      seeds: the number of series averaged.
     """
 
-    both: np.ndarray
-    only_first: np.ndarray
-    only_second: np.ndarray
-    neither: np.ndarray
-
-    @property
-    def counts(self) -> tuple[int, int, int, int]:
-        """Number of examples in both, only_first, only_second and neither."""
-        masks = (self.both, self.only_first, self.only_second, self.neither)
-        return tuple(int(np.sum(mask)) for mask in masks)
-
-    @property
-    def difference(self) -> float:
-        """Accuracy of the first minus that of the second, in points."""
-        _, only_first, only_second, _ = self.counts
-        return 100 * (only_first - only_second) / len(self.both)
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    seeds: int
 
 
-def compare(
-    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
-) -> dict[str, Comparison]:
-    """Compares two ledgers example by example, for every attack that both have.
+def rolling_median(values: np.ndarray, window: int = 50) -> np.ndarray:
+    """Returns the centred rolling median of a series.
+
+    The window of point i is i - window // 2 .. i + (window - 1) // 2: for 50, the 25 points before
+    it, itself and the 24 after it, as pandas centres an even window. At the ends it shrinks to the
+    points that are there. NaN are left out; the median of an even number of points is the mean of
+    the middle two.
 
     Args:
-      first, second: the content of eval/<step>.npz: 'label' int [n] and, for each attack,
-        '<attack>_correct' bool [n] and, if known, '<attack>_settings' (JSON); and the data's
-        'fingerprint', if known. The validation split's part is left alone.
+      values: float [m].
+      window: how many points, at least 1.
 
     Returns:
-      By attack, in the order of the first.
+      float64 [m]; NaN where all of a window is NaN.
 
     Raises:
-      UserError: if the ledgers are not of the same examples, or an attack that both have was
-        made with other settings, or they have none in common.
+      ValueError: if the window is less than 1.
     """
-    labels = first['label'], second['label']
-    sizes = [len(label) for label in labels]
-    if sizes[0] != sizes[1]:
-        raise UserError(f'ledgers of other examples: found {sizes[0]} and {sizes[1]}')
-    if wrong := int(np.sum(labels[0] != labels[1])):
-        raise UserError(f'ledgers of other examples: found {wrong} of {sizes[0]} labels to differ')
-    names = [_attacks(ledger) for ledger in (first, second)]
-    common = [name for name in names[0] if name in names[1]]
-    if not common:
-        found = ' and '.join(', '.join(each) or 'none' for each in names)
-        raise UserError(f'ledgers without an attack in common: found {found}')
-    if str(first.get('fingerprint')) != str(second.get('fingerprint')):
-        raise UserError('ledgers of other examples: found two data sets (fingerprints)')
-    comparisons = {}
-    for name in common:
-        if changed := _changed_settings(first, second, name):
-            raise UserError(f'ledgers of other attacks: {name} with {changed}')
-        a, b = first[f'{name}_correct'], second[f'{name}_correct']
-        if not a.shape == b.shape == labels[0].shape:
-            found = f'found {len(a)} and {len(b)} for {sizes[0]} labels'
-            raise UserError(f'ledgers of other examples: {name}: {found}')
-        comparisons[name] = Comparison(a & b, a & ~b, ~a & b, ~a & ~b)
-    return comparisons
+    if window < 1:
+        raise ValueError(f'window: expected at least 1, found {window}')
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        return values.copy()
+    ends = (window // 2, (window - 1) // 2)
+    padded = np.pad(values, ends, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window)
+    known = ~np.isnan(windows).all(axis=1)
+    medians = np.full(len(values), np.nan)
+    medians[known] = np.nanmedian(windows[known], axis=1)
+    return medians
 
 
-def _changed_settings(
-    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], name: str
-) -> str:
-    """Returns which settings of an attack differ; how a system combines is its own."""
-    key = f'{name}_settings'
-    if key not in first or key not in second:
-        return ''
-    a, b = (json.loads(str(ledger[key])) for ledger in (first, second))
-    differ = [k for k in sorted({*a, *b} - {'combine'}) if a.get(k) != b.get(k)]
-    return ', '.join(f'{k} {a.get(k)} and {b.get(k)}' for k in differ)
+def replace_outliers(
+    values: np.ndarray, window: int = 50, deviations: float = 3.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Replaces a series' outliers by its rolling median (the paper's section 4.3).
 
+    With d the absolute differences between the series and its rolling median, an outlier is a point
+    whose d exceeds the mean of d by more than `deviations` standard deviations of d. These are
+    over the whole series, NaN left out; the standard deviation is the population's (of n, not
+    n - 1). No point of ten or fewer can be off by more than three.
 
-def _attacks(ledger: Mapping[str, np.ndarray]) -> list[str]:
-    """Returns the attacks on the test split; their names may hold digits and underscores."""
-    suffix = '_correct'
-    mine = [key for key in ledger if key.endswith(suffix) and not key.startswith('validation_')]
-    return [key.removesuffix(suffix) for key in mine]
-
-
-def comparison_table(comparisons: Mapping[str, Comparison], names: tuple[str, str]) -> str:
-    """Returns a Markdown table, a row for each attack.
+    The rule takes a steep rise for outliers, too: of a series that rises within its first few
+    evaluations, the very first are lifted to the median of what follows.
 
     Args:
-      comparisons: by attack.
-      names: what to call the first and the second.
+      values: float [m].
+      window: of the rolling median.
+      deviations: beyond how many a point is an outlier.
+
+    Returns:
+      The series, float64 [m], and which points were replaced, bool [m]. NaN stay NaN.
     """
-    first, second = names
-    counted = ['both correct', f'only {first}', f'only {second}', 'neither']
-    rows = [['attack', 'n', *counted, f'{first} - {second} (points)']]
-    for name, comparison in comparisons.items():
-        counts = [f'{count:,}' for count in (len(comparison.both), *comparison.counts)]
-        rows.append([name, *counts, f'{comparison.difference:+.2f}'])
-    return markdown(rows)
+    values = np.asarray(values, np.float64)
+    known = ~np.isnan(values)
+    if not known.any():
+        return values.copy(), np.zeros(len(values), bool)
+    medians = rolling_median(values, window)
+    distances = np.abs(values - medians)
+    excess = distances - distances[known].mean()
+    replaced = excess > deviations * distances[known].std()
+    return np.where(replaced, medians, values), replaced
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows as an aligned Markdown table; the first row is the header."""
-    # At least 2, since a rule of a colon alone is none.
-    widths = [max(2, *map(len, column)) for column in zip(*rows, strict=True)]
+def interpolate(steps: np.ndarray, values: np.ndarray, common_steps: np.ndarray) -> np.ndarray:
+    """Returns a series at other steps, linearly interpolated.
 
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return '| ' + ' | '.join([first, *rest]) + ' |'
+    NaN are left out, which bridges the gaps that they leave.
 
-    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
-    return '\n'.join([line(rows[0]), line(rule), *map(line, rows[1:])])
+    Args:
+      steps: [m], increasing.
+      values: float [m].
+      common_steps: [n], where to interpolate.
+
+    Returns:
+      float64 [n]; NaN before the first and after the last known point.
+
+    Raises:
+      ValueError: if there is not one value for each step, or the steps do not increase.
+    """
+    steps, values = _known(steps, values)
+    if not len(steps):
+        return np.full(len(common_steps), np.nan)
+    return np.interp(common_steps, steps, values, left=np.nan, right=np.nan)
+
+
+def average_over_seeds(
+    series: Sequence[tuple[np.ndarray, np.ndarray]], num_steps: int = 1000
+) -> Band:
+    """Returns the mean of several series, interpolated to common steps, and their spread.
+
+    The common steps are equally spaced from the latest of the series' first known points to the
+    earliest of their last: at each of them the mean is over all series.
+
+    Args:
+      series: the steps, increasing, and values of each seed.
+      num_steps: how many common steps.
+
+    Returns:
+      The band. It has a single step where that range is a single step, as with series of one point
+      at the same step; and no steps where the series have no range in common, one of them has no
+      known point, or there is none.
+
+    Raises:
+      ValueError: see `interpolate`.
+    """
+    known = [_known(steps, values) for steps, values in series]
+    common_steps = np.empty(0)
+    if known and all(len(steps) for steps, _ in known):
+        start = max(steps[0] for steps, _ in known)
+        stop = min(steps[-1] for steps, _ in known)
+        if start <= stop:
+            common_steps = np.linspace(start, stop, num_steps if start < stop else 1)
+    if not len(common_steps):
+        nothing = np.empty(0)
+        return Band(nothing, nothing, nothing, nothing, len(known))
+    values = np.stack([interpolate(*each, common_steps) for each in known])
+    return Band(
+        common_steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0), len(known)
+    )
+
+
+def _known(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a series' known points, as float64."""
+    steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+    if steps.ndim != 1 or steps.shape != values.shape:
+        raise ValueError(f'expected a value for each step, found {values.shape} and {steps.shape}')
+    if not (np.diff(steps) > 0).all():
+        raise ValueError('steps: expected them to increase')
+    known = ~np.isnan(values)
+    return steps[known], values[known]
+
+
+def mean_of_last(values: np.ndarray, count: int = 10) -> tuple[float, int]:
+    """Returns the mean of a series' last known values, and how many there were.
+
+    Args:
+      values: float [m]; NaN are left out, and do not count.
+      count: how many to use, at least 1.
+
+    Returns:
+      The mean, NaN where nothing is known, and the number used: `count`, or less where less is
+      known.
+
+    Raises:
+      ValueError: if count is less than 1.
+    """
+    if count < 1:
+        raise ValueError(f'count: expected at least 1, found {count}')
+    values = np.asarray(values, np.float64)
+    last = values[~np.isnan(values)][-count:]
+    return (float(last.mean()) if len(last) else float('nan')), len(last)
+
+
+def pareto_front(cost: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Returns which points no other point dominates.
+
+    A point dominates another if its cost is no higher and its value no lower, and one of the two is
+    better. So of equal points either all are on the front or none.
+
+    Args:
+      cost, value: float [n].
+
+    Returns:
+      bool [n]. A point with NaN is not on the front, and dominates none.
+    """
+    cost, value = np.asarray(cost, np.float64), np.asarray(value, np.float64)
+    # [i, j]: does i dominate j? Comparisons with NaN are False.
+    no_worse = (cost[:, None] <= cost) & (value[:, None] >= value)
+    better = (cost[:, None] < cost) | (value[:, None] > value)
+    return ~(no_worse & better).any(axis=0) & ~np.isnan(cost) & ~np.isnan(value)

@@ -15,10 +15,16 @@ from ensadv import config as config_lib
 from ensadv import workdir
 from ensadv.errors import ConfigError, UserError
 
-MODES = ('train', 'evaluate', 'study', 'blackbox', 'compare', 'describe')
+MODES = ('train', 'evaluate', 'study', 'blackbox', 'compare', 'report', 'planes', 'describe')
 FLAGS = flags.FLAGS
 flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
 flags.DEFINE_string('workdir', None, 'Directory of the run or study; may be on gs://.')
+flags.DEFINE_string(
+    'compilation_cache',
+    None,
+    'Directory that keeps compiled programs, for later starts; may be on gs://. Default: '
+    "~/.cache/ensadv/compiled. '' keeps none. JAX_COMPILATION_CACHE_DIR goes before.",
+)
 flags.DEFINE_list('ledgers', None, 'For --mode=compare: two files eval/<step>.npz.')
 
 

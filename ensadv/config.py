@@ -18,6 +18,7 @@ MUTABLE_FIELDS = (
     'blackbox',
     'eval.attacks',
     'eval.batch_size',
+    'eval.examples',
     'eval.blackbox_path',
     'eval.follow',
     'eval.follow_timeout',
@@ -28,6 +29,7 @@ MUTABLE_FIELDS = (
     'eval.pgd',
     'eval.seed',
     'model.conv',
+    'planes',
     'study',
     'train.checkpoint_every',
     'train.checkpoints_to_keep',
@@ -87,7 +89,7 @@ def parse_attack(name: str, field: str = 'eval.attacks') -> tuple[str, int]:
 def validate(config: ConfigDict) -> None:
     """Raises ConfigError, which names the field, for the first value that is not allowed."""
     for group in (_validate_data, _validate_network, _validate_train, _validate_attacks,
-                  _validate_evaluation, _validate_blackbox):  # fmt: skip
+                  _validate_evaluation, _validate_blackbox, _validate_planes):  # fmt: skip
         group(config)
     for name in config.study.systems:
         if not isinstance(name, str) or not name.isidentifier():
@@ -97,6 +99,11 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(f'study.seeds: expected whole numbers >= 0, found {tuple(seeds)}')
     if len(set(seeds)) != len(seeds) or len(set(config.study.systems)) != len(config.study.systems):
         raise ConfigError('study.systems, study.seeds: each may be named only once')
+    pair = tuple(config.study.planes)
+    if pair and (len(pair) != 2 or pair[0] == pair[1]):
+        raise ConfigError(
+            f'study.planes: expected none or two different systems of study.systems, found {pair}'
+        )
 
 
 def _validate_data(config: ConfigDict) -> None:
@@ -210,6 +217,7 @@ def _validate_evaluation(config: ConfigDict) -> None:
     if group.num_examples is not None:
         _integer(config, 'eval.num_examples', 1)
     _integer(config, 'eval.iterate_examples', 0)
+    _integer(config, 'eval.examples', 0)
     _one_of(config, 'eval.select_on', SPLITS)
     if group.select_on == 'validation' and not config.data.validation_examples:
         raise ConfigError(
@@ -236,6 +244,24 @@ def _validate_blackbox(config: ConfigDict) -> None:
     for name in sources:
         if not isinstance(name, str) or not name.isidentifier():
             raise ConfigError(f'blackbox.sources: {name!r} is not the name of a file in configs/')
+
+
+def _validate_planes(config: ConfigDict) -> None:
+    group = config.planes
+    places = tuple(group.images)
+    distinct = len(set(places)) == len(places) > 0
+    if not distinct or any(not _is_int(place) or place < 0 for place in places):
+        raise ConfigError(
+            'planes.images: expected places in the test split, whole numbers >= 0, each once, as '
+            f'in --config.planes.images="(0, 1, 2)", found {places}'
+        )
+    if group.attack in WITHOUT_STEPS:
+        raise ConfigError(
+            f'planes.attack: {group.attack} has no steps; expected one of {", ".join(ATTACKS)} '
+            'with a number of steps, as in --config.planes.attack=pgd20'
+        )
+    parse_attack(group.attack, 'planes.attack')
+    _integer(config, 'planes.resolution', 2)
 
 
 def _is_int(value: Any) -> bool:

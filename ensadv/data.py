@@ -29,6 +29,13 @@ _TFDS = {
 }
 NAMES = (*_TFDS, 'digits', 'npz')
 
+# What figures call the classes; those of other data sets go by their numbers.
+_CLASS_NAMES = {
+    'cifar10': (
+        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
+    ),
+}  # fmt: skip
+
 _ARRAYS = ('image_train', 'label_train', 'image_test', 'label_test')
 _MAX_CLASSES = 2**16  # beyond it a label is a stray number, not a class
 _HOLD_OUT_SEED = 0  # not the run's: all seeds of a study hold the same examples out
@@ -66,6 +73,11 @@ class Dataset:
     def split(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of the 'train', 'validation' or 'test' split."""
         return getattr(self, f'image_{name}'), getattr(self, f'label_{name}')
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What to call the classes, by label."""
+        return _CLASS_NAMES.get(self.name, tuple(map(str, range(self.num_classes))))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -113,7 +125,7 @@ class Dataset:
 
     def describe(self) -> dict:
         """What a run writes down about its data; JSON keeps it unchanged."""
-        fields = ('name', 'fingerprint', 'num_classes', 'image_shape', 'mean', 'std')
+        fields = ('name', 'fingerprint', 'num_classes', 'class_names', 'image_shape', 'mean', 'std')
         splits = ('train', 'validation', 'test')
         sizes = {f'num_{split}': len(self.split(split)[1]) for split in splits}
         values = {field: getattr(self, field) for field in fields}

@@ -1,14 +1,13 @@
 """The describe job: what a config amounts to, without training."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ensadv import build, ensemble, losses
+from ensadv import build, costs, ensemble
 
 
 def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
@@ -38,19 +37,11 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def _shapes(config: ConfigDict, dataset: Mapping[str, Any], k: int) -> tuple[Any, Any, Any]:
-    """Returns the network, the shapes of k members' variables, and those of one image."""
-    config = config.copy_and_resolve_references()
-    # One device's share is described, so there is no other to average batch statistics with.
-    config.batch_norm.sync = False
-    model = build.model(config, dataset, dtype=config.model.dtype)
-    shape = tuple(dataset['image_shape'])
-    variables = jax.eval_shape(lambda: ensemble.init(model, jax.random.key(0), k, shape))
-    return model, variables, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def _shapes(config: ConfigDict, dataset: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns the network, and the shapes of all members' variables."""
+    model = costs.one_device(config, dataset)
+    shape, k = tuple(dataset['image_shape']), config.ensemble.size
+    return model, jax.eval_shape(lambda: ensemble.init(model, jax.random.key(0), k, shape))
 
 
 def _bytes(tree: Any) -> int:
@@ -59,7 +50,7 @@ def _bytes(tree: Any) -> int:
 
 def parameters(config: ConfigDict, dataset: Mapping[str, Any]) -> int:
     """Returns the number of weights of all members."""
-    return _size(_shapes(config, dataset, config.ensemble.size)[1]['params'])
+    return costs.size(_shapes(config, dataset)[1]['params'])
 
 
 _COMBINES = {
@@ -100,47 +91,25 @@ def _parameters(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str
 
 
 def _flops(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
-    """Counts the operations of XLA's programs, before it optimizes them."""
-    model, variables, x = _shapes(config, dataset, 1)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32)
-
-    def count(f: Callable[..., Any], *args: Any) -> float:
-        return jax.jit(f).lower(*args).cost_analysis()['flops'] * config.ensemble.size
-
-    def clean_loss(v, x, y):
-        log_probs = ensemble.combine(ensemble.apply(model, v, x), config.ensemble.combine)
-        return jnp.sum(losses.cross_entropy(log_probs, y))
-
-    def train_loss(params, stats, x, y):
-        logits, stats = ensemble.apply_train(model, {'params': params, 'batch_stats': stats}, x)
-        log_probs = ensemble.combine(logits, config.ensemble.combine)
-        return jnp.sum(losses.cross_entropy(log_probs, y)), stats
-
-    forward = count(partial(ensemble.apply, model), variables, x)
-    attack_step = count(jax.grad(clean_loss, argnums=1), variables, x, label)
-    update = count(
-        jax.grad(train_loss, has_aux=True), variables['params'], variables['batch_stats'], x, label
-    )
-    rows = {'forward': _giga(forward)}
+    operations = costs.operations(config, dataset)
+    rows = {'forward': _giga(operations.forward)}
     if config.train.adversarial_weight:
-        step = config.attack.steps * attack_step + 2 * update
         rows['adversarial step'] = (
-            f'{_giga(step)} ({config.attack.steps} attack steps of {_giga(attack_step)}, '
-            f'2 passes of {_giga(update)})'
+            f'{_giga(operations.train_step)} ({config.attack.steps} attack steps of '
+            f'{_giga(operations.attack_step)}, 2 passes of {_giga(operations.update)})'
         )
-        update = step
     else:
-        rows['clean step'] = _giga(update)
-    total = update * config.train.batch_size * config.train.steps
+        rows['clean step'] = _giga(operations.train_step)
+    total = operations.train_step * config.train.batch_size * config.train.steps
     rows['whole training'] = f'{total:.3g}'
     return rows
 
 
 def _memory(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     """Adds up weights, optimizer, gradients, and what the backward pass keeps of the forward."""
-    k, batch = config.ensemble.size, config.train.batch_size
-    model, variables, x = _shapes(config, dataset, k)
-    x = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    batch = config.train.batch_size
+    model, variables = _shapes(config, dataset)
+    x = jax.ShapeDtypeStruct((batch, *dataset['image_shape']), jnp.float32)
     params = variables['params']
 
     def kept(params, stats, x):

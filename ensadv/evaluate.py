@@ -9,7 +9,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, checkpoints, claims, runs, workdir
+from ensadv import build, checkpoints, claims, runs, selection, workdir
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.results import Results, Unit
 
@@ -34,7 +34,7 @@ class Job:
     def evaluate_pending(self, wait: bool = False) -> None:
         """Evaluates every snapshot that lacks one of the config's attacks, the oldest first.
 
-        Once the last one is evaluated, the long attacks follow.
+        Once the last one is evaluated, the long attacks follow, and examples to look at.
 
         Args:
           wait: whether to wait for what other processes are at, and do it should they die.
@@ -101,11 +101,11 @@ class Job:
         """Returns the snapshots with something to do, and what they should have."""
         steps, units = snapshots.steps(), self._results.units
         pending = [(step, units) for step in steps if self._results.missing(step, units)]
-        long_units = self._results.long_units
-        if pending or not long_units or not self._has_last():
+        final = self._results.final_units
+        if pending or not final or not self._has_last():
             return pending
         wanted = [step for step in self._worth_keeping() if step in steps]
-        return [(step, long_units) for step in wanted if self._results.missing(step, long_units)]
+        return [(step, final) for step in wanted if self._results.missing(step, final)]
 
     def _evaluate(
         self, step: int, units: Sequence[Unit], snapshots: checkpoints.Checkpoints
@@ -157,8 +157,8 @@ class Job:
             for step, content in workdir.read_evaluations(self._workdir).items()
             if not self._results.missing(step, self._results.units)
         }
-        attack = runs.selection_attack(self._wanted_by_run())
-        best = runs.best_step(evaluations, attack, self._config.eval.select_on)
+        attack = selection.selection_attack(self._wanted_by_run())
+        best = selection.best_step(evaluations, attack, self._config.eval.select_on)
         return {step for step in (best, max(evaluations, default=None)) if step is not None}
 
     def _wanted_by_run(self) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ class Job:
         """Returns whether nobody needs the snapshot for an attack on every snapshot any more."""
         wanted = [Unit(name, 'test') for name in self._wanted_by_run()]
         if self._config.eval.select_on == 'validation':
-            wanted.append(Unit(runs.selection_attack(self._wanted_by_run()), 'validation'))
+            wanted.append(Unit(selection.selection_attack(self._wanted_by_run()), 'validation'))
         return not self._results.missing(step, [*self._results.units, *wanted])
 
     def _prune(self, snapshots: checkpoints.Checkpoints) -> None:
@@ -250,7 +250,7 @@ def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
     )
     results = Results(config, workdir_path, config.system, lambda _: network)
     # An ensemble of runs has this one snapshot, its best and its last.
-    units = [*results.units, *results.long_units]
+    units = [*results.units, *results.final_units]
     with claims.Claims(workdir_path / 'claims').taken(str(step)) as mine:
         if not mine:
             raise UserError(f'--workdir={workdir_path}: another process is evaluating this')

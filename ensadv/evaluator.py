@@ -220,6 +220,70 @@ class Evaluator:
                 bar.update(valid)
         return np.concatenate(results)
 
+    def worst_points(
+        self,
+        variables: Any,
+        settings: Mapping[str, Any],
+        images: np.ndarray,
+        labels: np.ndarray,
+        label: str,
+        *,
+        places: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Returns where the attack of `evaluate` found the lowest margins, [m, H, W, C] float32.
+
+        The clean image and the start are among the points. The attack stops after each step, so
+        that what `evaluate` compiled serves here too; an iterate costs one more forward pass.
+
+        Args:
+          variables, images, labels, label: as in `evaluate`.
+          settings: as in `evaluate`, of an attack with steps.
+          places: int [m], the examples that are attacked; None: all.
+        """
+        begin, restart, advance = self._compile_attack(settings)
+        places = np.arange(len(labels)) if places is None else np.asarray(places)
+        num_steps, restarts = settings['steps'], settings['restarts']
+        results = []
+        total = len(places) * num_steps * restarts
+        with metrics.progress(total=total, label=label, unit='image step') as bar:
+            # Batches of the size of `evaluate`, however few places: nothing is compiled anew.
+            for batch, valid in self._batches(places, len(labels)):
+                examples = batch, images[batch], labels[batch]
+                x_worst = images[batch] / np.float32(255)
+                progress = begin(variables, examples)
+                margin = progress.margin
+                for number, taken in itertools.product(range(restarts), range(num_steps + 1)):
+                    if taken == 0:
+                        progress = restart(np.int32(number), (*examples, progress))
+                    # None at first: then the start is judged, and nothing else is done.
+                    count = np.int32(min(taken, 1))
+                    given = (*examples, progress)
+                    progress = advance(variables, np.int32(num_steps), count, given)
+                    lower = progress.last_margin < margin
+                    x_worst[lower] = progress.x_adv[lower]
+                    margin = np.where(lower, progress.last_margin, margin)
+                    bar.update(valid * int(count))
+                results.append(x_worst[:valid])
+        return np.concatenate(results)
+
+    def log_probs(self, variables: Any, x: np.ndarray, label: str) -> np.ndarray:
+        """Returns the ensemble's log-probabilities, float32 [n, classes].
+
+        Args:
+          variables: the network's, replicated.
+          x: float32 [n, H, W, C], pixels in [0, 1]; or whatever has this length and gives such an
+            array for x[int [B]], so that images need not be there all at once.
+          label: of the progress.
+        """
+        step = self._compile('log_probs', {}, _log_probs_batch, 1)
+        n = len(x)
+        results = []
+        with metrics.progress(total=n, label=label, unit='image') as bar:
+            for batch, valid in self._batches(np.arange(n), n):
+                results.append(step(variables, x[batch])[:valid])
+                bar.update(valid)
+        return np.concatenate(results)
+
     def member_margins(self, variables: Any, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Returns each member's margin on each image, float32 [n, k], for uint8 images [n, ...]."""
         step = self._compile('members', {}, _member_batch, 1)
@@ -287,6 +351,11 @@ def _clean_batch(network, settings, variables, batch):
     del settings
     _, images, labels = batch
     return losses.margin(network.log_probs(variables, data.to_pixels(images)), labels)
+
+
+def _log_probs_batch(network, settings, variables, x):
+    del settings
+    return network.log_probs(variables, x)
 
 
 def _member_batch(network, settings, variables, batch):

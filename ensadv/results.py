@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, data, ensemble, metrics, runs, transfer, workdir
+from ensadv import build, data, ensemble, metrics, runs, selection, transfer, workdir
 from ensadv import config as config_lib
 from ensadv.errors import UserError
 from ensadv.evaluator import Evaluator, LongVerdicts, Verdicts
@@ -19,7 +19,10 @@ LEDGER_SUFFIXES = ('correct', 'margin', 'settings', 'fooled_at')  # of each atta
 
 
 class Unit(NamedTuple):
-    """An attack on a split; results have it once per snapshot."""
+    """An attack on a split; results have it once per snapshot.
+
+    The split 'examples' is the first few of the test split, whose images are kept to be looked at.
+    """
 
     name: str
     split: str
@@ -61,19 +64,27 @@ class Results:
         names = build.attack_names(config)
         self.units = [Unit(name, 'test') for name in names]
         if config.eval.select_on == 'validation':
-            self.units.append(Unit(runs.selection_attack(names), 'validation'))
+            self.units.append(Unit(selection.selection_attack(names), 'validation'))
         self.long_units = [Unit(name, 'test') for name in config.eval.long_attacks]
+        self.final_units = list(self.long_units)
+        shown = selection.strongest(names)
+        if config.eval.examples and shown:
+            self.final_units.append(Unit(shown, 'examples'))
         self._settings = {
             unit: build.evaluation_settings(config, unit.name)
-            for unit in (*self.units, *self.long_units)
+            for unit in (*self.units, *self.final_units)
         }
         self._evaluator: Evaluator | None = None
         self._writer: Any = None
 
     def missing(self, step: int, units: Sequence[Unit]) -> list[Unit]:
-        """Returns which of these units the step's file lacks."""
+        """Returns which of these units the step's files lack."""
         done = self._finished(step)
-        return [unit for unit in units if unit not in done]
+        return [
+            unit
+            for unit in units
+            if unit not in done and not (unit.split == 'examples' and self._has_examples(step))
+        ]
 
     def evaluate(
         self, step: int, units: Sequence[Unit], restore: Callable[[ensemble.Network], Any]
@@ -90,6 +101,9 @@ class Results:
         self._open()
         variables = restore(self._evaluator.network)
         for unit in self.missing(step, units):
+            if unit.split == 'examples':
+                self._write_examples(step, unit, variables)
+                continue
             start = time.monotonic()
             verdicts = self._verdicts(unit, variables, f'{self.label} step {step} {unit.key}')
             result = self._result(unit, verdicts)
@@ -222,6 +236,30 @@ class Results:
         if isinstance(verdicts, LongVerdicts):
             arrays[f'{unit.key}_fooled_at'] = verdicts.fooled_at
         return arrays
+
+    def _has_examples(self, step: int) -> bool:
+        # Whatever their settings, which they tell: nobody would gain from others in their place.
+        return workdir.evaluation_path(self._workdir, step, '_examples.npz').exists()
+
+    def _write_examples(self, step: int, unit: Unit, variables: Any) -> None:
+        """Writes the first test examples' worst points, to be looked at, and the predictions."""
+        images, labels = self._splits['test']
+        count = min(self._config.eval.examples, len(labels))
+        label = f'{self.label} step {step} {unit.key}'
+        worst = self._evaluator.worst_points(
+            variables, self._settings[unit], images, labels, label, places=np.arange(count)
+        )
+        clean = images[:count] / np.float32(255)
+        log_probs = self._evaluator.log_probs(variables, np.concatenate([clean, worst]), label)
+        arrays = {
+            'label': labels[:count],
+            'image': images[:count],
+            'adversarial': worst,
+            'clean_log_probs': log_probs[:count],
+            'adversarial_log_probs': log_probs[count:],
+            'settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
+        }
+        workdir.write_examples(self._workdir, step, arrays)
 
     def _read(self, step: int) -> dict[Unit, dict[str, Any]]:
         """Returns all of a step's results."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, checkpoints, ensemble, workdir
+from ensadv import build, checkpoints, ensemble, selection, workdir
 from ensadv import config as config_lib
 from ensadv.errors import UserError
 
@@ -35,6 +35,7 @@ class Run(NamedTuple):
             'seed': self.config.seed,
             'step': self.step,
             'parameters': self.record['parameters'],
+            'operations': self.record.get('operations'),  # older runs have none
             'config': self.record['config'],
         }
 
@@ -66,8 +67,8 @@ def find(path: epath.Path, field: str, base: ConfigDict, snapshot: str = 'last')
         )
     step = config.train.steps
     if snapshot == 'best':
-        chosen = selection_attack(build.attack_names(config))
-        step = best_step(workdir.read_evaluations(path), chosen, config.eval.select_on)
+        chosen = selection.selection_attack(build.attack_names(config))
+        step = selection.best_step(workdir.read_evaluations(path), chosen, config.eval.select_on)
         if step not in steps:
             which = 'was never evaluated' if step is None else f'is of step {step}'
             raise UserError(
@@ -94,41 +95,6 @@ def load(runs: Sequence[Run], *, combine: str, dtype: str) -> tuple[ensemble.Net
         snapshots.close()
         networks.append(network)
     return ensemble.of_networks(networks, combine), variables
-
-
-def best_step(
-    evaluations: Mapping[int, Mapping[str, Any]], attack: str, select_on: str = 'test'
-) -> int | None:
-    """Returns the step with the best accuracy under an attack; the earliest of equals.
-
-    Args:
-      evaluations: the content of eval/<step>.json by step.
-      attack: its name.
-      select_on: the split whose accuracy decides: 'test' or 'validation'.
-
-    Returns:
-      The step, or None where that was never evaluated.
-    """
-    key = 'validation' if select_on == 'validation' else 'attacks'
-    accuracies = {
-        step: result['accuracy']
-        for step in sorted(evaluations)
-        for result in evaluations[step][key]
-        if result['name'] == attack
-    }
-    return max(accuracies, key=accuracies.get, default=None)
-
-
-def selection_attack(names: Sequence[str]) -> str:
-    """Returns which of a config's attacks decides which snapshot is the best.
-
-    IFGSM5, as in the paper; where it is not there the first attack that is, or clean. blackbox can
-    be made on the test split alone, and decides only where nothing else is there.
-    """
-    if 'ifgsm5' in names:
-        return 'ifgsm5'
-    attacked = [name for name in names if name not in config_lib.WITHOUT_STEPS]
-    return (attacked or [name for name in names if name != 'blackbox'] or list(names))[0]
 
 
 def refuse_sources(config: Mapping[str, Any], set_record: Mapping[str, Any]) -> None:

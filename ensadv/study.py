@@ -28,6 +28,21 @@ def runs(config: ConfigDict, systems_dir: epath.Path) -> Iterator[tuple[str, Con
             yield systems.run_name(name, seed), run_config
 
 
+def pair_of_planes(config: ConfigDict) -> tuple[str, str] | None:
+    """Returns the names of the two runs whose decision planes are drawn; None if none are."""
+    if not config.study.planes:
+        return None
+    if missing := set(config.study.planes) - set(config.study.systems):
+        logging.warning(
+            'study.planes: no decision planes: not among study.systems: %s',
+            ', '.join(sorted(missing)),
+        )
+        return None
+    first, second = config.study.planes
+    seed = config.study.seeds[0]
+    return systems.run_name(first, seed), systems.run_name(second, seed)
+
+
 def run(
     config: ConfigDict, root: epath.Path, systems_dir: epath.Path, run_one: systems.RunOne
 ) -> tuple[list[epath.Path], dict[str, str]]:

@@ -1,6 +1,7 @@
 """The training job: the loop around one pure step."""
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
-from ensadv import build, checkpoints, data, metrics, parallel, steps, workdir
+from ensadv import build, checkpoints, costs, data, metrics, parallel, steps, workdir
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.optim import TrainState
@@ -246,7 +247,11 @@ def _train(config, workdir_path, step, saved, on_snapshot, label) -> None:
     keys = learner_keys(config)
     make_state = partial(init_state, config, model, dataset.image_shape)
     parameters = jax.eval_shape(make_state, keys).params
-    facts = {'dataset': description, 'parameters': count(parameters)}
+    facts = {
+        'dataset': description,
+        'parameters': costs.size(parameters),
+        'operations': costs.operations(config, description)._asdict(),
+    }
     session = {'step': step, **build.environment(), 'command': sys.argv}
     workdir.write_record(workdir_path, config, facts, session)
 
@@ -283,6 +288,8 @@ def _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot) -
     train, schedule = config.train, build.schedule(config)
     snapshots = checkpoints.open_snapshots(workdir_path)
     interval = _Interval(step)
+    seconds_per_step: list[float] = []  # of every interval but the first, which compiles
+    first_step = step
     log.step(step)
     while step < train.steps:
         stop = next_stop(step, config)
@@ -298,23 +305,23 @@ def _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot) -
         if any(due.values()):
             means = interval.means(step, train.batch_size)
             log.scalars(step, means | {'learning_rate': float(schedule(step - 1))})
+            if interval.first_step > first_step:
+                seconds_per_step.append(train.batch_size / means['examples_per_second'])
         log.step(step)
         new_snapshot = due['snapshot'] and step not in snapshots.steps()
         if new_snapshot:
             snapshots.save(step, snapshot_of(config, state), wait=True)
         if due['checkpoint']:
             saved.save(step, state)
+            if seconds_per_step:
+                timing = {'seconds_per_step': statistics.median(seconds_per_step)}
+                workdir.add_to_session(workdir_path, timing)
         # Evaluation may take long: what training needs is safe by then.
         if new_snapshot and on_snapshot:
             on_snapshot()
         if any(due.values()):
             interval = _Interval(step)
     snapshots.close()
-
-
-def count(params: Any) -> int:
-    """Returns the number of weights in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _log_parameters(params: Any) -> None:

@@ -151,9 +151,33 @@ def write_record(
     write_json(workdir / 'config.json', content)
 
 
+def add_to_session(workdir: epath.Path, facts: Mapping[str, Any]) -> None:
+    """Adds to what config.json says of the session that is under way."""
+    record = read_record(workdir)
+    record['sessions'][-1] |= facts
+    write_json(workdir / 'config.json', record)
+
+
 def evaluation_path(workdir: epath.Path, step: int, suffix: str) -> epath.Path:
     """Returns the path of eval/<step>.json or .npz."""
     return workdir / 'eval' / f'{step}{suffix}'
+
+
+def write_examples(workdir: epath.Path, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes eval/<step>_examples.npz."""
+    write_arrays(evaluation_path(workdir, step, '_examples.npz'), arrays)
+
+
+def read_examples(workdir: epath.Path, step: int) -> dict[str, np.ndarray] | None:
+    """Returns eval/<step>_examples.npz's content; None where there is none.
+
+    Returns:
+      'label' int32 [m], 'image' uint8 [m, H, W, C], 'adversarial' float32 [m, H, W, C],
+      'clean_log_probs' and 'adversarial_log_probs' float32 [m, classes], and 'settings', the
+      attack's, as JSON.
+    """
+    path = evaluation_path(workdir, step, '_examples.npz')
+    return read_arrays(path) if path.exists() else None
 
 
 def read_evaluations(workdir: epath.Path) -> dict[int, dict[str, Any]]:
@@ -161,5 +185,5 @@ def read_evaluations(workdir: epath.Path) -> dict[int, dict[str, Any]]:
     folder = workdir / 'eval'
     if not folder.exists():
         return {}
-    paths = {int(path.stem): path for path in folder.glob('[0-9]*.json')}
+    paths = {int(path.stem): path for path in folder.glob('*.json') if path.stem.isdecimal()}
     return {step: read_json(paths[step]) for step in sorted(paths)}

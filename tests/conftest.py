@@ -40,6 +40,7 @@ TINY = {
     'attack.steps': 2,
     'eval.attacks': ('clean', 'ifgsm2'),
     'eval.long_attacks': (),
+    'eval.examples': 0,
     'eval.num_examples': 30,
     'eval.batch_size': 16,
 }

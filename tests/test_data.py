@@ -112,7 +112,7 @@ def test_fingerprint_tells_any_difference():
 def test_describe_survives_json():
     description = tiny_dataset().describe()
     assert json.loads(json.dumps(description)) == description
-    expected = {'name', 'fingerprint', 'image_shape', 'num_classes', 'mean', 'std'}
+    expected = {'name', 'fingerprint', 'image_shape', 'num_classes', 'class_names', 'mean', 'std'}
     assert set(description) == expected | {'num_train', 'num_validation', 'num_test'}
     assert description['image_shape'] == [4, 5, 3]
     sizes = [description[f'num_{split}'] for split in ('train', 'validation', 'test')]

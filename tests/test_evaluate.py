@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import build, checkpoints, evaluate, evaluator, runs, train
+from ensadv import build, checkpoints, evaluate, evaluator, selection, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import UserError
 
@@ -63,7 +63,7 @@ def test_keeps_the_best_and_the_last_snapshot(copy_of_trained):
     job = evaluate.Job(config, path)
     job.evaluate_pending()
     job.close()
-    best = runs.best_step(workdir_lib.read_evaluations(path), 'ifgsm2')
+    best = selection.best_step(workdir_lib.read_evaluations(path), 'ifgsm2')
     assert checkpoints.open_snapshots(path).steps() == sorted({best, 6})
 
 
@@ -218,7 +218,7 @@ def test_long_attacks_are_made_on_the_best_and_the_last(copy_of_trained):
     settings = {'eval__long_attacks': ('pgd7',), 'eval__iterate_examples': 10}
     job_of(config, path, **settings).evaluate_pending()
     evaluations = workdir_lib.read_evaluations(path)
-    best = runs.best_step(evaluations, 'ifgsm2')
+    best = selection.best_step(evaluations, 'ifgsm2')
     for step in (2, 4, 6):
         assert ('pgd7' in names_of(path, step)) == (step in (best, 6))
     result = evaluations[6]['attacks'][-1]
@@ -233,6 +233,35 @@ def test_long_attacks_are_made_on_the_best_and_the_last(copy_of_trained):
     fooled_at = ledger['pgd7_fooled_at']
     np.testing.assert_array_equal(fooled_at == -1, ledger['pgd7_margin'] > 0)
     assert np.mean((fooled_at == -1) | (fooled_at > 2)) == curve['accuracy'][1]
+
+
+def test_examples_are_kept_of_the_best_and_the_last(copy_of_trained):
+    config, path = copy_of_trained
+    shown = {'eval__examples': 5, 'eval__attacks': ('clean', 'pgd3', 'ifgsm2')}
+    job = job_of(config, path, **shown)
+    job.evaluate_pending()
+    best = selection.best_step(workdir_lib.read_evaluations(path), 'ifgsm2')
+    for step in (2, 4, 6):
+        assert (workdir_lib.read_examples(path, step) is not None) == (step in (best, 6))
+    kept = workdir_lib.read_examples(path, 6)
+    test = build.dataset(config)
+    np.testing.assert_array_equal(kept['image'], test.image_test[:5])
+    np.testing.assert_array_equal(kept['label'], test.label_test[:5])
+    settings = json.loads(str(kept['settings']))
+    assert (settings['attack'], settings['steps']) == ('pgd', 3)
+    # It is the point where the ledger's verdict was found.
+    perturbation = kept['adversarial'] - kept['image'] / np.float32(255)
+    assert 0 < np.abs(perturbation).max() <= config.epsilon + 1e-6
+    log_probs = kept['adversarial_log_probs'].astype(float)
+    own = np.eye(10, dtype=bool)[kept['label']]
+    margin = log_probs[own] - np.where(own, -np.inf, log_probs).max(axis=1)
+    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
+    np.testing.assert_allclose(margin, ledger['pgd3_margin'][:5], atol=1e-4)
+    # Those that are there stay: two processes with other attacks would undo each other's for ever.
+    file = workdir_lib.evaluation_path(path, 6, '_examples.npz')
+    file.write_bytes(b'there')
+    job_of(config, path, **(shown | {'eval__pgd__step_size': 0.01})).evaluate_pending()
+    assert file.read_bytes() == b'there'
 
 
 def evaluation(**accuracies):
@@ -252,14 +281,14 @@ def evaluation(**accuracies):
 )
 def test_the_best_step_is_that_of_the_highest_accuracy(evaluations, expected):
     evaluations = {step: evaluation(**values) for step, values in evaluations.items()}
-    assert runs.best_step(evaluations, 'ifgsm5') == expected
+    assert selection.best_step(evaluations, 'ifgsm5') == expected
     # The same on the other split, which must not see the test's.
     swapped = {
         step: {'attacks': [], 'validation': content['attacks']}
         for step, content in evaluations.items()
     }
-    assert runs.best_step(swapped, 'ifgsm5', 'validation') == expected
-    assert runs.best_step(swapped, 'ifgsm5') is None
+    assert selection.best_step(swapped, 'ifgsm5', 'validation') == expected
+    assert selection.best_step(swapped, 'ifgsm5') is None
 
 
 @pytest.mark.parametrize(
@@ -272,7 +301,21 @@ def test_the_best_step_is_that_of_the_highest_accuracy(evaluations, expected):
     ],
 )
 def test_the_attack_that_selects(names, expected):
-    assert runs.selection_attack(names) == expected
+    assert selection.selection_attack(names) == expected
+
+
+@pytest.mark.parametrize(
+    'names, expected',
+    [
+        (('clean', 'pgd5', 'ifgsm20', 'pgd20', 'blackbox'), 'pgd20'),
+        (('pgd20', 'ifgsm20'), 'pgd20'),
+        (('pgd20', 'ifgsm21'), 'ifgsm21'),
+        (('clean', 'blackbox'), None),
+        ((), None),
+    ],
+)
+def test_the_strongest_attack_has_the_most_steps(names, expected):
+    assert selection.strongest(names) == expected
 
 
 def test_results_are_plain_json(copy_of_trained):

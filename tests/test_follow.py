@@ -19,7 +19,17 @@ import pytest
 from conftest import QUICK_COMPILE, ROOT, TINY, overrides, tiny_config
 
 import main
-from ensadv import attacks, build, checkpoints, claims, evaluate, evaluator, metrics, runs, train
+from ensadv import (
+    attacks,
+    build,
+    checkpoints,
+    claims,
+    evaluate,
+    evaluator,
+    metrics,
+    selection,
+    train,
+)
 from ensadv import workdir as workdir_lib
 from ensadv.errors import TrainingError
 
@@ -201,7 +211,7 @@ def test_a_follower_started_before_the_trainer_evaluates_each_snapshot_once(work
         _, log = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, log
     evaluations = workdir_lib.read_evaluations(workdir)
-    kept = sorted({runs.best_step(evaluations, 'ifgsm2'), 6})
+    kept = sorted({selection.best_step(evaluations, 'ifgsm2'), 6})
     assert snapshot_steps(workdir) == kept
     for step in (2, 4, 6):
         assert evaluated(workdir, step) == [*UNITS, *(['pgd3'] if step in kept else [])]
@@ -493,7 +503,7 @@ def test_the_best_is_chosen_on_the_split_asked_for(workdir, fake, select_on, bes
     evaluate.run(config, workdir)
     assert snapshot_steps(workdir) == [best, 6]
     evaluations = workdir_lib.read_evaluations(workdir)
-    assert runs.best_step(evaluations, 'ifgsm2', select_on) == best
+    assert selection.best_step(evaluations, 'ifgsm2', select_on) == best
     for step, content in evaluations.items():
         results = [*content['attacks'], *content['validation']]
         assert {result['select_on'] for result in results} == {content['select_on']} == {select_on}

@@ -45,7 +45,7 @@ def last_error(result, code=2):
         ([SINGLE, '--config.attack.stpes=3'], "did you mean 'attack.steps'?"),
         ([SINGLE, '--config.atack.steps=3'], "did you mean 'attack.steps'?"),
         ([SINGLE, '--config.train=3'], '--config.train=3'),
-        ([SINGLE, '--mode=trian'], 'train|evaluate|study|blackbox|compare|describe'),
+        ([SINGLE, '--mode=trian'], 'train|evaluate|study|blackbox|compare|report|planes|describe'),
         ([SINGLE, '--wrkdir=x'], 'wrkdir'),
         ([SINGLE, 'extra'], "'extra'"),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),

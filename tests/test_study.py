@@ -1,4 +1,4 @@
-"""Studies: which runs, going on, and the table."""
+"""Studies: which runs, going on, and the report at the end."""
 
 import hashlib
 
@@ -7,7 +7,9 @@ from conftest import CIFAR10, QUICK_COMPILE, ROOT, TINY, overrides, run_main
 from etils import epath
 
 from configs import quickstart, table1
-from ensadv import report, study
+from ensadv import config as config_lib
+from ensadv import study
+from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, TrainingError
 
 CONFIGS = epath.Path(ROOT) / 'configs'
@@ -47,72 +49,13 @@ def test_systems_that_do_not_exist_are_refused(systems, told):
         list(study.runs(config, CONFIGS))
 
 
-def run_of(system, seed, accuracies, *, parameters=1234567, n=10_000, **settings):
-    machine = {
-        'devices': {'count': 8, 'kind': 'TPU v3'},
-        'versions': {'jax': '1.2', 'ensadv': '0.1'},
-    }
-    record = {
-        'config': {'ensemble': {'size': 2}},
-        'dataset': {'name': 'cifar10', 'num_train': 50_000, 'num_test': 10_000, 'fingerprint': 'f'},
-        'parameters': parameters,
-        'sessions': [machine],
-    }
-    settings = {'epsilon': 0.25, 'steps': 20, 'combine': system} | settings
-    attacks = {
-        name: {'accuracy': value, 'n': n, 'settings': settings, **machine}
-        for name, value in accuracies.items()
-    }
-    return report.Run(system, seed, 500_000, attacks, record)
-
-
-def rows_of(table):
-    lines = [line for line in table.splitlines() if line.startswith('|')]
-    assert len({len(line) for line in lines}) == 1
-    return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
-
-
-def test_table_by_hand():
-    runs = [
-        run_of('Baseline', 0, {'clean': 0.95, 'pgd20': 0.0}),
-        run_of('Ensemble2Adv', 0, {'clean': 0.80, 'pgd20': 0.5}, parameters=7),
-        run_of('Ensemble2Adv', 1, {'clean': 0.84, 'pgd20': 0.525}, parameters=7),
-    ]
-    table = report.table(runs)
-    rows = rows_of(table)
-    assert rows[0] == ['system', 'members', 'parameters', 'clean', 'pgd20', 'seeds']
-    assert rows[2] == ['Baseline', '2', '1,234,567', '95.0', '0.0', '1']
-    assert rows[3] == ['Ensemble2Adv', '2', '7', '82.0 (80.0-84.0)', '51.2 (50.0-52.5)', '2']
-    assert '10,000 of the 10,000 test images of cifar10' in table
-    assert 'pgd20: epsilon 0.25' in table
-    assert 'Trained on 8 x TPU v3 with jax 1.2, ensadv 0.1; evaluated on 8 x TPU v3' in table
-
-
-def test_numbers_of_attacks_without_gradients_are_marked():
-    runs = [run_of('Baseline', seed, {'pgd20': 0.25}) for seed in (0, 1)]
-    runs.append(run_of('SingleAdv', 0, {'pgd20': 0.5}))
-    runs[1].attacks['pgd20']['no_gradient'] = 30
-    table = report.table(runs)
-    assert [row[3] for row in rows_of(table)[2:]] == ['25.0* (25.0-25.0)', '50.0']
-    assert '* 30 examples stood without having been attacked' in table
-
-
-@pytest.mark.parametrize(
-    'change, reason',
-    [({'epsilon': 0.5}, 'pgd20 with epsilon 0.5, not 0.25'), ({'n': 100}, 'on 100 examples')],
-)
-def test_runs_that_cannot_be_compared_are_named_and_left_out(change, reason):
-    runs = [
-        run_of('Baseline', 0, {'pgd20': 0.5}),
-        run_of('Baseline', 1, {'pgd20': 0.9}, **change),
-        run_of('SingleAdv', 0, {'pgd20': 0.7}),
-    ]
-    table = report.table(runs)
-    assert [row[-2:] for row in rows_of(table)[2:]] == [['50.0', '1'], ['70.0', '1']]
-    assert (
-        f'Not in the table: Baseline, seed 1: pgd20 {reason}'.replace('pgd20 pgd20', 'pgd20')
-        in table
-    )
+def test_decision_planes_are_of_the_first_seeds_runs():
+    config = quickstart.get_config()
+    config.study.seeds = (4, 5)
+    assert study.pair_of_planes(config) == ('singleadv_seed4', 'ensemble2adv_seed4')
+    # A study of other systems is not refused for the pair that its config file names.
+    config.study.systems = ('baseline', 'singleadv')
+    assert study.pair_of_planes(config) is None
 
 
 @pytest.mark.parametrize(
@@ -146,29 +89,49 @@ def test_one_run_that_diverges_does_not_stop_the_others(tmp_path):
     assert begun == ['baseline_seed0', 'singleadv_seed0']
     assert [path.name for path in finished] == ['singleadv_seed0']
     assert failures == {'baseline_seed0': 'loss is not finite'}
-    assert report.table([]) == 'No run has an evaluation yet.\n'
+
+
+@pytest.mark.parametrize(
+    'pair', [('baseline',), ('baseline', 'baseline'), ('baseline', 'singleadv', 'doubleadv')]
+)
+def test_decision_planes_are_of_two_systems_of_the_study(pair):
+    config = quickstart.get_config()
+    config.study.planes = pair
+    with pytest.raises(ConfigError, match=r'study\.planes: expected none or two different'):
+        config_lib.validate(config)
 
 
 FIELDS = TINY | {
     'study.systems': ('baseline', 'separate2adv'),
+    'study.planes': ('baseline', 'separate2adv'),
+    'planes.attack': 'pgd2',
+    'planes.images': (0,),
+    'planes.resolution': 8,
     'train.snapshot_every': 4,
     'eval.attacks': ('clean', 'ifgsm2', 'blackbox'),
+    'eval.examples': 2,
     'blackbox.sources': ('baseline',),
     'blackbox.steps': 2,
     'blackbox.rounds': 1,
 }
 
 
-def test_a_study_trains_tabulates_and_goes_on(tmp_path):
+def test_a_study_trains_reports_and_goes_on(tmp_path):
     command = ['--mode=study', '--config=configs/quickstart.py', *overrides(FIELDS)]
     first = run_main(*command, f'--workdir={tmp_path}', xla_flags=QUICK_COMPILE)
     assert first.returncode == 0, first.stderr
-    table = (tmp_path / 'table.md').read_text()
+    text = (tmp_path / 'report' / 'table1.md').read_text()
+    table = text.split('\n\n')[1]
     assert table in first.stdout
-    assert [line.split()[1] for line in table.splitlines()[2:4]] == ['Baseline', 'Separate2Adv']
-    header = [cell.strip() for cell in table.splitlines()[0].split('|')]
-    assert header[4:7] == ['clean', 'ifgsm2', 'blackbox']
-    assert '30 of the 360 test images of digits' in table
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
+    assert [row[0] for row in rows if 'iterate' not in row[0]][2:] == ['Baseline', 'Separate2Adv']
+    assert rows[0][3:6] == ['clean', 'IFGSM2', 'black-box']
+    assert 'n 30.' in text
+    assert 'blackbox/baseline_seed1000: a source of the transfer set' in first.stdout
+    assert first.stdout.splitlines()[-1] == f'The report: {tmp_path}/report/report.html'
+    page = (tmp_path / 'report' / 'report.html').read_text()
+    assert 'figure_examples' in page
+    assert 'figure4_baseline_seed0-separate2adv_seed0' in page
     # The set is made once, against a run with another seed than those that are judged.
     assert (tmp_path / 'blackbox' / 'baseline_seed1000' / 'config.json').exists()
     transfer_set = (tmp_path / 'blackbox' / 'blackbox.npz').read_bytes()
@@ -179,7 +142,7 @@ def test_a_study_trains_tabulates_and_goes_on(tmp_path):
     (tmp_path / 'separate2adv_seed0' / 'eval' / '4.json').unlink()
     again = run_main(*command, f'--workdir={tmp_path}', xla_flags=QUICK_COMPILE)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / 'table.md').read_text() == table
+    assert (tmp_path / 'report' / 'table1.md').read_text() == text
     assert finished.stat().st_mtime_ns == before
     again = (tmp_path / 'blackbox' / 'blackbox.npz').read_bytes()
     assert hashlib.sha256(again).hexdigest() == digest
@@ -198,7 +161,8 @@ def test_the_eight_systems_on_real_cifar10_images(tmp_path, systems, sizes):
     fields = TINY | {
         'data.name': 'cifar10', 'data.data_dir': CIFAR10, 'data.pad': 4, 'epsilon': '8/255',
         'train.snapshot_every': 1, 'train.checkpoint_every': 1, 'train.batch_size': 4,
-        'study.systems': systems, 'eval.attacks': ('clean', 'ifgsm1'), 'eval.num_examples': 16,
+        'eval.attacks': ('clean', 'ifgsm1'), 'eval.num_examples': 16,
+        'study.systems': systems, 'study.planes': (),
     }  # fmt: skip
     command = ['--mode=study', '--config=configs/quickstart.py', f'--workdir={tmp_path}']
     for steps in (1, 2):
@@ -206,9 +170,12 @@ def test_the_eight_systems_on_real_cifar10_images(tmp_path, systems, sizes):
         result = run_main(*command, *changed, xla_flags=QUICK_COMPILE)
         assert result.returncode == 0, result.stderr
     assert result.stderr.count('going on from the checkpoint of step 1') == 4
-    runs = [report.read_run(epath.Path(tmp_path) / f'{name}_seed0') for name in systems]
-    assert [run.step for run in runs] == [2] * 4
-    assert {attack['n'] for run in runs for attack in run.attacks.values()} == {16}
-    assert {run.record['dataset']['num_train'] for run in runs} == {50_000}
-    assert {run.record['config']['epsilon'] for run in runs} == {8 / 255}
-    assert [run.record['config']['ensemble']['size'] for run in runs] == sizes
+    for name, size in zip(systems, sizes, strict=True):
+        path = epath.Path(tmp_path) / f'{name}_seed0'
+        record, evaluations = workdir_lib.read_record(path), workdir_lib.read_evaluations(path)
+        assert list(evaluations)[-1] == 2
+        assert {result['n'] for result in evaluations[2]['attacks']} == {16}
+        assert record['dataset']['num_train'] == 50_000
+        assert record['dataset']['class_names'][:2] == ['airplane', 'automobile']
+        assert record['config']['epsilon'] == 8 / 255
+        assert record['config']['ensemble']['size'] == size

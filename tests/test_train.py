@@ -47,6 +47,10 @@ def test_writes_what_the_design_says(workdir):
     )
     assert [session['step'] for session in record['sessions']] == [0]
     assert record['sessions'][0]['versions']['jax'] == jax.__version__
+    # The report sets these against robustness; the first interval, which compiles, does not count.
+    assert 0 < record['sessions'][0]['seconds_per_step'] < 1
+    operations = record['operations']
+    assert operations['train_step'] == 2 * operations['attack_step'] + 2 * operations['update']
     assert any(path.name.startswith('events.') for path in workdir.iterdir())
     assert not [path for path in pathlib.Path(workdir).rglob('*') if 'tmp' in path.name]
     for leaf in jax.tree.leaves(snapshot(config, workdir, 4)):

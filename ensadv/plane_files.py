@@ -1,0 +1,71 @@
+"""The files of decision planes, planes/<name>.npz of a run: plain arrays, read without JAX."""
+
+import json
+
+import numpy as np
+from etils import epath
+
+from ensadv import workdir
+from ensadv.errors import UserError
+from ensadv.planes import Planes
+
+# Each array's kind (as NumPy's dtype.kind has it) and its axes; one name has one length.
+_ARRAYS = {
+    'names': ('U', ('rows',)),
+    'attacked': ('U', (2,)),
+    'places': ('i', ('m',)),
+    'labels': ('i', ('m',)),
+    'images': ('u', ('m', 'H', 'W', 'C')),
+    'extent': ('f', ('m', 4)),
+    'classes': ('i', ('m', 'rows', 'R', 'R')),
+    'points': ('f', ('m', 3, 2)),
+    'point_classes': ('i', ('m', 'rows', 3)),
+    'region': ('f', ('m', 'V', 2)),
+    'notes': ('U', ('m',)),
+}
+_TEXTS = ('names', 'attacked', 'notes')
+
+
+def write(path: epath.Path, planes: Planes) -> None:
+    """Writes decision planes, complete or not at all."""
+    arrays = {name: np.asarray(getattr(planes, name)) for name in _ARRAYS}
+    workdir.write_arrays(path, arrays | {'record': np.array(json.dumps(planes.record))})
+
+
+def read(path: epath.Path) -> Planes:
+    """Reads what `write` wrote; nothing is unpickled.
+
+    Raises:
+      UserError: if the file is missing, damaged or holds something else.
+    """
+    if not path.exists():
+        raise UserError(f'{path}: found no such file, expected one of --mode=planes')
+    try:
+        arrays = workdir.read_arrays(path)
+        record = json.loads(arrays.pop('record').item())
+    except Exception as error:  # whatever storage, zipfile, NumPy and JSON raise
+        cause = f'{type(error).__name__}: {error}'
+        raise UserError(f'{path}: expected a file of --mode=planes ({cause})') from error
+    if reason := _malformed(arrays, record):
+        raise UserError(f'{path}: {reason}')
+    texts = {name: tuple(map(str, arrays[name])) for name in _TEXTS}
+    kept = {name: arrays[name] for name in _ARRAYS}
+    return Planes(**(kept | texts), record=record)
+
+
+def _malformed(arrays: dict[str, np.ndarray], record: object) -> str | None:
+    """Returns what is wrong, or None."""
+    if not isinstance(record, dict):
+        return 'record: expected a JSON object'
+    lengths: dict[str | int, int] = {}
+    for name, (kind, axes) in _ARRAYS.items():
+        if name not in arrays:
+            return f'expected an array {name}, found {", ".join(arrays)}'
+        array = arrays[name]
+        fits = array.dtype.kind == kind and array.ndim == len(axes)
+        for axis, length in zip(axes, array.shape, strict=False):
+            fits &= length == (axis if isinstance(axis, int) else lengths.setdefault(axis, length))
+        if not fits:
+            shape = ', '.join(f'{axis}' for axis in axes)
+            return f'{name}: expected [{shape}], found {array.dtype} {array.shape}'
+    return None

@@ -1,0 +1,124 @@
+"""What the report's numbers rest on: data, attacks' settings, machines."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from ensadv.report.collect import Collection
+from ensadv.report.run import Run
+from ensadv.report.table1 import attack_name
+
+
+def class_names(run: Run) -> Sequence[str]:
+    """Returns what to call the classes of a run's data."""
+    dataset = run.record['dataset']
+    return dataset.get('class_names') or [str(i) for i in range(dataset['num_classes'])]
+
+
+def all_of_it(collection: Collection) -> list[str]:
+    """Returns how the numbers were made, a sentence each."""
+    return [*training(collection), *settings(collection), *machines(collection)]
+
+
+_SHOWN = (
+    'epsilon', 'step_size', 'schedule', 'start', 'sigma', 'restarts', 'loss', 'seed', 'dtype',
+    'digest', 'share_fooled',
+)  # fmt: skip
+
+
+def settings(collection: Collection) -> list[str]:
+    """Returns the settings of each attack, which are the same for all runs."""
+    found = {}
+    for run in collection.runs:
+        for step in (run.steps, run.best):
+            for name, result in run.attacks(step).items():
+                found.setdefault(name, result)
+    lines = []
+    for name in collection.attacks:
+        settings = {k: v for k, v in found[name]['settings'].items() if k in _SHOWN}
+        if settings:
+            text = ', '.join(f'{key} {_short(value)}' for key, value in settings.items())
+            lines.append(f'{attack_name(name)}: {text}, n {found[name]["n"]:,}.')
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f'{value:.4g}'
+    return f'{value[:12]}...' if isinstance(value, str) and len(value) > 20 else str(value)
+
+
+def training(collection: Collection) -> list[str]:
+    """Returns how the systems were trained; `Collection.notes` has what differs among them."""
+    runs = [run for run in collection.runs if not run.members]
+    if not runs:
+        return []
+    # An adversarially trained one tells more.
+    run = next((run for run in runs if run.config['train']['adversarial_weight']), runs[0])
+    train, attack, model = (run.config[group] for group in ('train', 'attack', 'model'))
+    schedule = ', '.join(f'{step:,}' for step in train['learning_rate_steps'])
+    lines = [
+        f'Trained for {run.steps:,} steps of {train["batch_size"]} examples, learning rate '
+        f'{train["learning_rate"]:.4g} times {train["learning_rate_factor"]:.4g} at {schedule}, '
+        f'momentum {train["momentum"]:.4g}, weight decay {train["weight_decay"]:.4g}, '
+        f'{model["dtype"]}. {run.system}: {model["name"]}, depth {model["depth"]}, width '
+        f'{model["width"]}.'
+    ]
+    if train['adversarial_weight']:
+        lines.append(
+            f'Attack in training: {attack["name"].upper()}{attack["steps"]}, step_size '
+            f'{attack["step_size"]:.4g}, start {attack["start"]}, sigma {attack["sigma"]:.4g}; '
+            f'rho {train["adversarial_weight"]:.4g}.'
+        )
+    return lines
+
+
+def machines(collection: Collection) -> list[str]:
+    """Returns on what the runs were trained and evaluated."""
+    runs = collection.runs
+    trained = [session for run in runs if not run.members for session in run.record['sessions']]
+    evaluated = [r for run in runs for r in run.attacks(run.steps).values()]
+    return [
+        f'{done} on {_environments(sessions)}.'
+        for done, sessions in (('Trained', trained), ('Evaluated', evaluated))
+        if sessions
+    ]
+
+
+def _environments(sessions: Sequence[Mapping[str, Any]]) -> str:
+    return ' and '.join(
+        dict.fromkeys(
+            f'{s["devices"]["count"]} x {s["devices"]["kind"]} with jax {s["versions"]["jax"]}, '
+            f'ensadv {s["versions"]["ensadv"]}'
+            for s in sessions
+        )
+    )
+
+
+def facts(collection: Collection) -> list[tuple[str, str]]:
+    """Returns what stands at the top of the page."""
+    runs = collection.runs
+    facts = [('Runs', f'{len(runs)}, of {len(collection.systems)} systems')]
+    if runs:
+        dataset, last = runs[0].record['dataset'], runs[0].attacks(runs[0].steps)
+        n = next(iter(last.values()))['n']
+        seeds = dict.fromkeys(run.seed for run in runs)
+        facts += [
+            (
+                'Data',
+                f'{dataset["name"]}, {n:,} of {dataset["num_test"]:,} test images; fingerprint '
+                f'{dataset["fingerprint"][:16]}...',
+            ),
+            ('Threat model', f'L-infinity, epsilon {_epsilon(runs[0].config["epsilon"])}'),
+            ('Seeds', ', '.join(seeds)),
+            ('Training steps', ', '.join(f'{s:,}' for s in sorted({run.steps for run in runs}))),
+        ]
+    if collection.apart:
+        facts.append(('Listed apart', f'{len(collection.apart)} runs, at the end'))
+    return [*facts, ('Made by', ' '.join([epath.Path(sys.argv[0]).name, *sys.argv[1:]]))]
+
+
+def _epsilon(epsilon: float) -> str:
+    return f'{epsilon:.4g} ({255 * epsilon:.3g}/255)'

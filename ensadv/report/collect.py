@@ -1,0 +1,128 @@
+"""The runs below a directory, and which of them may stand in one table."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from ensadv import workdir
+from ensadv.errors import UserError
+from ensadv.report import comparable
+from ensadv.report.run import Run, find, read
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Collection:
+    """Runs whose numbers can stand side by side, and those whose cannot.
+
+    Attributes:
+      runs: ordered by system and seed; systems in the order of the paper, then by name.
+      apart: (name, reason) of every other run.
+      notes: what readers should know of the runs, a sentence each.
+    """
+
+    runs: Sequence[Run]
+    apart: Sequence[tuple[str, str]]
+    notes: Sequence[str]
+
+    @property
+    def systems(self) -> dict[str, list[Run]]:
+        """The runs by system."""
+        by_system = collections.defaultdict(list)
+        for run in self.runs:
+            by_system[run.system].append(run)
+        return dict(by_system)
+
+    @property
+    def attacks(self) -> list[str]:
+        """All attacks at the last steps, in the runs' order; the long ones come last."""
+        results = [result for run in self.runs for result in run.attacks(run.steps).values()]
+        names = [result['name'] for result in sorted(results, key=lambda r: 'curve' in r)]
+        wanted = [name for run in self.runs for name in run.wanted]
+        return list(dict.fromkeys([*(name for name in wanted if name in names), *names]))
+
+
+def collect(root: epath.Path, order: Sequence[str]) -> Collection:
+    """Reads the runs below a directory, or the one in it.
+
+    Args:
+      root: the directory.
+      order: of systems; others follow by name.
+
+    Raises:
+      UserError: if no run is there.
+    """
+    paths = list(find(root))
+    if not paths:
+        raise UserError(f'--workdir={root}: found no run below it (no config.json)')
+    sources = _sources(paths)
+    names = [path.relative_to(root).as_posix() if path != root else path.name for path in paths]
+    runs, apart = [], []
+    # Of many small files, on storage that may be far away.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(_read, paths, names))
+    for path, name, run in zip(paths, names, found, strict=True):
+        reason = run if isinstance(run, str) else sources.get(path) or _unfinished(run)
+        apart += [(name, reason)] if reason else []
+        runs += [] if reason else [run]
+    runs.sort(key=lambda run: _rank(run, order))
+    for rule in (
+        comparable.other_threat_model,
+        comparable.other_attacks,
+        comparable.other_system,
+        comparable.twice,
+    ):
+        reasons = rule(runs)
+        apart += [(run.name, reasons[run]) for run in runs if run in reasons]
+        runs = [run for run in runs if run not in reasons]
+    return Collection(runs, sorted(apart), comparable.notes_on(runs))
+
+
+def _read(path: epath.Path, name: str) -> Run | str:
+    """Reads a run; returns the reason where that is not possible."""
+    try:
+        return read(path, name)
+    except UserError as error:
+        return str(error)
+
+
+def _rank(run: Run, order: Sequence[str]) -> tuple[Any, ...]:
+    known = order.index(run.system) if run.system in order else len(order)
+    return known, run.system, [int(part) for part in run.seed.split('+')], run.name
+
+
+def _sources(paths: Sequence[epath.Path]) -> dict[epath.Path, str]:
+    """Returns the runs that the transfer sets beside them were made to fool, and says so."""
+    reasons = {}
+    for folder in dict.fromkeys(path.parent for path in paths):
+        file = folder / 'blackbox.npz'
+        if not file.exists():
+            continue
+        try:
+            record = json.loads(str(workdir.read_arrays(file)['record']))
+            # The directory may have moved since.
+            found = {folder / epath.Path(source['workdir']).name for source in record['sources']}
+            reason = 'a source of the transfer set'
+        except Exception:  # whatever storage, zipfile, NumPy and JSON raise
+            found = {path for path in paths if path.parent == folder}
+            reason = f'perhaps a source of the transfer set beside it ({file.name} is damaged)'
+        reasons |= dict.fromkeys(found, reason)
+    return reasons
+
+
+def _unfinished(run: Run) -> str:
+    """Returns what a run lacks; '' if nothing."""
+    if run.steps not in run.evaluations:
+        reached = max(run.evaluations, default=None)
+        done = 'not evaluated yet' if reached is None else f'evaluated up to step {reached:,}'
+        return f'unfinished: {done}, of {run.steps:,} steps'
+    there = run.attacks(run.steps)
+    missing = [name for name in run.wanted if name not in there]
+    judges = [result['name'] for result in run.evaluations[run.steps]['validation']]
+    if run.config['eval']['select_on'] == 'validation' and run.judge not in judges:
+        missing.append(f'{run.judge} on the validation split')
+    return f'unfinished: the last step lacks {", ".join(missing)}' if missing else ''

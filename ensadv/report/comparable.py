@@ -1,0 +1,199 @@
+"""Which runs can stand side by side, and what readers should know of those that do."""
+
+import collections
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ensadv import config as config_lib
+from ensadv.report.run import Run
+
+# What makes a system what it is; all else should be the same for all systems that are compared.
+_OF_A_SYSTEM = ('system', 'seed', 'model.width', 'ensemble', 'train.adversarial_weight', 'eval')
+# Of two seeds of a system these may differ, beside what `config.MUTABLE_FIELDS` names.
+_OF_A_SEED = ('seed', 'ensemble.members_from')
+# How a system combines its members is its own, and not a setting of the attack.
+_OF_AN_ATTACK = 'combine'
+_DIFFERENCES_TOLD = 3
+
+
+def _apart(runs: Sequence[Run], facts: Mapping[str, Callable[[Run], Any]]) -> dict[Run, str]:
+    """Returns the runs in which one of the facts is not as in most of them, and what it is."""
+    reasons: dict[Run, str] = {}
+    for what, fact in facts.items():
+        rest = [run for run in runs if run not in reasons]
+        usual = _most_frequent(map(fact, rest))
+        reasons |= {run: f'{what} {fact(run)}, not {usual}' for run in rest if fact(run) != usual}
+    return reasons
+
+
+def _most_frequent(values: Iterable[Any]) -> Any:
+    """Returns the most frequent value, of equally frequent ones the first; None of none."""
+    return next((value for value, _ in collections.Counter(values).most_common(1)), None)
+
+
+def other_threat_model(runs: Sequence[Run]) -> dict[Run, str]:
+    """Returns the runs on other data, of another epsilon, or selected in another way."""
+
+    def data(run: Run) -> str:
+        dataset = run.record['dataset']
+        return f'{dataset["name"]} (fingerprint {dataset["fingerprint"][:8]}...)'
+
+    return _apart(
+        runs,
+        {
+            'data:': data,
+            'epsilon:': lambda run: run.config['epsilon'],
+            'training examples:': lambda run: run.record['dataset']['num_train'],
+            'snapshots selected on:': lambda run: run.config['eval']['select_on'],
+            'snapshots selected by:': lambda run: run.judge,
+        },
+    )
+
+
+def other_attacks(runs: Sequence[Run]) -> dict[Run, str]:
+    """Returns the runs one of whose attacks was made with other settings, or on other examples."""
+    reasons: dict[Run, str] = {}
+    results = {
+        run: [r for step in {run.steps, run.best} for r in run.attacks(step).values()]
+        for run in runs
+    }
+    for name in dict.fromkeys(result['name'] for run in runs for result in results[run]):
+        settings = {
+            run: {_settings(result) for result in results[run] if result['name'] == name}
+            for run in runs
+            if run not in reasons
+        }
+        usual = _most_frequent(one for found in settings.values() for one in found)
+        for run, found in settings.items():
+            for other in found - {usual}:
+                reasons[run] = f'{name} {_difference(json.loads(other), json.loads(usual))}'
+    return reasons
+
+
+def _settings(result: Mapping[str, Any]) -> str:
+    """Returns all that decides a result but for the network, as JSON, which can be counted."""
+    rest = {key: value for key, value in result['settings'].items() if key != _OF_AN_ATTACK}
+    return json.dumps(rest | {'examples': result['n']}, sort_keys=True)
+
+
+def _difference(found: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    names = [key for key in sorted({*found, *usual}) if found.get(key) != usual.get(key)]
+    told = names[:_DIFFERENCES_TOLD]
+    texts = [f'with {name} {found.get(name)}, not {usual.get(name)}' for name in told]
+    if more := len(names) - len(told):
+        texts.append(f'and {more} more')
+    return ', '.join(texts)
+
+
+def other_system(runs: Sequence[Run]) -> dict[Run, str]:
+    """Returns the runs that have the name of a system but not its settings, and how they differ."""
+    reasons: dict[Run, str] = {}
+    for system in dict.fromkeys(run.system for run in runs):
+        mine = [run for run in runs if run.system == system]
+        settings = {run: json.dumps(_training(run, _OF_A_SEED), sort_keys=True) for run in mine}
+        usual = _most_frequent(settings.values())
+        reasons |= {
+            run: f'another {system}: {_difference(json.loads(found), json.loads(usual))}'
+            for run, found in settings.items()
+            if found != usual
+        }
+    return reasons
+
+
+def _training(run: Run, ignore: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the settings that decide a run's weights, flat, without the fields of `ignore`.
+
+    Those of an ensemble of runs are its members'.
+    """
+    trained = _trained(run, ignore)
+    if not run.members:
+        return trained[0]
+    group = run.config['ensemble']
+    settings = {
+        'an ensemble of runs': True,
+        'ensemble.combine': group['combine'],
+        'ensemble.members_snapshot': group['members_snapshot'],
+    }
+    for i, kept in enumerate(trained):
+        settings |= {f'member {i}: {field}': value for field, value in kept.items()}
+    return settings
+
+
+def _trained(run: Run, ignore: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Returns the settings by which a run, or each of its members, was trained."""
+    if not run.members:
+        return [_kept(run.config, ignore) | {'train.steps': run.steps}]
+    # The step of a member's best snapshot is no setting.
+    return [
+        _kept(member['config'], ignore)
+        | {'train.steps': member['config']['train']['steps'] if run.of_selected else member['step']}
+        for member in run.members
+    ]
+
+
+def _kept(config: Mapping[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
+    ignore = (*config_lib.MUTABLE_FIELDS, *ignore)
+    return {
+        field: value
+        for field, value in config_lib.flatten(config).items()
+        if not any(field == other or field.startswith(f'{other}.') for other in ignore)
+    }
+
+
+def twice(runs: Sequence[Run]) -> dict[Run, str]:
+    """Returns the runs whose system and seed another run has already."""
+    first: dict[tuple[str, str], Run] = {}
+    reasons = {}
+    for run in runs:
+        # The order of an ensemble's members makes no difference.
+        seeds = ' '.join(sorted(run.seed.split('+')))
+        other = first.setdefault((run.system, seeds), run)
+        if other is not run:
+            reasons[run] = f'{run.system} with seed {run.seed} is there already, as {other.name}'
+    return reasons
+
+
+def notes_on(runs: Sequence[Run]) -> list[str]:
+    """Returns in what systems differ that should be the same, and what was left out of series."""
+    notes = []
+    settings = [(run.system, each) for run in runs for each in _trained(run, _OF_A_SYSTEM)]
+    for field in dict.fromkeys(field for _, found in settings for field in found):
+        values = [(system, json.dumps(found.get(field))) for system, found in settings]
+        usual = _most_frequent(value for _, value in values)
+        others = {system: value for system, value in values if value != usual}
+        notes += [
+            f'{system} was trained with {field} {value}, not {usual} as most others.'
+            for system, value in others.items()
+        ]
+    notes += _notes_on_members(runs)
+    for run in runs:
+        for name in run.attacks(run.steps):
+            there = [step for step in run.evaluations if name in run.attacks(step)]
+            left = len(there) - len(run.series(name)[0])
+            if left:
+                notes.append(
+                    f'{run.name}: {left} of {len(there)} evaluations of {name} were made with '
+                    'other settings than the last one, and are left out of averages over training.'
+                )
+    return notes
+
+
+def _notes_on_members(runs: Sequence[Run]) -> list[str]:
+    """Returns what readers should know of ensembles of runs."""
+    notes, used = {}, set()
+    for run in runs:
+        if run.of_selected:
+            splits = {member['config']['eval']['select_on'] for member in run.members}
+            notes[run.system, 'selected'] = (
+                f"{run.system} is of its members' best snapshots, selected on the "
+                f'{" and ".join(sorted(splits))} split, in every table.'
+            )
+        mine = {(run.system, member['workdir']) for member in run.members}
+        if mine & used:
+            notes[run.system, 'shared'] = (
+                f'Runs of {run.system} share members: its seeds are not independent, and differ '
+                'less than others.'
+            )
+        used |= mine
+    return list(notes.values())

@@ -1,0 +1,233 @@
+"""Robustness and computation: what systems cost, and which are on the Pareto front."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ensadv import analysis
+from ensadv.report.run import Run
+from ensadv.report.table1 import MISSING, attack_name
+from ensadv.tables import Row, Table
+
+
+class Costs(NamedTuple):
+    """What a system costs; None where it is not known.
+
+    Attributes:
+      parameters: weights of all members.
+      forward: operations per prediction.
+      training: operations of the whole training.
+      seconds: per training step, measured.
+      machine: on which.
+    """
+
+    parameters: float
+    forward: float | None
+    training: float | None
+    seconds: float | None
+    machine: str
+
+
+def of_system(runs: Sequence[Run]) -> Costs:
+    """Returns what a system costs, by its runs: of the measured times the median."""
+    first = runs[0]
+    timed = [timing for run in runs if (timing := _timing(run))]
+    machines = sorted({machine for _, machine in timed})
+    return Costs(
+        first.record['parameters'],
+        _operations(first, lambda operations, config, steps: operations['forward']),
+        _operations(
+            first,
+            lambda operations, config, steps: (
+                operations['train_step'] * config['train']['batch_size'] * steps
+            ),
+        ),
+        # Times of different machines are not to be averaged.
+        statistics.median(seconds for seconds, _ in timed) if len(machines) == 1 else None,
+        ' and '.join(machines),
+    )
+
+
+def _operations(run: Run, count: Any) -> float | None:
+    """Returns a count of a run's operations, or the sum over those of its members."""
+    trained = [(m.get('operations'), m['config'], m['step']) for m in run.members] or [
+        (run.record.get('operations'), run.config, run.steps)
+    ]
+    if any(operations is None for operations, _, _ in trained):
+        return None
+    return sum(count(*each) for each in trained)
+
+
+def _timing(run: Run) -> tuple[float, str] | None:
+    """Returns the seconds per step of the run's last timed session, and the machine."""
+    if run.members:
+        return None
+    for session in reversed(run.record['sessions']):
+        if 'seconds_per_step' in session:
+            devices = session['devices']
+            machine = f'{devices["count"]} x {devices["kind"]}'
+            return session['seconds_per_step'], f'{machine}, {run.config["model"]["dtype"]}'
+    return None
+
+
+_MEASURES = {
+    'parameters': 'parameters',
+    'forward': 'operations per prediction',
+    'training': 'operations of training',
+    'seconds': 'seconds per training step',
+}
+_SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
+_WORDS = {3: 'thousands', 6: 'millions', 9: 'billions'}
+CSV_HEADER = (
+    'system', 'parameters', 'operations_per_prediction', 'operations_of_training',
+    'seconds_per_step', 'machine', 'attack', 'accuracy', 'low', 'high', 'on_front_of',
+)  # fmt: skip
+
+
+class Panel(NamedTuple):
+    """One measure of cost.
+
+    Attributes:
+      measure: what is measured.
+      label: that, with its unit.
+      cost: by system, in this unit; systems of which it is not known are missing.
+      front: the systems on the Pareto front of this cost and robust accuracy.
+    """
+
+    measure: str
+    label: str
+    cost: Mapping[str, float]
+    front: Sequence[str]
+
+
+def panels(costs: Mapping[str, Costs], accuracy: Mapping[str, float]) -> list[Panel]:
+    """Returns the measures that are known of two systems or more.
+
+    Args:
+      costs: by system.
+      accuracy: by system.
+    """
+    machines = {cost.machine for cost in costs.values() if cost.seconds is not None}
+    found = []
+    for field, measure in _MEASURES.items():
+        if field == 'seconds' and len(machines) != 1:
+            continue  # times of different machines do not compare
+        known = {
+            system: getattr(cost, field)
+            for system, cost in costs.items()
+            if getattr(cost, field) is not None
+        }
+        if len(known) < 2:
+            continue
+        label, exponent = measure, 0
+        if field == 'seconds':
+            label = f'{measure} ({machines.pop()})'
+        elif exponent := _exponent(max(known.values())):
+            power = f'10{str(exponent).translate(_SUPERSCRIPTS)}'
+            label = f'{measure} ({_WORDS.get(exponent, power) if field == "parameters" else power})'
+        known = {system: cost / 10**exponent for system, cost in known.items()}
+        front = analysis.pareto_front(
+            np.array(list(known.values())), np.array([accuracy[system] for system in known])
+        )
+        found.append(Panel(measure, label, known, list(itertools.compress(known, front))))
+    return found
+
+
+def table(
+    costs: Mapping[str, Costs],
+    accuracy: Mapping[str, tuple[float, float, float]],
+    attack: str,
+    found: Sequence[Panel],
+) -> Table:
+    """Returns robust accuracy beside what each system costs, and on which fronts it is."""
+    rows = []
+    for system, cost in costs.items():
+        mean, low, high = (100 * value for value in accuracy[system])
+        cells = (
+            system,
+            f'{cost.parameters:,.0f}',
+            _count(cost.forward),
+            _count(cost.training),
+            MISSING if cost.seconds is None else f'{cost.seconds:.3g}',
+            f'{mean:.1f} ({low:.1f} to {high:.1f})',
+            _fronts(system, found),
+        )
+        rows.append(Row(cells))
+    machines = {system: cost.machine for system, cost in costs.items() if cost.machine}
+    on = '; '.join(dict.fromkeys(machines.values()))
+    if len(set(machines.values())) > 1:
+        on = '; '.join(f'{machine} ({system})' for system, machine in machines.items())
+    notes = [
+        f'Accuracy under {attack_name(attack)} of the last snapshots in %, with its 95 % bootstrap '
+        'interval. Per prediction, training: floating-point operations of all members, of one '
+        'prediction and of all steps of training, attacks included, counted from the programs '
+        'before optimization; a multiply-add counts as 2.',
+        'On the Pareto front: no other system costs less, or as much, and is as robust or more so. '
+        'Means are compared, whatever their intervals.',
+    ]
+    if machines:
+        notes.append(
+            'Seconds per training step: the median over the intervals between two log lines, '
+            f'without compilation, on {on}.'
+        )
+    return Table(
+        'computation',
+        'Robustness and computation',
+        (
+            'system',
+            'parameters',
+            'per prediction',
+            'training',
+            's per step',
+            attack_name(attack),
+            'on the front of',
+        ),
+        tuple(rows),
+        tuple(notes),
+    )
+
+
+def csv_rows(
+    costs: Mapping[str, Costs],
+    accuracy: Mapping[str, tuple[float, float, float]],
+    attack: str,
+    found: Sequence[Panel],
+) -> list[tuple[Any, ...]]:
+    """Returns the numbers of the table, see `CSV_HEADER`; what is not known is None."""
+    return [
+        (system, *cost, attack, *accuracy[system], '; '.join(_on(system, found)))
+        for system, cost in costs.items()
+    ]
+
+
+def _on(system: str, found: Sequence[Panel]) -> list[str]:
+    """Returns the measures on whose front a system is."""
+    return [panel.measure for panel in found if system in panel.front]
+
+
+def _fronts(system: str, found: Sequence[Panel]) -> str:
+    measures = _on(system, found)
+    if len(found) > 1 and len(measures) == len(found):
+        return 'all'
+    short = {measure: field for field, measure in _MEASURES.items()}
+    return ', '.join(_SHORT.get(short[measure], measure) for measure in measures) or 'none'
+
+
+_SHORT = {'forward': 'prediction', 'training': 'training', 'seconds': 'seconds'}
+
+
+def _exponent(value: float) -> int:
+    """Returns the multiple of 3 by whose power of ten a value is shown."""
+    return math.floor(math.log10(value)) // 3 * 3 if value > 0 else 0
+
+
+def _count(operations: float | None) -> str:
+    if operations is None or operations <= 0:
+        return MISSING
+    operations = float(f'{operations:.3g}')  # which may be the next power of ten
+    exponent = _exponent(operations)
+    return f'{operations / 10**exponent:.3g}e{exponent}'

@@ -1,0 +1,383 @@
+"""Figures that plot numbers: accuracy over training, attack steps and computation; differences."""
+
+import itertools
+import math
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from ensadv.analysis import Band
+from ensadv.report.drawing import (
+    COLUMN,
+    DOTTED,
+    GREY,
+    PAGE,
+    RIGHT,
+    fix_layout,
+    in_style,
+    legend_columns,
+    new_figure,
+    styles,
+)
+
+FEW_EVALUATIONS = 20  # a curve of no more says so
+
+
+class AttackCurve(NamedTuple):
+    """One system's accuracy over the number of an attack's steps.
+
+    Attributes:
+      steps: int [m], from 1.
+      worst: float [seeds, m], accuracy in 0..1 at the worst point so far.
+      iterate: float [seeds, m], accuracy in 0..1 at the current iterate; NaN where it is unknown.
+      n: examples that `worst` rests on.
+      iterate_n: examples that `iterate` rests on; 0 where it is unknown throughout.
+    """
+
+    steps: np.ndarray
+    worst: np.ndarray
+    iterate: np.ndarray
+    n: int
+    iterate_n: int
+
+
+class CostPanel(NamedTuple):
+    """One kind of computation.
+
+    Attributes:
+      label: what it is and its unit, as 'parameters (millions)'.
+      cost: by system; one that is missing, or not a positive number, is not drawn.
+      front: the systems on the Pareto front.
+    """
+
+    label: str
+    cost: Mapping[str, float]
+    front: Collection[str]
+
+
+@in_style
+def over_training(bands: Mapping[str, Band], points: Mapping[str, int], *, attack: str) -> Figure:
+    """Draws accuracy over training (the paper's Figures 2a and 2b).
+
+    The mean over seeds, and a band from the lowest to the highest seed. A band holds interpolated
+    steps. So that a line between few evaluations is not taken for more, such a line is thin, has
+    markers at its two ends only, and the legend says how many evaluations there were.
+
+    Args:
+      bands: by system, accuracies in 0..1; one of no steps is named in the legend, as such.
+      points: by system, the number of evaluations of a seed.
+      attack: its name.
+    """
+    labels = {system: _label(system, band, points[system]) for system, band in bands.items()}
+    columns = legend_columns(labels.values(), COLUMN, 2)
+    figure = new_figure(COLUMN, 2.3 + 0.14 * math.ceil(len(bands) / columns))
+    axes = figure.add_subplot()
+    longest = max((band.steps[-1] for band in bands.values() if len(band.steps)), default=0)
+    unit, words = (1000, 'training steps (thousands)') if longest >= 1e4 else (1, 'training steps')
+    for i, (system, style) in enumerate(styles(bands).items()):
+        band = bands[system]
+        few = points[system] <= FEW_EVALUATIONS
+        steps, mean, low, high = band.steps / unit, *(100 * np.array(band[1:4]))
+        if band.seeds > 1 and len(steps) == 1:
+            axes.vlines(steps, low, high, color=style.color, lw=0.8)
+        elif band.seeds > 1:
+            axes.fill_between(steps, low, high, color=style.color, alpha=0.18, lw=0)
+        axes.plot(
+            steps,
+            mean,
+            color=style.color,
+            ls=style.line,
+            lw=0.7 if few else None,
+            marker=style.marker,
+            # Of a long curve, at other places than the others' markers.
+            markevery=[0, -1] if few and len(steps) else (0.025 * i, 0.25),
+            label=labels[system],
+        )
+    axes.set_xlabel(words)
+    _label_accuracy(axes, attack)
+    axes.margins(x=0.02)
+    short = any(points[system] <= FEW_EVALUATIONS for system in bands)
+    title = '(in brackets: number of evaluations)' if short else None
+    figure.legend(loc='outside lower center', ncols=columns, title=title)
+    return fix_layout(figure)
+
+
+def _label(system: str, band: Band, evaluations: int) -> str:
+    """Returns a curve's label, with what the reader must know of it."""
+    if not len(band.steps):
+        return f'{system} (no common steps)'
+    return f'{system} ({evaluations})' if evaluations <= FEW_EVALUATIONS else system
+
+
+@in_style
+def over_attack_steps(curves: Mapping[str, AttackCurve], *, attack: str) -> Figure:
+    """Draws accuracy over the number of an attack's steps (the paper's Figure 2c).
+
+    The worst point so far is the system's own line, with markers; the current iterate is dotted,
+    without. Means over seeds, at the steps where all seeds are known; where there are several,
+    bands from the lowest to the highest.
+
+    Args:
+      curves: by system.
+      attack: its name without the number of steps, as 'PGD'.
+    """
+    columns = legend_columns(curves, COLUMN, 3)
+    figure = new_figure(COLUMN, 2.3 + 0.14 * math.ceil(len(curves) / columns))
+    axes = figure.add_subplot()
+    for system, style in styles(curves).items():
+        curve = curves[system]
+        for values, drawn in (
+            (curve.iterate, {'ls': DOTTED, 'lw': 0.9}),
+            (curve.worst, {'ls': style.line, 'marker': style.marker, 'label': system}),
+        ):
+            values = 100 * np.asarray(values, np.float64)
+            known = np.isfinite(values).all(axis=0)
+            steps, values = np.asarray(curve.steps)[known], values[:, known]
+            if len(values) > 1:
+                low, high = values.min(axis=0), values.max(axis=0)
+                axes.fill_between(steps, low, high, color=style.color, alpha=0.13, lw=0)
+            axes.plot(steps, values.mean(axis=0), color=style.color, markevery=0.08, **drawn)
+    _label_accuracy(axes, attack)
+    axes.set_xlabel(f'{attack} steps')
+    _log_axis(axes, (1, 2, 5))
+    axes.margins(x=0.02)
+    figure.legend(loc='outside lower center', ncols=columns)
+    kinds = []
+    for what, field, drawn in (
+        ('worst so far', 'n', {'marker': 'o'}),
+        ('current iterate', 'iterate_n', {'ls': DOTTED}),
+    ):
+        counts = sorted({getattr(curve, field) for curve in curves.values()} - {0})
+        if counts:
+            n = '–'.join(f'{count:,}' for count in (counts[0], *counts[1:][-1:]))
+            kinds.append(Line2D([], [], color=GREY, label=f'{what} (n = {n})', **drawn))
+    figure.legend(handles=kinds, loc='outside upper center', ncols=2)
+    return fix_layout(figure)
+
+
+def _label_accuracy(axes: Axes, attack: str) -> None:
+    axes.set_ylabel(f'robust accuracy, {attack} (%)')
+    # Half a line's width below 0 and above 100, and no more.
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2), min(high, 102))
+
+
+def _log_axis(axes: Axes, multiples: Sequence[float]) -> None:
+    """Makes the x axis logarithmic, with plain numbers at these multiples of powers of ten."""
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(LogLocator(subs=multiples, numticks=50))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.10g}'))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _multiples(left: float, right: float) -> tuple[float, ...]:
+    """Returns the coarsest multiples of powers of ten of which three or more are on an axis."""
+    powers = 10.0 ** np.arange(math.floor(math.log10(left)), math.ceil(math.log10(right)) + 1)
+    for multiples in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = np.outer(powers, multiples)
+        if np.sum((ticks >= left) & (ticks <= right)) >= 3:
+            return multiples
+    return (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+
+
+@in_style
+def computation(
+    costs: Sequence[CostPanel], accuracy: Mapping[str, tuple[float, float, float]]
+) -> Figure:
+    """Draws robust accuracy against computation, a panel for each kind, with the Pareto front.
+
+    Args:
+      costs: one to four kinds.
+      accuracy: by system, mean, lowest and highest (or an interval's ends) in 0..1.
+    """
+    columns = 2 if len(costs) == 4 else len(costs)
+    rows = math.ceil(len(costs) / columns)
+    figure = new_figure(COLUMN if columns == 1 else PAGE, 2.3 * rows + 0.25)
+    panels = []
+    for i, panel in enumerate(costs):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        panels.append((axes, panel, _draw_costs(axes, panel, accuracy)))
+        axes.set_xlabel(textwrap.fill(panel.label, 34 if columns == 3 else 48))
+        if i % columns == 0:
+            axes.set_ylabel('robust accuracy (%)')
+    marks = [
+        Line2D([], [], color=GREY, marker='o', ls='', label='on the Pareto front'),
+        Line2D([], [], color=GREY, marker='o', ls='', mfc='white', label='not on it'),
+        Line2D([], [], color=GREY, lw=0.8, label='Pareto front'),
+    ]
+    figure.legend(handles=marks, loc='outside lower center', ncols=3)
+    fix_layout(figure)
+    for axes, panel, drawn in panels:
+        _write_names(axes, panel, {system: accuracy[system] for system in drawn})
+    return figure
+
+
+def _draw_costs(
+    axes: Axes, panel: CostPanel, accuracy: Mapping[str, tuple[float, float, float]]
+) -> list[str]:
+    """Draws a panel but for the names; returns the systems in it."""
+    known = {s: c for s, c in panel.cost.items() if math.isfinite(c) and c > 0}
+    drawn = [s for s in accuracy if s in known and math.isfinite(accuracy[s][0])]
+    for system, style in styles(drawn).items():
+        mean, low, high = (100 * value for value in accuracy[system])
+        axes.errorbar(
+            known[system],
+            mean,
+            # The mean of equal numbers may differ from them by rounding.
+            yerr=[[max(mean - low, 0)], [max(high - mean, 0)]],
+            color=style.color,
+            elinewidth=0.8,
+            marker=style.marker,
+            ms=5,
+            mfc=style.color if system in panel.front else 'white',
+            mew=0.9,
+            zorder=3,
+        )
+    least, most = (choose((known[s] for s in drawn), default=1) for choose in (min, max))
+    # Most names are on the right.
+    span = max(math.log(most / least), 0.5)
+    left, right = least * math.exp(-0.15 * span), most * math.exp(0.35 * span)
+    axes.set_xlim(left, right)
+    _log_axis(axes, _multiples(left, right))
+    axes.margins(y=0.16)
+    axes.set_ylim(max(axes.get_ylim()[0], -4))
+    if steps := _front(panel, accuracy, drawn):
+        # What the costliest system reaches, so does more computation.
+        x, y = zip(*steps, (axes.get_xlim()[1], steps[-1][1]), strict=True)
+        axes.step(x, y, where='post', color=GREY, lw=0.8, zorder=1)
+    return drawn
+
+
+def _front(
+    panel: CostPanel, accuracy: Mapping[str, tuple[float, float, float]], drawn: Sequence[str]
+) -> list[tuple[float, float]]:
+    """Returns the Pareto front's (cost, accuracy in %), in order of cost."""
+    return sorted((panel.cost[s], 100 * accuracy[s][0]) for s in drawn if s in panel.front)
+
+
+def _write_names(
+    axes: Axes, panel: CostPanel, accuracy: Mapping[str, tuple[float, float, float]]
+) -> None:
+    """Writes the systems' names beside their points, each where it covers least.
+
+    Tried are eight directions at three distances. Each name in turn takes the best place, and then
+    again, when the others' places are known. The layout must be fixed.
+    """
+    pixel = 72 / axes.figure.dpi  # in points
+    at = {s: axes.transData.transform((panel.cost[s], 100 * accuracy[s][0])) for s in accuracy}
+    obstacles = _obstacles(axes, panel, accuracy)
+    texts, places = {}, {}
+    for system in at:
+        texts[system] = axes.annotate(
+            system,
+            (panel.cost[system], 100 * accuracy[system][0]),
+            xytext=(0, 0),
+            textcoords='offset points',
+            va='bottom',
+            zorder=4,
+            path_effects=[withStroke(linewidth=1.5, foreground='white')],
+        )
+    for system, xy in [*at.items(), *at.items()]:
+        size = texts[system].get_window_extent().size
+        # Names side by side are a space apart.
+        names = [box.padded(4 / pixel, 0) for name, box in places.items() if name != system]
+        others = [*obstacles, *names]
+        tried = [
+            # The text's nearest edge or corner is so far from the point.
+            Bbox.from_bounds(*(xy + away * way / pixel + size * (way - 1) / 2), *size)
+            for away in (5, 10, 16)
+            for way in _WAYS
+        ]
+        # The first of the least bad: the nearest, and to the right where that is free.
+        rivals = [place for name, place in at.items() if name != system]
+        places[system] = min(tried, key=lambda box: _badness(box, others, axes.bbox, xy, rivals))
+    for system, text in texts.items():
+        text.set_position((places[system].p0 - at[system]) * pixel)
+
+
+_WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)])
+
+
+def _badness(
+    box: Bbox,
+    others: Iterable[Bbox],
+    inside: Bbox,
+    point: np.ndarray,
+    rivals: Iterable[np.ndarray],
+) -> float:
+    """Returns how bad a place for a name is, as an area in pixels.
+
+    That is the area that it covers of others, ten times the area that is outside of the axes, and
+    three times its own where it is much nearer to another point than to its own; and a little for
+    its distance from its point.
+    """
+    covered = sum(_area(Bbox.intersection(box, other)) for other in others)
+    outside = _area(box) - _area(Bbox.intersection(box, inside))
+    own, *theirs = (np.hypot(*(np.clip(xy, box.p0, box.p1) - xy)) for xy in (point, *rivals))
+    elsewhere = 3 * _area(box) if own > 1.5 * min(theirs, default=np.inf) else 0
+    return covered + 10 * outside + elsewhere + 15 * own
+
+
+def _area(box: Bbox | None) -> float:
+    return 0.0 if box is None else box.width * box.height
+
+
+def _obstacles(
+    axes: Axes, panel: CostPanel, accuracy: Mapping[str, tuple[float, float, float]]
+) -> list[Bbox]:
+    """Returns what names should not cover: points, error bars and the front, in pixels."""
+
+    def around(first: Sequence[float], second: Sequence[float], points: float) -> Bbox:
+        ends = axes.transData.transform([first, second])
+        pad = points * axes.figure.dpi / 72
+        return Bbox([ends.min(axis=0) - pad, ends.max(axis=0) + pad])
+
+    found = []
+    for system, (mean, low, high) in accuracy.items():
+        cost = panel.cost[system]
+        found.append(around((cost, 100 * mean), (cost, 100 * mean), 3.5))
+        found.append(around((cost, 100 * low), (cost, 100 * high), 1))
+    front = _front(panel, accuracy, list(accuracy))
+    end = [(axes.get_xlim()[1], y) for _, y in front[-1:]]
+    for (x, y), (next_x, next_y) in itertools.pairwise([*front, *end]):
+        found.append(around((x, y), (next_x, y), 0.5))
+        found.append(around((next_x, y), (next_x, next_y), 0.5))
+    return found
+
+
+@in_style
+def differences(rows: Sequence[tuple[str, float, float, float]], *, attack: str) -> Figure:
+    """Draws differences between systems with their intervals, and writes the numbers beside.
+
+    Args:
+      rows: from the top: a label, the difference in points, and the interval's ends; NaN ends
+        where there is no interval. The marker is filled where the interval leaves zero out.
+      attack: its name.
+    """
+    figure = new_figure(PAGE, 0.17 * len(rows) + 0.55)
+    axes = figure.add_subplot()
+    axes.axvline(0, color='black', lw=0.7)
+    for i, (_, value, low, high) in enumerate(rows):
+        apart = low > 0 or high < 0
+        color = RIGHT if apart else GREY
+        axes.plot([low, high], [i, i], color=color, lw=1.2)
+        axes.plot(value, i, 'o', color=color, mfc=color if apart else 'white', ms=4)
+        interval = f' [{low:+.1f}, {high:+.1f}]' if math.isfinite(low + high) else ''
+        number = f'{value:+5.1f}'.replace(' ', '\N{FIGURE SPACE}')
+        text = (number + interval).replace('-', '\N{MINUS SIGN}')
+        axes.text(1.01, i, text, transform=axes.get_yaxis_transform(), va='center_baseline')
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis='y', length=0)
+    axes.spines['left'].set_visible(False)
+    axes.grid(axis='y', visible=False)
+    axes.set_xlabel(f'difference in robust accuracy, {attack} (points)')
+    return fix_layout(figure)

@@ -1,0 +1,303 @@
+"""What the ledgers say: are the systems' differences real, and do the paper's claims hold?"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ensadv import selection, significance
+from ensadv.errors import UserError
+from ensadv.report.collect import Collection
+from ensadv.report.run import Run
+from ensadv.report.table1 import attack_name
+from ensadv.tables import Row, Table
+
+SEEDS_NEEDED = 3  # of each system, for a claim; the paper has as many
+
+# For each of the paper's claims the pairs, first > second in robust accuracy, that it says.
+CLAIMS = {
+    'Ensemble2Adv is more robust than SingleAdv': [('Ensemble2Adv', 'SingleAdv')],
+    'Ensemble2Adv is more robust than DoubleAdv, which has about as many parameters': [
+        ('Ensemble2Adv', 'DoubleAdv')
+    ],
+    'Ensemble2Adv is more robust than Separate2Adv, whose members were trained separately': [
+        ('Ensemble2Adv', 'Separate2Adv')
+    ],
+    'More parameters help: a wider network, and more members': [
+        ('DoubleAdv', 'SingleAdv'),
+        ('Ensemble4Adv', 'Ensemble2Adv'),
+    ],
+}
+SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = 'supported', 'not supported', 'too little data'
+
+DIFFERENCES_HEADER = (
+    'attack', 'first', 'second', 'difference_points', 'low', 'high', 'p_mcnemar', 'seeds_first',
+    'seeds_second', 'n',
+)  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """The first system's robust accuracy minus the second's.
+
+    Attributes:
+      first, second: the systems.
+      attack: its name.
+      points: the difference of the means over seeds, in points.
+      low, high: of the 95 % interval, in points.
+      p: of McNemar's test; as many seeds of each as both have.
+      seeds: of the first and of the second.
+      n: examples.
+    """
+
+    first: str
+    second: str
+    attack: str
+    points: float
+    low: float
+    high: float
+    p: float
+    seeds: tuple[int, int]
+    n: int
+
+
+class Verdict(NamedTuple):
+    """What the data say of a claim.
+
+    Attributes:
+      claim: a sentence.
+      verdict: SUPPORTED, NOT_SUPPORTED or TOO_LITTLE.
+      details: the reasons, a sentence each.
+    """
+
+    claim: str
+    verdict: str
+    details: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Which examples each run's last snapshot gets right, and bootstrap samples of that.
+
+    Attributes:
+      systems: the runs by system, of those whose ledgers could be read.
+      attacks: those that all of these runs have.
+      correct: bool [attacks, runs, n], runs in the order of `systems`.
+      resampled: float64 [num, attacks, runs], see `significance.resample`.
+      notes: what was left out.
+    """
+
+    systems: Mapping[str, Sequence[Run]]
+    attacks: Sequence[str]
+    correct: np.ndarray
+    resampled: np.ndarray
+    notes: Sequence[str]
+
+    @property
+    def strongest(self) -> str | None:
+        """The attack by which robustness is judged: that with the most steps."""
+        return selection.strongest(self.attacks)
+
+    def places(self, system: str) -> list[int]:
+        """Returns the places of a system's runs among all of them."""
+        runs = [run for mine in self.systems.values() for run in mine]
+        return [runs.index(run) for run in self.systems[system]]
+
+    def difference(self, first: str, second: str, attack: str) -> Difference:
+        """Compares two systems under an attack."""
+        number = self.attacks.index(attack)
+        a, b = self.places(first), self.places(second)
+        correct, resampled = self.correct[number], self.resampled[:, number]
+        low, high = significance.difference_interval(resampled, a, b)
+        both = min(len(a), len(b))
+        return Difference(
+            first,
+            second,
+            attack,
+            100 * float(np.mean(correct[a]) - np.mean(correct[b])),
+            low,
+            high,
+            significance.clustered_mcnemar(correct[a[:both]], correct[b[:both]]),
+            (len(a), len(b)),
+            correct.shape[1],
+        )
+
+    def accuracy(self, system: str, attack: str) -> tuple[float, float, float]:
+        """Returns a system's mean accuracy in [0, 1], and its 95 % interval."""
+        number, places = self.attacks.index(attack), self.places(system)
+        mean = float(np.mean(self.correct[number, places]))
+        return mean, *significance.accuracy_interval(self.resampled[:, number], places)
+
+
+def read_outcomes(collection: Collection) -> Outcomes:
+    """Reads the last snapshots' ledgers; a run whose ledger contradicts its results is left out."""
+    kept: dict[str, list[Run]] = {}
+    notes = []
+    labels = _usual_labels(collection.runs)
+    for run in collection.runs:
+        try:
+            _check_ledger(run, labels)
+        except UserError as error:
+            notes.append(f'{run.name} is not in the comparisons: {error}.')
+            continue
+        kept.setdefault(run.system, []).append(run)
+    runs = [run for mine in kept.values() for run in mine]
+    attacks = [
+        name for name in collection.attacks if all(f'{name}_correct' in run.ledger for run in runs)
+    ]
+    if not runs or not attacks:
+        return Outcomes({}, [], np.zeros((0, 0, 0), bool), np.zeros((0, 0, 0)), notes)
+    correct = np.stack([[run.ledger[f'{name}_correct'] for run in runs] for name in attacks])
+    resampled = significance.resample(correct.reshape(-1, correct.shape[-1]))
+    resampled = resampled.reshape(-1, *correct.shape[:2])
+    return Outcomes(kept, attacks, correct, resampled, notes)
+
+
+def _usual_labels(runs: Sequence[Run]) -> bytes:
+    """Returns the labels that most ledgers hold."""
+    found = collections.Counter()
+    for run in runs:
+        with contextlib.suppress(UserError):
+            found[_labels(run)] += 1
+    return max(found, key=found.get, default=b'')
+
+
+def _labels(run: Run) -> bytes:
+    return run.ledger['label'].astype(np.int64).tobytes()
+
+
+def _check_ledger(run: Run, labels: bytes) -> None:
+    """Raises UserError if a ledger is not that of its run's results, or of other examples."""
+    ledger = run.ledger
+    for name, result in run.attacks(run.steps).items():
+        correct = ledger.get(f'{name}_correct')
+        if correct is None or (len(correct), int(np.sum(correct))) != (
+            result['n'],
+            result['correct'],
+        ):
+            raise UserError(f'its ledger and its results differ in {name}')
+    if _labels(run) != labels:
+        raise UserError('its ledger is of other examples')
+
+
+def differences(outcomes: Outcomes, attack: str) -> list[Difference]:
+    """Returns the comparison of every pair of systems, the claims' first."""
+    claimed = [pair for pairs in CLAIMS.values() for pair in pairs]
+    there = list(outcomes.systems)
+    pairs = [pair for pair in claimed if set(pair) <= set(there)]
+    seen = set(map(frozenset, pairs))
+    pairs += [
+        (second, first)
+        for first, second in itertools.combinations(there, 2)
+        if frozenset((first, second)) not in seen
+    ]
+    return [outcomes.difference(*pair, attack) for pair in pairs]
+
+
+def differences_table(found: Sequence[Difference]) -> Table:
+    """Returns the table of these comparisons, all under one attack."""
+    attack = attack_name(found[0].attack)
+    rows = [
+        Row(
+            (
+                f'{d.first} − {d.second}',
+                f'{_signed(d.points)}',
+                f'{_signed(d.low)} to {_signed(d.high)}',
+                p_value(d.p),
+                f'{d.seeds[0]}, {d.seeds[1]}',
+            )
+        )
+        for d in found
+    ]
+    return Table(
+        'differences',
+        f'Differences in accuracy under {attack}, last snapshots',
+        ('systems', 'points', '95 % interval', 'p (McNemar)', 'seeds'),
+        tuple(rows),
+        tuple(_differences_notes(found)),
+    )
+
+
+def _differences_notes(found: Sequence[Difference]) -> list[str]:
+    fewest, most = (f(min(d.seeds) for d in found) for f in (min, max))
+    notes = [
+        f'n = {found[0].n:,} test examples. Interval: percentile bootstrap, 10,000 draws, of the '
+        'examples (the same for both systems) and, where a system has several, of its seeds (S - 1 '
+        'of S). With three seeds each it may cover 86 % instead of 95 %, where most of the spread '
+        'is between seeds.',
+        "p: McNemar's test of these networks on these examples, exact with one seed each, else "
+        'with examples as clusters. It does not account for how networks from other seeds would '
+        'do.',
+    ]
+    if any(a != b for a, b in (d.seeds for d in found)):
+        notes.append('p, where one system has more seeds: of as many of them as the other has.')
+    if len(found) > 1:
+        notes.append(
+            f'{len(found)} pairs: of as many equal ones about {0.05 * len(found):.1f} would have '
+            'p < 0.05.'
+        )
+    if fewest == 1:
+        which = 'One seed each' if most == 1 else 'Where a system has one seed'
+        notes.append(f'{which}: the interval does not account for the choice of seed.')
+    if any('Separate2Adv' in (d.first, d.second) for d in found):
+        notes.append(
+            "Separate2Adv's members may be SingleAdv runs of this table: then the two are not "
+            'independent.'
+        )
+    return notes
+
+
+def p_value(p: float) -> str:
+    """Returns a p-value, with a bound where it is tiny."""
+    return '< 0.0001' if p < 1e-4 else f'{p:.2g}'
+
+
+def _signed(points: float) -> str:
+    return f'{points:+.1f}'.replace('-', '−')
+
+
+def judge_claims(outcomes: Outcomes, notes: Sequence[str] = ()) -> list[Verdict]:
+    """Returns what the data say of each of the paper's claims.
+
+    Args:
+      outcomes: of all systems.
+      notes: of these, those that begin with the name of a claim's system are among its details.
+    """
+    verdicts = []
+    for claim, pairs in CLAIMS.items():
+        verdict = _judge(claim, pairs, outcomes)
+        systems = {system for pair in pairs for system in pair}
+        mine = [note for note in notes if note.split(' ', 1)[0] in systems]
+        verdicts.append(verdict._replace(details=[*verdict.details, *mine]))
+    return verdicts
+
+
+def _judge(claim: str, pairs: Sequence[tuple[str, str]], outcomes: Outcomes) -> Verdict:
+    """A claim is supported if the interval of each of its pairs lies above 0."""
+    details, enough, above = [], True, True
+    for first, second in pairs:
+        missing = [name for name in (first, second) if name not in outcomes.systems]
+        if missing or outcomes.strongest is None:
+            what = f'run of {" or ".join(missing)}' if missing else 'attack that all runs have'
+            details.append(f'{first} − {second}: no {what}.')
+            enough = False
+            continue
+        d = outcomes.difference(first, second, outcomes.strongest)
+        interval = f'{_signed(d.low)} to {_signed(d.high)}'
+        text = (
+            f'{first} − {second}: {_signed(d.points)} points ({interval}) under '
+            f'{attack_name(d.attack)}; seeds {d.seeds[0]} and {d.seeds[1]}, n = {d.n:,}, McNemar '
+            f'p {p_value(d.p)}'
+        )
+        if min(d.seeds) < SEEDS_NEEDED:
+            enough = False
+            text += f'; a claim needs {SEEDS_NEEDED} seeds of each'
+        elif d.high < 0:
+            text += '; the data say the opposite'
+        above = above and d.low > 0
+        details.append(f'{text}.')
+    verdict = TOO_LITTLE if not enough else SUPPORTED if above else NOT_SUPPORTED
+    return Verdict(claim, verdict, details)

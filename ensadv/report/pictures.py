@@ -1,0 +1,314 @@
+"""Figures that show images: adversarial examples, and decision planes (the paper's Figure 4)."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Polygon
+from matplotlib.patheffects import withStroke
+
+from ensadv import planes as planes_lib
+from ensadv.report.drawing import (
+    COLUMN,
+    GREY,
+    PAGE,
+    RIGHT,
+    WRONG,
+    in_style,
+    legend_columns,
+    new_figure,
+)
+
+# Tol's light scheme and a purple: dots and arrows show on all of them, and none is near dark grey.
+_CLASS_COLORS = (
+    '#77AADD', '#EE8866', '#EEDD88', '#FFAABB', '#44BB99',
+    '#DDDDDD', '#AAAA00', '#99DDFF', '#BBCC33', '#AA88CC',
+)  # fmt: skip
+_VOID_COLOR = '#444444'
+_ATTACK_COLOR = '#CC0000'
+_CASED = [withStroke(linewidth=2.0, foreground=_VOID_COLOR)]  # of a light line
+
+
+class ExampleColumn(NamedTuple):
+    """What one system makes of the images.
+
+    Attributes:
+      adversarial: float [m, H, W, C] in [0, 1].
+      clean_probs: float [m, classes], its probabilities before the attack.
+      adversarial_probs: float [m, classes], those after it.
+    """
+
+    adversarial: np.ndarray
+    clean_probs: np.ndarray
+    adversarial_probs: np.ndarray
+
+
+@in_style
+def examples(
+    clean: np.ndarray,
+    labels: np.ndarray,
+    columns: Mapping[str, ExampleColumn],
+    *,
+    epsilon: float,
+    attack: str,
+    class_names: Sequence[str] | None = None,
+) -> Figure:
+    """Draws images, their adversarial examples and perturbations, and what systems predict.
+
+    More than four systems are drawn in several blocks, one beneath another.
+
+    Args:
+      clean: uint8 [m, H, W, C]; C is 1 or 3.
+      labels: int [m].
+      columns: by system.
+      epsilon: the threat model's, for pixels in [0, 1]; perturbations are magnified so that
+        -epsilon is black and +epsilon white.
+      attack: its name.
+      class_names: by class; None: numbers.
+    """
+    across = math.ceil(len(columns) / math.ceil(len(columns) / 4))
+    # In inches: an image, the gap between systems, headings and the lines below an image.
+    side, gap, head, foot = 0.69, 0.12, 0.45, 0.31
+    height = math.ceil(len(columns) / across) * (head + len(clean) * (side + foot))
+    figure = new_figure(0.1 + side + across * (gap + 2 * side), height, layout='none')
+    top = 0.0
+    for start in range(0, len(columns), across):
+        block = list(columns)[start : start + across]
+        top += head
+        for i in range(len(clean)):
+            axes = _add_axes(figure, 0.05, top, side)
+            _draw_image(axes, clean[i])
+            _write_below(axes, 0.5, [(_class_name(labels[i], class_names), 'black')])
+            pairs = []
+            for c, system in enumerate(block):
+                left = 0.05 + side + gap + c * (2 * side + gap)
+                pairs.append([_add_axes(figure, left + k * side, top, side) for k in (0, 1)])
+                _draw_example(
+                    pairs[c], columns[system], i, clean[i], labels[i], epsilon, class_names
+                )
+            if i == 0:
+                axes.set_title('image')
+                _write_headings(pairs, block, attack, epsilon)
+            top += side + foot
+    return figure
+
+
+def _write_headings(
+    pairs: Sequence[Sequence[Axes]], systems: Sequence[str], attack: str, epsilon: float
+) -> None:
+    """Names the systems above their pairs of panels, and what the panels are."""
+    for pair, system in zip(pairs, systems, strict=True):
+        pair[0].set_title(f'adversarial\n({attack})')
+        pair[1].set_title(f'perturbation\n×{0.5 / epsilon:.2g}')
+        _write_beside(pair[0], (1, 1), 21, system, va='bottom', weight='bold')
+
+
+def _draw_example(
+    pair: Sequence[Axes],
+    column: ExampleColumn,
+    i: int,
+    clean: np.ndarray,
+    label: int,
+    epsilon: float,
+    names: Sequence[str] | None,
+) -> None:
+    """Draws a system's i-th adversarial example and what it changed, and the predictions."""
+    adversarial = column.adversarial[i]
+    _draw_image(pair[0], adversarial)
+    _draw_image(pair[1], 0.5 + 0.5 / epsilon * (adversarial - clean / np.float32(255)))
+    lines = []
+    for arrow, probs in (('', column.clean_probs[i]), ('→ ', column.adversarial_probs[i])):
+        predicted = int(np.argmax(probs))
+        mark, color = _verdict(predicted, label)
+        name = _class_name(predicted, names)
+        lines.append((f'{arrow}{mark} {name} ({100 * probs[predicted]:.0f} %)', color))
+    _write_below(pair[0], 1, lines)
+
+
+def _add_axes(figure: Figure, left: float, top: float, side: float) -> Axes:
+    """Adds a square panel, at inches from the left and the top of the figure."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+
+
+def _draw_image(axes: Axes, image: np.ndarray) -> None:
+    """Draws an image [H, W, C], uint8 or float in [0, 1]; it is grey if C is 1."""
+    if image.dtype == np.uint8:
+        image = image / np.float32(255)
+    image = np.broadcast_to(image, (*image.shape[:-1], 3))
+    axes.imshow(np.clip(image, 0, 1), interpolation='nearest')
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, linewidth=0.4, color=GREY)
+
+
+def _write_below(axes: Axes, x: float, lines: Sequence[tuple[str, str]]) -> None:
+    """Writes lines of (text, colour) below a panel, centred at x in widths of it."""
+    for i, (text, color) in enumerate(lines):
+        _write_beside(axes, (x, 0), -2 - 8.5 * i, text, va='top', color=color)
+
+
+def _write_beside(axes: Axes, at: tuple[float, float], points: float, text: str, **how) -> None:
+    """Writes a line so many points above a place, which is in shares of the panel's sides."""
+    options = {'xycoords': 'axes fraction', 'textcoords': 'offset points', 'ha': 'center'}
+    axes.annotate(text, at, (0, points), **options, **how)
+
+
+def _class_name(number: int, names: Sequence[str] | None) -> str:
+    return names[number] if names else str(number)
+
+
+def _verdict(predicted: int, label: int) -> tuple[str, str]:
+    return ('✓', RIGHT) if predicted == label else ('✗', WRONG)
+
+
+@in_style
+def planes(planes: planes_lib.Planes) -> Figure:
+    """Draws decision regions around images (the paper's Figure 4).
+
+    Images are columns and models rows. A class has one colour in every panel; with at most ten
+    classes, in every figure; with more, those that occur take the ten colours in turn, darker
+    from the eleventh on.
+
+    Args:
+      planes: its record may name the classes, in 'class_names'.
+    """
+    m, rows = len(planes.images), len(planes.names)
+    # In inches: labels and ticks on the left, between columns, between rows, images on top.
+    margin, gap, below, thumb = 0.65, 0.3, 0.36, 0.55
+    side = max(0.8, min(1.9, (PAGE - margin - 0.1 + gap) / m - gap))
+    needed = margin + m * (side + gap) - gap + 0.1
+    width = max(COLUMN, needed)
+    names = planes.record.get('class_names')
+    colors = _class_colors(planes)
+    head = 0.35 + thumb + 0.25
+    panels = head + rows * (side + below)
+    beneath = _Beneath(planes, colors, width)
+    figure = new_figure(width, panels + beneath.height, layout='none')
+    for i in range(m):
+        left = margin + (width - needed) / 2 + i * (side + gap)
+        axes = _add_axes(figure, left + (side - thumb) / 2, 0.35, thumb)
+        _draw_image(axes, planes.images[i])
+        axes.set_title(f'test image {planes.places[i]}\n{_class_name(planes.labels[i], names)}')
+        for r in range(rows):
+            axes = _add_axes(figure, left, head + r * (side + below), side)
+            _draw_plane(axes, planes, i, r, colors)
+            if i == 0:
+                axes.set_ylabel(planes.names[r].replace(', ', '\n'), weight='bold')
+                axes.yaxis.set_label_coords(-0.32 / side, 0.5)
+    beneath.write(figure, panels - 0.14)
+    return figure
+
+
+class _Beneath:
+    """What is written beneath decision planes: the axes' label, two legends and the notes."""
+
+    def __init__(self, planes: planes_lib.Planes, colors: Mapping[int, str], width: float):
+        """Finds what is to be written in this width, in inches, and its height."""
+        self._legends = [
+            (handles, legend_columns([handle.get_label() for handle in handles], width, most))
+            for handles, most in ((_class_patches(planes, colors), 6), (_plane_symbols(planes), 2))
+        ]
+        noted = zip(planes.places, planes.notes, strict=True)
+        notes = [f'Test image {place}: {note}' for place, note in noted if note]
+        self._notes = [line for note in notes for line in textwrap.wrap(note, int(17 * width))]
+        rows = sum(math.ceil(len(handles) / columns) for handles, columns in self._legends)
+        self.height = 0.25 + 0.15 * rows + (0.06 + 0.13 * len(self._notes) if notes else 0)
+
+    def write(self, figure: Figure, top: float) -> None:
+        """Writes it, from so many inches below the figure's top."""
+        width, height = figure.get_size_inches()
+        text = 'both axes: L₂ distance from the image (pixel values in [0, 1])'
+        figure.text(0.5, 1 - top / height, text, va='top', ha='center')
+        top += 0.2
+        for handles, columns in self._legends:
+            place = (0.5, 1 - top / height)
+            figure.legend(handles=handles, ncols=columns, loc='upper center', bbox_to_anchor=place)
+            top += 0.15 * math.ceil(len(handles) / columns) + 0.06
+        for i, line in enumerate(self._notes):
+            figure.text(0.1 / width, 1 - (top + 0.06 + 0.13 * i) / height, line, va='top')
+
+
+def _draw_plane(
+    axes: Axes, planes: planes_lib.Planes, i: int, r: int, colors: Mapping[int, str]
+) -> None:
+    """Draws the i-th image's plane as the r-th model sees it."""
+    classes = planes.classes[i, r]
+    shown = np.empty((*classes.shape, 3))
+    for number, color in colors.items():
+        shown[classes == number] = to_rgb(color)
+    axes.imshow(shown, extent=planes.extent[i], origin='lower', interpolation='nearest')
+    axes.grid(visible=False)
+    axes.locator_params(nbins=4)
+    region = planes.region[i][np.isfinite(planes.region[i]).all(axis=1)]
+    axes.add_patch(
+        Polygon(region, fill=False, edgecolor='white', lw=1.0, path_effects=_CASED, zorder=2)
+    )
+    image, first, second = planes.points[i]
+    same = np.array_equal(first, second)
+    for text, end in (('1, 2', first),) if same else (('1', first), ('2', second)):
+        if not np.array_equal(end, image):
+            arrow = {'arrowstyle': '-|>', 'color': _ATTACK_COLOR, 'lw': 1.0, 'shrinkA': 0}
+            axes.annotate('', end, image, arrowprops={**arrow, 'shrinkB': 2, 'mutation_scale': 7})
+        axes.plot(*end, 'o', color=_ATTACK_COLOR, ms=3.5, mec='white', mew=0.4)
+        axes.annotate(
+            text,
+            end,
+            5 * np.where(end < image, -1, 1) - (0, 2.5),
+            textcoords='offset points',
+            ha='center',
+            weight='bold',
+            path_effects=[withStroke(linewidth=1.5, foreground='white')],
+        )
+    axes.plot(*image, 'o', color='black', ms=3.5, mec='white', mew=0.4)
+    marks = [_verdict(c, planes.labels[i])[0] for c in planes.point_classes[i, r]]
+    axes.set_title('image {}   1 {}   2 {}'.format(*marks))
+
+
+def _class_colors(planes: planes_lib.Planes) -> dict[int, str]:
+    """Returns the colours of the classes that occur, and of VOID."""
+    found = {int(c) for array in (planes.classes, planes.point_classes) for c in np.unique(array)}
+    classes = sorted(found - {planes_lib.VOID})
+    ten = len(_CLASS_COLORS)
+    if max(classes, default=0) < ten:
+        colors = {c: _CLASS_COLORS[c] for c in classes}
+    else:
+        shades = [np.array(to_rgb(color)) for color in _CLASS_COLORS]
+        colors = {
+            c: to_hex(shades[place % ten] * 0.75 ** (place // ten))
+            for place, c in enumerate(classes)
+        }
+    return colors | ({planes_lib.VOID: _VOID_COLOR} if planes_lib.VOID in found else {})
+
+
+def _class_patches(planes: planes_lib.Planes, colors: Mapping[int, str]) -> list[Patch]:
+    """Returns the legend of the classes that occur."""
+    names = planes.record.get('class_names')
+    patches = [
+        Patch(facecolor=color, label=_class_name(c, names) if names else f'class {c}')
+        for c, color in colors.items()
+        if c != planes_lib.VOID
+    ]
+    if planes_lib.VOID in colors:
+        patches.append(Patch(facecolor=_VOID_COLOR, label='outside [0, 1]'))
+    return patches
+
+
+def _plane_symbols(planes: planes_lib.Planes) -> list[Line2D]:
+    """Returns the legend of what is drawn on the classes."""
+    red = {'color': _ATTACK_COLOR, 'ls': '-', 'marker': 'o'}
+    return [
+        Line2D([], [], color='black', ls='', marker='o', label='the image'),
+        Line2D([], [], color='white', path_effects=_CASED, label='permitted region'),
+        *(
+            Line2D([], [], label=f'{k}: adversarial example of {who}', **red)
+            for k, who in enumerate(planes.attacked, 1)
+        ),
+    ]

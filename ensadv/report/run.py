@@ -1,0 +1,156 @@
+"""A run as the report knows it: by what it wrote."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ensadv import config as config_lib
+from ensadv import selection, workdir
+from ensadv.errors import UserError
+
+# What the report reads of a run's data; and of a result, beside its name.
+_OF_DATA = ('name', 'num_classes', 'num_train', 'num_test')
+_OF_A_RESULT = ('n', 'correct', 'accuracy', 'last_iterate_accuracy', 'no_gradient', 'settings')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A run, or an ensemble of runs, by what it wrote.
+
+    Attributes:
+      path: its workdir.
+      name: of its workdir, below the directory that is reported on.
+      record: its config.json.
+      evaluations: its eval/<step>.json, by step, in order.
+    """
+
+    path: epath.Path
+    name: str
+    record: Mapping[str, Any]
+    evaluations: Mapping[int, Mapping[str, Any]]
+
+    @property
+    def system(self) -> str:
+        return self.record['config']['system']
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.record['config']
+
+    @property
+    def members(self) -> Sequence[Mapping[str, Any]]:
+        """What an ensemble of runs says of these; empty for a run that was trained."""
+        return self.record.get('members', ())
+
+    @property
+    def of_selected(self) -> bool:
+        """Whether it is an ensemble of runs' best snapshots, and not of their last."""
+        return bool(self.members) and self.config['ensemble']['members_snapshot'] == 'best'
+
+    @property
+    def seed(self) -> str:
+        """Its seed; of an ensemble of runs theirs, as in '0+1'."""
+        seeds = [member['seed'] for member in self.members] or [self.config['seed']]
+        return '+'.join(map(str, seeds))
+
+    @property
+    def steps(self) -> int:
+        """The step at which it is finished."""
+        if self.members:
+            return max(member['step'] for member in self.members)
+        return self.config['train']['steps']
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The attacks that it asks for on every snapshot."""
+        group = self.config['eval']
+        names = tuple(group['attacks'])
+        judged = group['blackbox_path'] and 'blackbox' not in names
+        return (*names, 'blackbox') if judged else names
+
+    @property
+    def judge(self) -> str:
+        """The attack by which the best snapshot is chosen."""
+        return selection.selection_attack(self.wanted)
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best snapshot."""
+        return selection.best_step(self.evaluations, self.judge, self.config['eval']['select_on'])
+
+    def attacks(self, step: int) -> dict[str, Mapping[str, Any]]:
+        """Returns the results at a step, by attack."""
+        return {result['name']: result for result in self.evaluations[step]['attacks']}
+
+    def series(self, attack: str, key: str = 'accuracy') -> tuple[np.ndarray, np.ndarray]:
+        """Returns steps and values, float64 [m], of every evaluation that has this attack.
+
+        Those made with other settings than at the last step are left out. NaN where a result
+        lacks the value.
+        """
+        last = self.attacks(self.steps)[attack]['settings']
+        points = [
+            (step, results[attack].get(key))
+            for step in self.evaluations
+            if attack in (results := self.attacks(step)) and results[attack]['settings'] == last
+        ]
+        steps, values = zip(*points, strict=True)
+        return np.array(steps, float), np.array(values, float)
+
+    @functools.cached_property
+    def ledger(self) -> Mapping[str, np.ndarray]:
+        """The last step's ledger.
+
+        Raises:
+          UserError: if it is missing or damaged.
+        """
+        return workdir.read_ledger(workdir.evaluation_path(self.path, self.steps, '.npz'))
+
+
+def find(root: epath.Path) -> Iterator[epath.Path]:
+    """Yields the directories at or below `root` that hold a run's config.json, by name."""
+    if (root / 'config.json').exists():
+        yield root
+        return
+    if root.is_dir():
+        for path in _entries(root):
+            if path.is_dir():
+                yield from find(path)
+
+
+def _entries(folder: epath.Path) -> list[epath.Path]:
+    """Returns what a directory holds, by name; nothing where it may not be read."""
+    try:
+        return sorted(folder.iterdir())
+    except PermissionError:
+        return []
+
+
+def read(path: epath.Path, name: str) -> Run:
+    """Reads a run; raises UserError if one of its files is damaged."""
+    try:
+        run = Run(path, name, workdir.read_record(path), workdir.read_evaluations(path))
+        _ = run.seed, run.steps, run.best, run.record['parameters'], run.record['sessions']
+        dataset = run.record['dataset']
+        _ = run.config['epsilon'], [dataset[key] for key in _OF_DATA]
+        mine = run.system, run.config['seed'], dataset['fingerprint']
+        for step, content in run.evaluations.items():
+            found = content['system'], content['seed'], content['fingerprint']
+            if (*found, content['step']) != (*mine, step):
+                raise UserError(
+                    f'eval/{step}.json is of another run: {found[0]}, seed {found[1]}, step '
+                    f'{content["step"]}'
+                )
+            for attack, result in run.attacks(step).items():
+                config_lib.parse_attack(attack, f'eval/{step}.json')
+                _ = [result[key] for key in _OF_A_RESULT]
+                if not 0 <= result['accuracy'] <= 1:  # NaN is not either
+                    accuracy = result['accuracy']
+                    raise UserError(f'eval/{step}.json: {attack} with accuracy {accuracy}')
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f'its files are not those of a run ({error!r})') from error
+    return run

@@ -1,0 +1,309 @@
+"""The report's sections: each writes its files, and returns its part of the page."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from ensadv import analysis, plane_files, selection, tables, workdir
+from ensadv.config import parse_attack
+from ensadv.errors import UserError
+from ensadv.report import basis, computation, drawing, figures, findings, page, pictures, table1
+from ensadv.report.collect import Collection
+from ensadv.report.run import Run
+from ensadv.report.table1 import attack_name
+
+BASIS, APART = 'How these numbers were made', 'Not in this report'
+# What an earlier report may have written that this one does not.
+_OLD = (
+    *(f'figure{of}.{kind}' for of in ('2*', '4_*', '_*') for kind in ('png', 'pdf')),
+    *(f'{of}.{kind}' for of in ('differences', 'computation') for kind in ('csv', 'tex')),
+)
+
+
+class Writer:
+    """Writes the report's files, and remembers which."""
+
+    def __init__(self, folder: epath.Path):
+        self.folder = folder
+        self._written: set[str] = set()
+
+    def text(self, name: str, content: str) -> None:
+        self._written.add(name)
+        workdir.write_bytes(self.folder / name, content.encode())
+
+    def figure(self, name: str, figure: Figure, caption: str, alt: str) -> page.FigureBlock:
+        """Writes a figure as PNG and PDF; returns its place on the page."""
+        png = drawing.save(figure, self.folder / name)
+        self._written |= {f'{name}.png', f'{name}.pdf'}
+        return page.FigureBlock(png, caption, alt, name)
+
+    def remove_old(self) -> None:
+        """Removes figures and tables of an earlier report that this one has not."""
+        for pattern in _OLD:
+            for path in self.folder.glob(pattern):
+                if path.name not in self._written:
+                    path.unlink()
+
+
+def claims(outcomes: findings.Outcomes, notes: Sequence[str]) -> page.Section:
+    """The paper's claims; nothing where there is no run."""
+    verdicts = findings.judge_claims(outcomes, notes) if outcomes.systems else []
+    blocks = [page.Claim(each.claim, each.verdict, each.details) for each in verdicts]
+    if blocks:
+        text = (
+            'In robust accuracy of the last snapshots, under the attack with the most steps that '
+            'all runs have. Supported: the whole 95 % interval of the difference is above 0, with '
+            f'{findings.SEEDS_NEEDED} or more seeds of each system.'
+        )
+        blocks.insert(0, page.Text(text))
+    return page.Section("The paper's claims", 'claims', blocks)
+
+
+def accuracy(numbers: Sequence[table1.Numbers], notes: Sequence[str]) -> page.Section:
+    blocks = [page.TableBlock(each.table) for each in numbers]
+    if notes:
+        blocks.append(page.Items(notes))
+    return page.Section('Accuracy', 'accuracy', blocks)
+
+
+def _of_paper_or(wanted: str, names: Sequence[str], otherwise: str | None) -> str | None:
+    return wanted if wanted in names else otherwise
+
+
+def over_training(collection: Collection, writer: Writer) -> page.Section:
+    """Figures 2a and 2b, of whatever attacks are there."""
+    short = [n for n in collection.attacks if any(n in run.wanted for run in collection.runs)]
+    chosen = {}
+    if selection.strongest(short):
+        chosen['figure2a'] = selection.selection_attack(short)
+        chosen['figure2b'] = _of_paper_or('pgd20', short, selection.strongest(short))
+    blocks = []
+    for name, attack in chosen.items():
+        if attack in list(chosen.values())[: len(blocks)]:
+            continue
+        bands, points = {}, {}
+        for system, runs in collection.systems.items():
+            series = [table1.cleaned(r, attack) for r in runs if attack in r.attacks(r.steps)]
+            if series:
+                bands[system] = analysis.average_over_seeds(series)
+                points[system] = min(len(steps) for steps, _ in series)
+        caption = (
+            f'Figure {name[-2:]}. Robust accuracy under {attack_name(attack)} over training, at '
+            'the worst iterate. Outliers replaced, series interpolated to 1,000 common steps, '
+            'averaged over seeds; bands: the lowest and highest seed.'
+            f'{_partial(collection, {system: band.seeds for system, band in bands.items()})}'
+        )
+        figure = figures.over_training(bands, points, attack=attack_name(attack))
+        alt = f'Lines of accuracy under {attack_name(attack)} over training steps, by system'
+        blocks.append(writer.figure(name, figure, caption, alt))
+    return page.Section('Over training', 'training', blocks)
+
+
+def over_attack_steps(collection: Collection, writer: Writer) -> page.Section:
+    """Figure 2c, for each kind of long attack the longest."""
+    long = [name for name in collection.attacks if parse_attack(name)[1]]
+    curves = {name: _curves(collection, name) for name in long}
+    blocks = []
+    for kind in ('pgd', 'ifgsm'):
+        named = [n for n in long if curves[n] and parse_attack(n)[0] == kind]
+        if not named:
+            continue
+        attack = max(named, key=lambda name: parse_attack(name)[1])
+        figure = figures.over_attack_steps(curves[attack], attack=kind.upper())
+        sizes = sorted({c.iterate_n for c in curves[attack].values() if c.iterate_n})
+        on = f', on the first {" or ".join(f"{n:,}" for n in sizes)} examples' if sizes else ''
+        restarts = _restarts(collection, attack)
+        alone = f' Of the first of {restarts} restarts alone.' if restarts > 1 else ''
+        caption = (
+            f'Figure 2c. Accuracy over the steps of {attack_name(attack)}, on the snapshots of '
+            f'Table 1b. The worst iterate so far cannot rise; the current iterate{on}, can.{alone}'
+            f'{_partial(collection, {s: len(c.worst) for s, c in curves[attack].items()})}'
+        )
+        name = 'figure2c' if kind == 'pgd' else f'figure2c_{kind}'
+        alt = f'Lines of accuracy over the number of {kind.upper()} steps, by system'
+        blocks.append(writer.figure(name, figure, caption, alt))
+    return page.Section('Over attack steps', 'steps', blocks)
+
+
+def _partial(collection: Collection, seeds: Mapping[str, int]) -> str:
+    """Returns which systems are drawn by fewer seeds than there are, as a sentence."""
+    runs = {system: len(found) for system, found in collection.systems.items()}
+    texts = [f'{s} ({seeds.get(s, 0)} of {n})' for s, n in runs.items() if seeds.get(s, 0) < n]
+    return f' Not by all seeds: {", ".join(texts)}.' if texts else ''
+
+
+def _restarts(collection: Collection, attack: str) -> int:
+    """Returns the number of restarts of an attack with steps, the same for all runs."""
+    results = [run.attacks(run.steps) for run in collection.runs]
+    return next(found[attack]['settings']['restarts'] for found in results if attack in found)
+
+
+def _curves(collection: Collection, attack: str) -> dict[str, figures.AttackCurve]:
+    """Returns the curves of a long attack on the best snapshots; none if it has none."""
+    curves = {}
+    for system, runs in collection.systems.items():
+        results = [run.attacks(run.best).get(attack, {}) for run in runs if run.best is not None]
+        found = [result for result in results if 'curve' in result]
+        if not found:
+            continue
+        steps = found[0]['curve']['steps']
+        unknown = [np.nan] * len(steps)
+        curves[system] = figures.AttackCurve(
+            np.array(steps),
+            np.array([result['curve']['accuracy'] for result in found]),
+            np.array([result['curve']['iterate_accuracy'] or unknown for result in found]),
+            found[0]['n'],
+            found[0]['curve']['iterate_n'],
+        )
+    return curves
+
+
+def differences(outcomes: findings.Outcomes, writer: Writer) -> page.Section:
+    blocks = []
+    if outcomes.strongest and len(outcomes.systems) > 1:
+        found = {attack: findings.differences(outcomes, attack) for attack in outcomes.attacks}
+        shown = found[outcomes.strongest]
+        attack = attack_name(outcomes.strongest)
+        rows = [(f'{d.first} − {d.second}', d.points, d.low, d.high) for d in shown]
+        caption = f'Differences in accuracy under {attack}, with 95 % paired-bootstrap intervals.'
+        alt = f'Intervals of the differences between systems under {attack}'
+        figure = figures.differences(rows, attack=attack)
+        table = findings.differences_table(shown)
+        blocks = [
+            writer.figure('figure_differences', figure, caption, alt),
+            page.TableBlock(table),
+        ]
+        csv_rows = [
+            (d.attack, d.first, d.second, d.points, d.low, d.high, d.p, *d.seeds, d.n)
+            for each in found.values()
+            for d in each
+        ]
+        writer.text('differences.csv', tables.to_csv(findings.DIFFERENCES_HEADER, csv_rows))
+        writer.text('differences.tex', tables.to_latex(table))
+    return page.Section('Are the differences real?', 'differences', blocks)
+
+
+def computation_costs(
+    collection: Collection, outcomes: findings.Outcomes, writer: Writer
+) -> page.Section:
+    blocks = []
+    attack = outcomes.strongest
+    if attack:
+        accuracy = {system: outcomes.accuracy(system, attack) for system in outcomes.systems}
+        costs = {system: computation.of_system(runs) for system, runs in outcomes.systems.items()}
+        means = {system: mean for system, (mean, _, _) in accuracy.items()}
+        panels = computation.panels(costs, means)
+        table = computation.table(costs, accuracy, attack, panels)
+        if panels:
+            caption = (
+                f'Accuracy under {attack_name(attack)} against computation, with 95 % intervals. '
+                'Line: the Pareto front; filled: on it.'
+            )
+            alt = 'Robust accuracy of each system against measures of its computation'
+            figure = figures.computation(panels, accuracy)
+            blocks.append(writer.figure('figure_computation', figure, caption, alt))
+        blocks.append(page.TableBlock(table))
+        csv_rows = computation.csv_rows(costs, accuracy, attack, panels)
+        writer.text('computation.csv', tables.to_csv(computation.CSV_HEADER, csv_rows))
+        writer.text('computation.tex', tables.to_latex(table))
+    return page.Section('Robustness and computation', 'computation', blocks)
+
+
+def examples(collection: Collection, writer: Writer) -> page.Section:
+    """A page of images, each system by its first run that kept some of the same."""
+    columns, first, left_out = {}, None, []
+    for system, runs in collection.systems.items():
+        kept = [(run, found) for run in runs if (found := _stored_examples(run)) is not None]
+        first = first or next(iter(kept), None)
+        kept = [each for each in kept if _same_examples(each[1], first[1])]
+        if not kept:
+            left_out.append(system)
+            continue
+        run, found = kept[0]
+        columns[f'{system}, seed {run.seed}' if len(runs) > 1 else system] = pictures.ExampleColumn(
+            found['adversarial'],
+            np.exp(found['clean_log_probs']),
+            np.exp(found['adversarial_log_probs']),
+        )
+    if first is None:
+        return page.Section('Examples', 'examples', [])
+    run, found = first
+    settings = json.loads(str(found['settings']))
+    attack = f'{settings["attack"].upper()}{settings["steps"]}'
+    figure = pictures.examples(
+        found['image'],
+        found['label'],
+        columns,
+        epsilon=settings['epsilon'],
+        attack=attack,
+        class_names=basis.class_names(run),
+    )
+    caption = (
+        f'The first test images, the worst point that {attack} found for each system at its last '
+        f'snapshot, and the perturbation (magnified). Not chosen: the first of the test split.'
+    )
+    alt = 'Test images, adversarial images and perturbations, with predictions before and after'
+    blocks: list[Any] = [writer.figure('figure_examples', figure, caption, alt)]
+    if left_out:
+        text = f'Without stored examples, or with others: {", ".join(left_out)}.'
+        blocks.append(page.Text(text))
+    return page.Section('Examples', 'examples', blocks)
+
+
+_OF_EXAMPLES = {
+    'label', 'image', 'adversarial', 'clean_log_probs', 'adversarial_log_probs', 'settings',
+}  # fmt: skip
+
+
+def _stored_examples(run: Run) -> Mapping[str, np.ndarray] | None:
+    """Returns a run's stored examples; None if it has none that can be read."""
+    try:
+        found = workdir.read_examples(run.path, run.steps)
+        complete = found is not None and found.keys() >= _OF_EXAMPLES
+    except Exception:  # whatever storage, zipfile and NumPy raise; it is only left out
+        return None
+    return found if complete else None
+
+
+def _same_examples(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether two files hold the same images, attacked in the same way."""
+    settings = [json.loads(str(each['settings'])) | {'combine': None} for each in (a, b)]
+    return settings[0] == settings[1] and np.array_equal(a['image'], b['image'])
+
+
+def decision_planes(collection: Collection, writer: Writer) -> page.Section:
+    """Figure 4, from the files of --mode=planes in the runs' workdirs."""
+    blocks: list[Any] = []
+    for run in collection.runs:
+        for path in sorted((run.path / 'planes').glob('*.npz')):
+            try:
+                planes = plane_files.read(path)
+            except UserError as error:
+                blocks.append(page.Text(f'Left out: {error}.'))
+                continue
+            # Two runs may have files of the same name, as 'members'.
+            stem = path.stem if path.stem.startswith(run.name) else f'{run.name}_{path.stem}'
+            name = f'figure4_{re.sub("[^A-Za-z0-9.-]", "_", stem)}'
+            caption = (
+                f'Figure 4. Decision regions of {" and ".join(planes.names)} on the plane through '
+                f'each image and the adversarial examples of {" and ".join(planes.attacked)}. '
+                'Light outline: the permitted region; dark grey: pixels outside of [0, 1].'
+            )
+            alt = 'Decision regions of models on planes in image space'
+            blocks.append(writer.figure(name, pictures.planes(planes), caption, alt))
+    return page.Section('Decision planes', 'planes', blocks)
+
+
+def how_made(collection: Collection) -> page.Section:
+    items = basis.all_of_it(collection)
+    return page.Section(BASIS, 'basis', [page.Items(items)] if items else [])
+
+
+def apart(collection: Collection) -> page.Section:
+    items = [f'{name}: {reason}.' for name, reason in collection.apart]
+    return page.Section(APART, 'apart', [page.Items(items)] if items else [])

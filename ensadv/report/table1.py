@@ -1,0 +1,377 @@
+"""The paper's Table 1, by its rules, and a table of the last snapshots."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ensadv import analysis
+from ensadv.config import parse_attack
+from ensadv.report import paper
+from ensadv.report.collect import Collection
+from ensadv.report.run import Run
+from ensadv.tables import Row, Table
+
+LAST_EVALUATIONS = 10  # that Table 1a averages
+WINDOW = 50  # evaluations in the rolling median, as in the paper
+MISSING = '-'
+CSV_HEADER = (
+    'table', 'system', 'seed', 'attack', 'reading', 'accuracy', 'standard_deviation', 'lowest',
+    'highest', 'seeds', 'n', 'evaluations', 'step', 'no_gradient',
+)  # fmt: skip
+
+
+class Value(NamedTuple):
+    """What one run brings to a cell.
+
+    Attributes:
+      accuracy: at the worst iterate, in [0, 1].
+      last: at the last iterate; NaN where it is not known.
+      n: examples of `accuracy`.
+      last_n: examples of `last`.
+      no_gradient: examples that stood without having been attacked; they are not correct.
+      evaluations: how many were averaged.
+      step: of the last of them.
+    """
+
+    accuracy: float
+    last: float
+    n: int
+    last_n: int
+    no_gradient: int
+    evaluations: int
+    step: int
+
+
+Values = Mapping[Run, Mapping[str, Value]]
+
+
+class Numbers(NamedTuple):
+    """A table and its numbers as CSV has them, see `CSV_HEADER`."""
+
+    table: Table
+    rows: list[tuple[Any, ...]]
+
+
+def attack_name(attack: str) -> str:
+    """Returns an attack's name as the paper writes it: 'PGD20', 'black-box'."""
+    kind, steps = parse_attack(attack)
+    if kind == 'blackbox':
+        return 'black-box'
+    return f'{kind.upper()}{steps}' if steps else kind
+
+
+def tables(collection: Collection) -> list[Numbers]:
+    """Returns the tables of the last snapshots, and the paper's 1a, 1b and 1c.
+
+    A table without any number is left out.
+    """
+    runs = collection.runs
+    spread = (
+        'Accuracy in %, mean ± standard deviation over the seeds (n - 1 in its denominator); under '
+        'attack at the worst iterate: an example counts only if no step fooled it. '
+        f'{_sizes(runs)} test examples.'
+    )
+    last = {run: _at(run, run.steps) for run in runs}
+    averaged = {run: _averaged(run) for run in runs}
+    best = {run: _at(run, run.best, long=False) for run in runs}
+    final = {run: _at(run, run.best, long=True) for run in runs}
+    of_best = _of_best(runs)
+    numbers = [
+        _numbers(
+            'last_snapshot',
+            'Last snapshot',
+            collection,
+            last,
+            {},
+            [
+                spread,
+                f'Each run at its last step{_steps(runs)}; nothing was selected{_but_for(runs)}.',
+                *_long_notes(last),
+            ],
+        ),
+        _numbers(
+            'table1a',
+            f'Table 1a. Mean of the last {LAST_EVALUATIONS} evaluations',
+            collection,
+            averaged,
+            paper.TABLE_1A,
+            [spread, *_averaged_notes(runs, averaged)],
+        ),
+        _numbers(
+            'table1b',
+            f'Table 1b. At the best {attack_name(runs[0].judge)} step' if runs else '',
+            collection,
+            best,
+            paper.TABLE_1B,
+            [spread, *of_best],
+        ),
+        _numbers(
+            'table1c',
+            'Table 1c. Long attacks, on the snapshots of Table 1b',
+            collection,
+            final,
+            paper.TABLE_1C,
+            [spread, *of_best, *_long_notes(final)],
+        ),
+    ]
+    return [each for each in numbers if each.rows]
+
+
+def _at(run: Run, step: int | None, long: bool | None = None) -> dict[str, Value]:
+    """Returns a run's results at a step: all, or only the long attacks, or only the others."""
+    if step is None:
+        return {}
+    return {
+        name: Value(
+            result['accuracy'],
+            _number(result['last_iterate_accuracy']),
+            result['n'],
+            result.get('last_iterate_n', result['n']),
+            result['no_gradient'],
+            1,
+            step,
+        )
+        for name, result in run.attacks(step).items()
+        if long is None or long == ('curve' in result)
+    }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _averaged(run: Run) -> dict[str, Value]:
+    """Returns the means of a run's last evaluations, outliers replaced as in the paper."""
+    values = {}
+    for name, result in run.attacks(run.steps).items():
+        if 'curve' in result:
+            continue  # long attacks are made on two snapshots only
+        accuracy, count = analysis.mean_of_last(cleaned(run, name)[1], LAST_EVALUATIONS)
+        last, _ = analysis.mean_of_last(
+            cleaned(run, name, 'last_iterate_accuracy')[1], LAST_EVALUATIONS
+        )
+        steps, unattacked = run.series(name, 'no_gradient')
+        values[name] = Value(
+            accuracy,
+            last,
+            result['n'],
+            result['n'],
+            int(np.nansum(unattacked[-LAST_EVALUATIONS:])),
+            count,
+            int(steps[-1]),
+        )
+    return values
+
+
+def cleaned(run: Run, attack: str, key: str = 'accuracy') -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps and values of a run's evaluations, outliers replaced."""
+    steps, values = run.series(attack, key)
+    return steps, analysis.replace_outliers(values, WINDOW)[0]
+
+
+def _numbers(
+    name: str,
+    title: str,
+    collection: Collection,
+    values: Values,
+    papers: Mapping[str, Mapping[str, float]],
+    notes: Sequence[str],
+) -> Numbers:
+    """Returns a table of these values: a row for each system, its last iterate, and the paper's."""
+    attacks = [a for a in collection.attacks if any(a in values[run] for run in collection.runs)]
+    # Clean and black-box accuracy have no iterates.
+    known = [v for run in collection.runs for v in values[run].values() if not math.isnan(v.last)]
+    shows_last = any(value.last != value.accuracy for value in known)
+    rows, csv_rows = [], []
+    for system, runs in collection.systems.items():
+        mine = [values[run] for run in runs]
+        first = runs[0].record
+        size = first['config']['ensemble']['size']
+        facts = (str(size), f'{first["parameters"]:,}')
+        rows.append(Row((system, *facts, *(_cell(mine, a) for a in attacks), str(len(runs)))))
+        if shows_last:
+            cells = (_cell(mine, attack, 'last') for attack in attacks)
+            rows.append(Row(('last iterate', '', '', *cells, ''), 'secondary'))
+        if set(attacks) & set(papers.get(system, ())):
+            cells = (_paper(papers[system].get(attack)) for attack in attacks)
+            rows.append(Row(('paper', '', '', *cells, '3'), 'paper'))
+        for attack in attacks:
+            csv_rows += _csv_rows(name, system, runs, values, attack)
+            if attack in papers.get(system, {}):
+                csv_rows.append(_csv_paper(name, system, attack, papers[system][attack]))
+    header = ('system', 'members', 'parameters', *map(attack_name, attacks), 'seeds')
+    shown = {mark for mark in '*†' if any(mark in cell for row in rows for cell in row.cells[3:])}
+    marks = [_MARK] if '*' in shown else []
+    notes = [note for note in notes if note[0] != '†' or '†' in shown]
+    return Numbers(
+        Table(name, title, header, tuple(rows), (*notes, *marks, *_paper_notes(collection, rows))),
+        csv_rows if attacks else [],
+    )
+
+
+_MARK = (
+    '* Some examples stood without having been attacked, their gradients being zero or NaN; they '
+    'are not counted as correct.'
+)
+
+
+def _cell(values: Sequence[Mapping[str, Value]], attack: str, reading: str = 'accuracy') -> str:
+    """Returns mean and deviation over the runs that have the attack, and how many if not all."""
+    there = [mine[attack] for mine in values if attack in mine]
+    numbers = [getattr(value, reading) for value in there]
+    numbers = [100 * number for number in numbers if not math.isnan(number)]
+    if not numbers:
+        return MISSING
+    text = f'{statistics.mean(numbers):.1f}'
+    if len(numbers) > 1:
+        text += f' ± {statistics.stdev(numbers):.1f}'
+    if any(value.no_gradient for value in there):
+        text += '*'
+    if reading == 'last' and any(value.last_n < value.n for value in there):
+        text += '†'
+    return text if len(numbers) == len(values) else f'{text} ({len(numbers)} of {len(values)})'
+
+
+def _paper(accuracy: float | None) -> str:
+    return MISSING if accuracy is None else f'{100 * accuracy:.0f}'
+
+
+def _csv_rows(
+    table: str, system: str, runs: Sequence[Run], values: Values, attack: str
+) -> list[tuple[Any, ...]]:
+    there = {run: values[run][attack] for run in runs if attack in values[run]}
+    rows = []
+    for reading, get, size in (
+        ('worst iterate', lambda v: v.accuracy, lambda v: v.n),
+        ('last iterate', lambda v: v.last, lambda v: v.last_n),
+    ):
+        known = {run: value for run, value in there.items() if not math.isnan(get(value))}
+        if not known:
+            continue
+        for run, value in known.items():
+            numbers = (get(value), None, None, None, 1, size(value), value.evaluations, value.step)
+            rows.append((table, system, run.seed, attack, reading, *numbers, value.no_gradient))
+        numbers = [get(value) for value in known.values()]
+        deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+        first = next(iter(known.values()))
+        rows.append(
+            (
+                table, system, 'all', attack, reading, statistics.mean(numbers), deviation,
+                min(numbers), max(numbers), len(numbers), size(first), None, None,
+                sum(value.no_gradient for value in known.values()),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _csv_paper(table: str, system: str, attack: str, accuracy: float) -> tuple[Any, ...]:
+    rest = (None,) * 3
+    return (table, system, 'all', attack, 'paper', accuracy, *rest, 3, 10_000, None, None, None)
+
+
+def _paper_notes(collection: Collection, rows: Sequence[Row]) -> list[str]:
+    """Returns what the paper's numbers are, and where ours are of something else."""
+    if not any(row.kind == 'paper' for row in rows):
+        return []
+    text = (
+        "paper: the paper's own numbers, by the last iterate; WRN-28-10 (DoubleAdv: WRN-28-15), "
+        'CIFAR-10, epsilon 8/255, 500,000 steps'
+    )
+    if others := _not_as_in_the_paper(collection):
+        text += f'. Ours are not to be compared with them: {", ".join(others)}'
+    return [f'{text}.']
+
+
+_ARCHITECTURES = {'wide_resnet': 'WRN', 'vgg': 'VGG'}
+
+
+def _not_as_in_the_paper(collection: Collection) -> list[str]:
+    """Returns in what our runs of the paper's systems are not the paper's."""
+    others = []
+    config = collection.runs[0].config
+    if (name := collection.runs[0].record['dataset']['name']) != paper.DATASET:
+        others.append(name)
+    if not math.isclose(config['epsilon'], paper.EPSILON, rel_tol=1e-3):
+        others.append(f'epsilon {config["epsilon"]:.4g}')
+    runs = [run for run in collection.runs if run.system in paper.SYSTEMS]
+    trained = [(run, m['config']) for run in runs for m in run.members or [{'config': run.config}]]
+    for run, stored in trained:
+        model = stored['model']
+        width = 15 if run.system == 'DoubleAdv' else 10
+        if (model['name'], model['depth'], model['width']) != ('wide_resnet', 28, width):
+            others.append(f'{_ARCHITECTURES[model["name"]]}-{model["depth"]}-{model["width"]}')
+    if (steps := {run.steps for run in runs}) != {paper.STEPS}:
+        others.append(f'{_span(sorted(steps))} steps')
+    return list(dict.fromkeys(others))
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f'{low:,}' if low == high else f'{low:,} to {high:,}'
+
+
+def _sizes(runs: Sequence[Run]) -> str:
+    sizes = [result['n'] for run in runs for result in run.attacks(run.steps).values()]
+    return f'n = {_span(sizes)}' if sizes else ''
+
+
+def _steps(runs: Sequence[Run]) -> str:
+    return f' ({_span([run.steps for run in runs])})' if runs else ''
+
+
+def _but_for(runs: Sequence[Run]) -> str:
+    systems = dict.fromkeys(run.system for run in runs if run.of_selected)
+    return f', but for the members of {" and ".join(systems)}' if systems else ''
+
+
+def _averaged_notes(runs: Sequence[Run], averaged: Values) -> list[str]:
+    """Returns over how much is averaged, and how many outliers were replaced."""
+    counts = [value.evaluations for run in runs for value in averaged[run].values()]
+    if not counts:
+        return []
+    notes = []
+    if min(counts) < LAST_EVALUATIONS:
+        notes.append(
+            f'Averaged over {_span(counts)} evaluations: some runs have fewer than '
+            f'{LAST_EVALUATIONS}.'
+        )
+    lengths, replaced = [], 0
+    for run in runs:
+        for name in averaged[run]:
+            values = run.series(name)[1]
+            lengths.append(len(values))
+            replaced += int(np.sum(analysis.replace_outliers(values, WINDOW)[1]))
+    notes.append(
+        f'Outliers (over three standard deviations off the mean distance to the rolling median, '
+        f'window {WINDOW}) are replaced by the median: {replaced} of {sum(lengths):,} '
+        f'accuracies.'
+    )
+    if min(lengths) < WINDOW:
+        notes.append(
+            f'The window is shorter where a run has fewer than {WINDOW} evaluations '
+            f'(here {_span(lengths)}).'
+        )
+    return notes
+
+
+def _of_best(runs: Sequence[Run]) -> list[str]:
+    """Returns how the best snapshots were selected, and of which steps they are."""
+    steps = [run.best for run in runs if run.best is not None]
+    if not steps:
+        return []
+    split = runs[0].config['eval']['select_on']
+    return [
+        f'Each run at its own best step ({_span(steps)}), selected on the {split} split'
+        + (', as in the paper.' if split == 'test' else '.')
+    ]
+
+
+def _long_notes(final: Values) -> list[str]:
+    """Returns on how many examples the last iterate is known, where that is not on all."""
+    sizes = [v.last_n for mine in final.values() for v in mine.values() if 0 < v.last_n < v.n]
+    if not sizes:
+        return []
+    return [f'† On the first {_span(sizes)} examples alone, those that stay to the last iterate.']

@@ -1,0 +1,407 @@
+"""Figures: what is drawn is what was given."""
+
+import itertools
+
+import matplotlib
+import numpy as np
+import pytest
+from etils import epath
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from ensadv.analysis import Band
+from ensadv.planes import VOID, Planes
+from ensadv.report import drawing, figures, pictures
+from ensadv.report.figures import AttackCurve, CostPanel
+from ensadv.report.pictures import ExampleColumn
+
+PAPER = (
+    'Baseline', 'Ensemble2', 'Ensemble4', 'SingleAdv',
+    'DoubleAdv', 'Ensemble2Adv', 'Ensemble4Adv', 'Separate2Adv',
+)  # fmt: skip
+
+
+def band(steps, mean, spread=0.0, seeds=1) -> Band:
+    mean = np.array(mean, np.float64)
+    return Band(np.array(steps, np.float64), mean, mean - spread, mean + spread, seeds)
+
+
+def lines(figure: Figure) -> dict[str, matplotlib.lines.Line2D]:
+    return {line.get_label(): line for line in figure.axes[0].lines}
+
+
+def legend_texts(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def axes_texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def look(line: matplotlib.lines.Line2D) -> tuple:
+    return line.get_color(), line.get_marker()
+
+
+@pytest.fixture
+def training() -> Figure:
+    bands = {
+        'SingleAdv': band([10_000, 20_000, 40_000], [0.2, 0.3, 0.4], 0.05, seeds=3),
+        'Baseline': band([10_000, 20_000], [0.1, 0.1]),
+    }
+    return figures.over_training(bands, {'SingleAdv': 100, 'Baseline': 2}, attack='PGD20')
+
+
+def test_training_is_drawn_in_percent_and_thousands_of_steps(training):
+    drawn = lines(training)['SingleAdv']
+    np.testing.assert_allclose(drawn.get_xdata(), [10, 20, 40])
+    np.testing.assert_allclose(drawn.get_ydata(), [20, 30, 40])
+    axes = training.axes[0]
+    assert axes.get_xlabel() == 'training steps (thousands)'
+    assert axes.get_ylabel() == 'robust accuracy, PGD20 (%)'
+    # The one band is that of the system with several seeds.
+    (drawn_band,) = axes.collections
+    corners = drawn_band.get_paths()[0].vertices
+    for step, low, high in [(10, 15, 25), (20, 25, 35), (40, 35, 45)]:
+        at = corners[np.isclose(corners[:, 0], step), 1]
+        np.testing.assert_allclose([at.min(), at.max()], [low, high])
+
+
+def test_few_evaluations_are_told_and_marked_at_the_ends_only(training):
+    few, many = lines(training)['Baseline (2)'], lines(training)['SingleAdv']
+    assert few.get_markevery() == [0, -1]
+    assert few.get_linewidth() < many.get_linewidth()
+    assert training.legends[0].get_title().get_text() == '(in brackets: number of evaluations)'
+
+
+def test_few_steps_are_not_counted_in_thousands():
+    figure = figures.over_training({'A': band([150, 300], [0, 1])}, {'A': 2}, attack='PGD20')
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [150, 300])
+    assert figure.axes[0].get_xlabel() == 'training steps'
+
+
+def test_curves_of_one_step_and_of_none():
+    bands = {'A': band([100], [0.5], 0.1, seeds=2), 'B': band([], [], seeds=2)}
+    figure = figures.over_training(bands, {'A': 1, 'B': 30}, attack='PGD20')
+    assert legend_texts(figure) == ['A (1)', 'B (no common steps)']
+    (bar,) = figure.axes[0].collections[0].get_segments()
+    np.testing.assert_allclose(bar, [(100, 40), (100, 60)])
+    assert drawing.png(figure)
+
+
+def test_attack_steps_means_and_unknown_iterates():
+    curves = {
+        'SingleAdv': AttackCurve(
+            np.array([1, 10, 500]),
+            np.array([[0.8, 0.6, 0.5], [0.6, 0.4, 0.3]]),
+            np.array([[0.8, np.nan, 0.6], [0.6, 0.5, 0.4]]),
+            10_000,
+            1_024,
+        )
+    }
+    figure = figures.over_attack_steps(curves, attack='PGD')
+    iterate, worst = figure.axes[0].lines
+    np.testing.assert_array_equal(worst.get_xdata(), [1, 10, 500])
+    np.testing.assert_allclose(worst.get_ydata(), [70, 50, 40])
+    # Where one seed is unknown, a mean would be of other seeds.
+    np.testing.assert_array_equal(iterate.get_xdata(), [1, 500])
+    np.testing.assert_allclose(iterate.get_ydata(), [70, 50])
+    assert iterate.get_linestyle() != worst.get_linestyle()
+    axis = figure.axes[0].xaxis
+    assert figure.axes[0].get_xscale() == 'log'
+    shown = [axis.get_major_formatter()(tick) for tick in axis.get_majorticklocs()]
+    expected = ['1', '2', '5', '10', '20', '50', '100', '200', '500']
+    assert [text for text in shown if text in expected] == expected
+    assert not axis.get_minorticklocs().size
+    assert legend_texts(figure) == [
+        'SingleAdv', 'worst so far (n = 10,000)', 'current iterate (n = 1,024)',
+    ]  # fmt: skip
+
+
+def test_one_seed_has_no_band_and_no_iterate_no_legend():
+    unknown = np.full((1, 2), np.nan)
+    curve = AttackCurve(np.array([1, 2]), np.array([[0.8, 0.7]]), unknown, 360, 0)
+    figure = figures.over_attack_steps({'A': curve, 'B': curve}, attack='PGD')
+    assert not figure.axes[0].collections
+    assert legend_texts(figure) == ['A', 'B', 'worst so far (n = 360)']
+
+
+def test_systems_look_the_same_in_every_figure():
+    accuracy = {system: (0.1 * i + 0.05, 0.1 * i, 0.1 * i + 0.1) for i, system in enumerate(PAPER)}
+    looks = []
+    for some in (PAPER, PAPER[::-2]):  # others beside it, in another order
+        curve = AttackCurve(np.arange(1, 4), np.ones((1, 3)), np.ones((1, 3)), 1, 1)
+        bands = {system: band([1, 2], [0.1, 0.2]) for system in some}
+        drawn = [
+            figures.over_training(bands, dict.fromkeys(some, 99), attack='PGD20'),
+            figures.over_attack_steps(dict.fromkeys(some, curve), attack='PGD'),
+        ]
+        for figure in drawn:
+            looks.append({s: look(line) for s, line in lines(figure).items() if s in some})
+        costs = [CostPanel('', dict.fromkeys(some, 1.0), some)]
+        points = figures.computation(costs, {s: accuracy[s] for s in some}).axes[0].containers
+        looks.append({s: look(point.lines[0]) for s, point in zip(some, points, strict=True)})
+    for found in looks:
+        assert found == {system: looks[0][system] for system in found}
+    assert len(set(looks[0].values())) == len(PAPER)
+
+
+def test_clean_training_is_dashed_and_other_systems_get_what_is_left():
+    styles = drawing.styles([*PAPER, 'Mine', 'Yours'])
+    dashed = [system for system in PAPER if styles[system].line != '-']
+    assert dashed == ['Baseline', 'Ensemble2', 'Ensemble4']
+    assert len({(style.color, style.marker) for style in styles.values()}) == 10
+    assert drawing.styles(['Mine'])['Mine'] == styles['Mine']
+    # As many others as there are styles: none twice.
+    assert len(set(drawing.styles([f'system {i}' for i in range(24)]).values())) == 24
+
+
+def test_computation_draws_points_bars_and_the_front():
+    cost = {'A': 1.0, 'B': 2.0, 'C': 4.0, 'unknown': float('nan'), 'unmeasured': 3.0}
+    accuracy = {'A': (0.3, 0.25, 0.4), 'B': (0.2, 0.2, 0.2), 'C': (0.5, 0.5, 0.5)}
+    accuracy['unknown'] = (0.9, 0.9, 0.9)
+    figure = figures.computation([CostPanel('step time (ms)', cost, {'A', 'C'})], accuracy)
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == 'step time (ms)'
+    assert axes_texts(figure) == ['A', 'B', 'C']
+    points = [container.lines[0] for container in axes.containers]
+    assert [(*p.get_xdata(), *p.get_ydata()) for p in points] == [(1, 30), (2, 20), (4, 50)]
+    hollow = [to_rgb(point.get_markerfacecolor()) == (1, 1, 1) for point in points]
+    assert hollow == [False, True, False]
+    (bar,) = axes.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(bar, [(1, 25), (1, 40)])
+    front = next(line for line in axes.lines if line.get_drawstyle() == 'steps-post')
+    np.testing.assert_allclose(front.get_ydata(), [30, 50, 50])
+    np.testing.assert_allclose(front.get_xdata(), [1, 4, axes.get_xlim()[1]])
+
+
+def test_rounding_and_dollars_do_no_harm():
+    low = 0.1 + 0.2  # a little more than 0.3
+    panel = CostPanel('cost ($)', {'A $x$': 1.0}, {'A $x$'})
+    figure = figures.computation([panel], {'A $x$': (0.3, low, 0.3)})
+    (text,) = figure.axes[0].texts
+    assert text.get_text() == 'A $x$'
+    assert not text.get_parse_math()
+    assert drawing.png(figure)
+
+
+@pytest.mark.parametrize('panels', [1, 3, 4])
+def test_names_cover_neither_each_other_nor_points(panels):
+    # Crowded: pairs of the same cost, accuracies a few points apart.
+    mean = dict(zip(PAPER, [0.01, 0.3, 0.34, 0.43, 0.44, 0.52, 0.53, 0.47], strict=True))
+    cost = dict(zip(PAPER, [36.5, 73.0, 146.0, 36.5, 82.1, 73.0, 146.0, 73.0], strict=True))
+    costs = [CostPanel('parameters (millions)', cost, {'SingleAdv', 'Ensemble2Adv'})] * panels
+    some = PAPER if panels != 3 else PAPER[3:]  # narrower panels hold fewer
+    figure = figures.computation(costs, {s: (mean[s], mean[s], mean[s]) for s in some})
+    assert len(figure.axes) == panels
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) == len(some)
+        for a, b in itertools.combinations(boxes, 2):
+            assert not a.overlaps(b)
+        for box in boxes:
+            assert not any(box.contains(*axes.transData.transform(t.xy)) for t in axes.texts)
+            assert box.x0 > axes.bbox.x0
+            assert box.x1 < axes.bbox.x1
+
+
+def test_differences_are_filled_where_the_interval_leaves_zero_out():
+    nan = float('nan')
+    rows = [('A − B', 3.0, 1.0, 5.0), ('A − C', -1.0, -12.0, 0.5), ('B − C', 2.0, nan, nan)]
+    figure = figures.differences(rows, attack='PGD20')
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['A − B', 'A − C', 'B − C']
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+    points = [line for line in axes.lines if line.get_marker() == 'o']
+    assert [line.get_xdata()[0] for line in points] == [3, -1, 2]
+    assert [line.get_markerfacecolor() == 'white' for line in points] == [False, True, True]
+    bars = [line.get_xdata() for line in axes.lines if line.get_marker() == 'None'][1:]
+    np.testing.assert_array_equal(bars, [[1, 5], [-12, 0.5], [nan, nan]])
+    texts = [text.strip('\N{FIGURE SPACE}') for text in axes_texts(figure)]
+    assert texts == ['+3.0 [+1.0, +5.0]', '−1.0 [−12.0, +0.5]', '+2.0']
+
+
+def probabilities(*predicted: int) -> np.ndarray:
+    """Returns 80 % for each of these of five classes."""
+    return 0.05 + 0.75 * np.eye(5)[list(predicted)]
+
+
+def examples(systems, channels=1, **kwargs) -> Figure:
+    clean = np.full((2, 2, 2, channels), 102, np.uint8)  # 0.4
+    adversarial = np.full((2, 2, 2, channels), 0.4)
+    adversarial[:, 0, 0] += 0.1
+    adversarial[:, 0, 1] -= 0.1
+    adversarial[:, 1, 0] += 0.05
+    column = ExampleColumn(adversarial, probabilities(1, 2), probabilities(1, 3))
+    columns = dict.fromkeys(systems, column)
+    return pictures.examples(
+        clean, np.array([1, 2]), columns, epsilon=0.1, attack='PGD20', **kwargs
+    )
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_examples_show_the_image_the_attack_and_the_perturbation(channels):
+    figure = examples(['A'], channels)
+    assert len(figure.axes) == 2 * 3
+    image, adversarial, perturbation = (np.array(a.images[0].get_array()) for a in figure.axes[:3])
+    assert image.shape == (2, 2, 3)
+    np.testing.assert_allclose(image, 0.4, atol=1e-6)
+    np.testing.assert_allclose(adversarial[..., 0], [[0.5, 0.3], [0.45, 0.4]], atol=1e-6)
+    # From -epsilon, black, to +epsilon, white.
+    np.testing.assert_allclose(perturbation[..., 2], [[1, 0], [0.75, 0.5]], atol=1e-5)
+    assert figure.axes[2].get_title() == 'perturbation\n×5'
+    assert {axes.images[0].get_interpolation() for axes in figure.axes} == {'nearest'}
+    # The first stays right, the second does not.
+    expected = ['1', '✓ 1 (80 %)', '→ ✓ 1 (80 %)', 'A', '2', '✓ 2 (80 %)', '→ ✗ 3 (80 %)']
+    assert axes_texts(figure) == expected
+    colors = {t.get_text(): t.get_color() for axes in figure.axes for t in axes.texts}
+    assert colors['✓ 2 (80 %)'] != colors['→ ✗ 3 (80 %)']
+
+
+def test_examples_of_many_systems_are_in_blocks_and_classes_have_names():
+    figure = examples(PAPER, class_names=['a', 'b', 'c', 'd', 'e'])
+    assert len(figure.axes) == 2 * 2 * 9  # two blocks of two images, with four systems each
+    assert figure.get_size_inches()[0] <= drawing.PAGE
+    texts = axes_texts(figure)
+    assert [text for text in texts if text in PAPER] == list(PAPER)
+    assert texts.count('→ ✗ d (80 %)') == len(PAPER)
+    places = [axes.get_position() for axes in figure.axes]
+    assert all(place.y0 >= 0 and place.y1 <= 1 and place.x1 <= 1 for place in places)
+    assert not any(a.overlaps(b.padded(-1e-3)) for a, b in itertools.combinations(places, 2))
+
+
+@pytest.fixture
+def planes() -> Planes:
+    classes = np.zeros((2, 1, 4, 4), np.int16)
+    classes[0, 0, 3, :] = 5  # at the top: y is large
+    classes[0, 0, 0, 3] = VOID
+    classes[1, 0, 0, 0] = 9
+    region = [[(-1, -1), (1, -1), (1, 1), (-1, 1)], [(0, -1), (1, 1), (-1, 1), (np.nan, np.nan)]]
+    return Planes(
+        names=('SingleAdv, seed 0',),
+        attacked=('SingleAdv, seed 0', 'Ensemble2Adv, seed 1'),
+        places=np.array([7, 12], np.int32),
+        labels=np.array([0, 3], np.int32),
+        images=np.full((2, 2, 2, 1), 255, np.uint8),
+        extent=np.array([[-2, 2, -2, 2], [-1, 1, -1, 1]], np.float32),
+        classes=classes,
+        points=np.array([[(0, 0), (1, 0), (0.5, 1)], [(0, 0), (0.5, 0), (0, 0.5)]], np.float32),
+        point_classes=np.array([[(0, 0, 5)], [(3, 0, 3)]], np.int16),
+        region=np.array(region, np.float32),
+        notes=('', 'both adversarial examples are the same'),
+        record={},
+    )
+
+
+def test_planes_show_classes_with_y_upwards(planes):
+    figure = pictures.planes(planes)
+    assert len(figure.axes) == 4  # per image: the image, and one model's panel
+    thumbnail, panel = figure.axes[:2]
+    assert thumbnail.get_title() == 'test image 7\n0'
+    np.testing.assert_array_equal(thumbnail.images[0].get_array(), 1)
+    image = panel.images[0]
+    assert image.origin == 'lower'
+    np.testing.assert_array_equal(image.get_extent(), [-2, 2, -2, 2])
+    patches = {
+        text.get_text(): to_rgb(patch.get_facecolor())
+        for text, patch in zip(
+            figure.legends[0].get_texts(), figure.legends[0].get_patches(), strict=True
+        )
+    }
+    # Those that occur: class 3, which only a point has, too.
+    assert list(patches) == ['class 0', 'class 3', 'class 5', 'class 9', 'outside [0, 1]']
+    drawn = np.array(image.get_array())
+    np.testing.assert_allclose(drawn[3], [patches['class 5']] * 4)
+    np.testing.assert_allclose(drawn[0, :3], [patches['class 0']] * 3)
+    np.testing.assert_allclose(drawn[0, 3], patches['outside [0, 1]'])
+    other = np.array(figure.axes[3].images[0].get_array())
+    np.testing.assert_allclose(other[0, 0], patches['class 9'])
+    np.testing.assert_allclose(other[1, 1], patches['class 0'])
+
+
+def test_planes_show_points_arrows_and_the_region(planes):
+    figure = pictures.planes(planes)
+    panel, other = figure.axes[1], figure.axes[3]
+    first, second, image = ([float(v) for v in line.get_xydata()[0]] for line in panel.lines)
+    assert (image, first, second) == ([0, 0], [1, 0], [0.5, 1])
+    ends = [(a.xyann, tuple(map(float, a.xy))) for a in panel.texts if a.arrow_patch]
+    assert [tuple(end) for _, end in ends] == [(1, 0), (0.5, 1)]
+    assert all(tuple(start) == (0, 0) for start, _ in ends)
+    assert panel.get_title() == 'image ✓   1 ✓   2 ✗'
+    assert other.get_title() == 'image ✓   1 ✗   2 ✓'
+    # The padding is left out; a polygon's first corner is repeated at its end.
+    assert len(panel.patches[0].get_xy()) == 5
+    np.testing.assert_array_equal(other.patches[0].get_xy()[:3], [(0, -1), (1, 1), (-1, 1)])
+    assert legend_texts(figure)[-2:] == [
+        '1: adversarial example of SingleAdv, seed 0',
+        '2: adversarial example of Ensemble2Adv, seed 1',
+    ]
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[-1] == 'Test image 12: both adversarial examples are the same'
+
+
+def test_planes_of_attacks_that_found_one_point_or_none(planes):
+    points = np.array([[(0, 0), (1, 0), (1, 0)], [(0, 0), (0, 0), (0, 0.5)]], np.float32)
+    figure = pictures.planes(planes._replace(points=points))
+    texts = [[text.get_text() for text in figure.axes[i].texts] for i in (1, 3)]
+    assert texts == [['', '1, 2'], ['1', '', '2']]  # '' is an arrow
+    assert drawing.png(figure)
+
+
+def test_classes_of_planes_have_names_and_more_than_ten_have_colors_of_their_own(planes):
+    many = planes._replace(classes=np.arange(32, dtype=np.int16).reshape(2, 1, 4, 4))
+    many = many._replace(record={'class_names': [f'name {i}' for i in range(32)]})
+    figure = pictures.planes(many)
+    assert figure.axes[0].get_title() == 'test image 7\nname 0'
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == many.record['class_names']
+    assert len({to_rgb(patch.get_facecolor()) for patch in legend.get_patches()}) == 32
+
+
+def test_legends_stay_within_the_figure(planes, training):
+    named = planes._replace(record={'class_names': ['a class with a long name'] * 10})
+    bands = {f'a system with a long name {i}': band([1, 2], [0, 1]) for i in range(9)}
+    points = dict.fromkeys(bands, 2)
+    for figure in (
+        training,
+        pictures.planes(planes),
+        pictures.planes(named),
+        figures.over_training(bands, points, attack='PGD20'),
+    ):
+        figure.draw_without_rendering()
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert figure.bbox.x0 <= box.x0
+            assert box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0
+
+
+def test_files_are_png_and_pdf_with_embedded_fonts(training, tmp_path):
+    drawing.save(training, epath.Path(tmp_path) / 'report' / 'figure2.b')
+    assert sorted(p.name for p in (tmp_path / 'report').iterdir()) == [
+        'figure2.b.pdf', 'figure2.b.png',
+    ]  # fmt: skip
+    png = (tmp_path / 'report' / 'figure2.b.png').read_bytes()
+    assert png.startswith(b'\x89PNG\r\n\x1a\n')
+    assert int.from_bytes(png[16:20], 'big') == 660  # 3.3 inches at 200 dots
+    pdf = (tmp_path / 'report' / 'figure2.b.pdf').read_bytes()
+    assert pdf.startswith(b'%PDF')
+    assert b'/Type3' not in pdf
+    assert b'/FontFile2' in pdf
+    assert b'CreationDate' not in pdf
+
+
+def test_the_same_arrays_give_the_same_bytes_and_change_nothing_global(planes, tmp_path):
+    before = dict(matplotlib.rcParams)
+    contents = []
+    for folder in ('a', 'b'):
+        path = epath.Path(tmp_path) / folder
+        drawing.save(pictures.planes(planes), path / 'planes')
+        accuracy = {'A': (0.3, 0.25, 0.4), 'B': (0.2, 0.2, 0.2)}
+        panel = CostPanel('parameters (millions)', {'A': 1.0, 'B': 2.0}, {'A'})
+        figure = figures.computation([panel], accuracy)
+        assert drawing.png(figure) == drawing.png(figure)
+        drawing.save(figure, path / 'computation')
+        contents.append({p.name: p.read_bytes() for p in path.iterdir()})
+    assert len(contents[0]) == 4
+    assert contents[0] == contents[1]
+    assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,369 @@
+"""The report job as a whole: every file of it, from runs that were never trained."""
+
+import csv
+import html
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import browser
+import numpy as np
+import pytest
+import report_runs
+from conftest import ROOT
+from etils import epath
+from matplotlib.figure import Figure
+from report_runs import run_config, write_ensemble, write_run
+
+from ensadv import plane_files, report
+from ensadv.planes import Planes
+from ensadv.report import drawing
+
+LAST = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5, 'pgd500': 0.4}
+ALL = ('baseline', 'ensemble2', 'ensemble4', 'singleadv', 'doubleadv', 'ensemble2adv',
+       'ensemble4adv', 'separate2adv')  # fmt: skip
+QUICK = ('baseline', 'singleadv', 'doubleadv', 'ensemble2adv', 'separate2adv')
+TABLES = {'table1.md', 'table1.csv', 'table1.tex', 'report.html'}
+COMPARISONS = {
+    'differences.csv', 'differences.tex', 'computation.csv', 'computation.tex',
+    *(f'figure_{name}.{kind}' for name in ('differences', 'computation')
+      for kind in ('png', 'pdf')),
+}  # fmt: skip
+
+
+def figure(*names: str) -> set[str]:
+    return {f'figure{name}.{kind}' for name in names for kind in ('png', 'pdf')}
+
+
+def study(root, systems, seeds: int, evaluations: int, n: int = 100) -> None:
+    """Writes the runs of a study whose accuracies rise, system by system; each sees its own noise.
+
+    The best snapshot is the last but one.
+    """
+    attacks = ('clean', 'ifgsm5', 'pgd5', 'pgd20', 'blackbox')
+    for number, system in enumerate(systems):
+        for seed in range(seeds):
+            rng = np.random.default_rng([number, seed])
+            config = run_config(system, seed=seed, train__steps=100 * evaluations,
+                                eval__attacks=attacks, eval__num_examples=n)  # fmt: skip
+            results = {}
+            for place in range(evaluations):
+                share = (place + 1) / evaluations - (place == evaluations - 1) * 0.2
+                level = 0.1 * share + 0.05 * number
+                results[100 * (place + 1)] = {
+                    attack: rng.random(n) < top + level
+                    for attack, top in zip(attacks, (0.5, 0.3, 0.25, 0.2, 0.4), strict=True)
+                }
+            for place in (evaluations - 1, evaluations):
+                results[100 * place]['pgd500'] = rng.random(n) < 0.2 + 0.05 * number
+            path = root / f'{system}_seed{seed}'
+            size = config.ensemble.size * (2 if system == 'doubleadv' else 1)
+            operations = {k: size * v for k, v in report_runs.OPERATIONS.items()}
+            write_run(path, config, results, parameters=36_000_000 * size, operations=operations,
+                      session={'seconds_per_step': 0.2 * size + 0.01 * seed})  # fmt: skip
+            report_runs.write_examples(
+                path, config, 100 * evaluations, shift=0.01 * number, count=1
+            )
+
+
+def planes() -> Planes:
+    region = np.array([[(-1, -1), (1, -1), (1, 1), (-1, 1)]], np.float32)
+    return Planes(
+        names=('SingleAdv, seed 0', 'DoubleAdv, seed 0'),
+        attacked=('SingleAdv, seed 0', 'DoubleAdv, seed 0'),
+        places=np.array([7], np.int32),
+        labels=np.array([0], np.int32),
+        images=np.full((1, 8, 8, 1), 99, np.uint8),
+        extent=np.array([[-2, 2, -2, 2]], np.float32),
+        classes=np.zeros((1, 2, 4, 4), np.int16),
+        points=np.array([[(0, 0), (1, 0), (0.5, 1)]], np.float32),
+        point_classes=np.zeros((1, 2, 3), np.int16),
+        region=region,
+        notes=('',),
+        record={},
+    )
+
+
+def written(root) -> set[str]:
+    return {path.name for path in (pathlib.Path(root) / 'report').iterdir()}
+
+
+def read(root, name: str) -> str:
+    return (pathlib.Path(root) / 'report' / name).read_text()
+
+
+def write_report(root) -> str:
+    """Writes the report; returns the page, its entities resolved."""
+    path = report.write(epath.Path(root))
+    assert path == epath.Path(root) / 'report' / 'report.html'
+    return html.unescape(path.read_text())
+
+
+def one_run(root, name: str = 'run', **changes) -> pathlib.Path:
+    return write_run(root / name, run_config(**changes), {40: LAST})
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Draws all figures, but writes a dot for each: the test looks at something else."""
+    dot = drawing.png(Figure((0.1, 0.1)))
+    monkeypatch.setattr(drawing, '_written', lambda figure, **options: dot)
+
+
+@pytest.fixture(scope='module')
+def paper_study(tmp_path_factory) -> pathlib.Path:
+    """A study as large as the paper's, and its report, written where there is no JAX."""
+    root = tmp_path_factory.mktemp('study')
+    study(root, ALL, seeds=3, evaluations=60)
+    for run, name in (('singleadv_seed0', 'singleadv_seed0-doubleadv_seed0'),
+                      ('ensemble2adv_seed0', 'members'),
+                      ('ensemble2adv_seed1', 'members')):  # fmt: skip
+        plane_files.write(epath.Path(root) / run / 'planes' / f'{name}.npz', planes())
+    script = (
+        'import sys; sys.modules.update(jax=None, tensorflow=None, flax=None); '
+        'from ensadv import report; from etils import epath; report.write(epath.Path(sys.argv[1]))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-W', 'error', '-c', script, root],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (root / 'stdout').write_text(done.stdout)
+    return root
+
+
+def test_a_study_as_large_as_the_papers_gets_every_file(paper_study):
+    expected = figure('2a', '2b', '2c', '_examples', '4_singleadv_seed0-doubleadv_seed0',
+                      '4_ensemble2adv_seed0_members', '4_ensemble2adv_seed1_members')  # fmt: skip
+    assert written(paper_study) == TABLES | COMPARISONS | expected
+    page = html.unescape(read(paper_study, 'report.html'))
+    for text in (
+        '24, of 8 systems',
+        'digits, 100 of 360 test images',
+        'L-infinity, epsilon 0.15 (38.2/255)',
+        'Ensemble4Adv − Ensemble2Adv: ',
+        'Figure 4. Decision regions of SingleAdv, seed 0 and DoubleAdv, seed 0',
+    ):
+        assert text in page
+    # Each run asked for a black box, and every figure is on the page itself.
+    assert page.count('data:image/png;base64,') == len(expected | COMPARISONS) // 2 - 2
+    assert 'Not in this report' not in page
+
+
+def test_what_is_printed_is_the_first_table_and_where_the_report_is(paper_study):
+    printed = (paper_study / 'stdout').read_text().strip().split('\n')
+    assert printed[0] == '## Last snapshot'
+    assert printed[-1] == f'The report: {paper_study / "report" / "report.html"}'
+    assert sum(line.startswith('| Ensemble4Adv ') for line in printed) == 1
+
+
+def test_the_csv_are_numbers(paper_study):
+    for name in ('table1', 'differences', 'computation'):
+        rows = list(csv.DictReader(read(paper_study, f'{name}.csv').splitlines()))
+        assert rows
+        assert all(None not in row for row in rows)
+    # Ensemble2 is no more robust than DoubleAdv, and Separate2Adv the most robust of all.
+    fronts = {row['system']: row['on_front_of'] for row in rows}
+    assert fronts['Ensemble2'] == ''
+    assert fronts['Separate2Adv'].startswith('parameters; operations per prediction; ')
+    assert [float(row['parameters']) for row in rows[:3]] == [36e6, 72e6, 144e6]
+    rows = list(csv.DictReader(read(paper_study, 'table1.csv').splitlines()))
+    mine = [
+        row for row in rows
+        if (row['table'], row['system'], row['attack'], row['reading'])
+        == ('last_snapshot', 'SingleAdv', 'clean', 'worst iterate')
+    ]  # fmt: skip
+    assert [row['seed'] for row in mine] == ['0', '1', '2', 'all']
+    for seed, row in enumerate(mine[:3]):
+        path = paper_study / f'singleadv_seed{seed}' / 'eval' / '6000.json'
+        assert float(row['accuracy']) == json.loads(path.read_text())['attacks'][0]['accuracy']
+    mean = sum(float(row['accuracy']) for row in mine[:3]) / 3
+    assert float(mine[3]['accuracy']) == pytest.approx(mean)
+
+
+def test_differences_agree_with_the_table(paper_study):
+    rows = list(csv.DictReader(read(paper_study, 'table1.csv').splitlines()))
+    means = {
+        (row['system'], row['attack']): 100 * float(row['accuracy']) for row in rows
+        if (row['table'], row['seed'], row['reading']) == ('last_snapshot', 'all', 'worst iterate')
+    }  # fmt: skip
+    found = list(csv.DictReader(read(paper_study, 'differences.csv').splitlines()))
+    assert len(found) == 6 * 8 * 7 / 2
+    for row in found:
+        expected = means[row['first'], row['attack']] - means[row['second'], row['attack']]
+        assert float(row['difference_points']) == pytest.approx(expected)
+        assert float(row['low']) <= float(row['difference_points']) <= float(row['high'])
+
+
+@pytest.mark.skipif(browser.find() is None, reason='no Chromium')
+def test_a_browser_finds_nothing_wrong_with_the_page(paper_study):
+    assert browser.problems(paper_study / 'report' / 'report.html') == []
+
+
+@pytest.mark.usefixtures('quick')
+def test_a_quick_study(tmp_path):
+    study(tmp_path, QUICK, seeds=1, evaluations=2)
+    page = write_report(tmp_path)
+    assert written(tmp_path) == TABLES | COMPARISONS | figure('2a', '2b', '2c', '_examples')
+    assert page.count('too little data') >= 4
+    assert 'Averaged over 2 evaluations' in page
+
+
+@pytest.mark.usefixtures('quick')
+def test_a_second_report_removes_what_it_does_not_have(tmp_path):
+    study(tmp_path, ('singleadv', 'doubleadv'), seeds=1, evaluations=2)
+    write_report(tmp_path)
+    for name in ('figure4_old.png', 'figure4_old.pdf', 'figure2a.svg', 'mine.png', 'notes.md'):
+        (tmp_path / 'report' / name).write_text('kept?')
+    shutil.rmtree(tmp_path / 'doubleadv_seed0')
+    for path in (tmp_path / 'singleadv_seed0' / 'eval').glob('*.npz'):
+        path.unlink()
+    write_report(tmp_path)
+    kept = {'figure2a.svg', 'mine.png', 'notes.md'}
+    assert written(tmp_path) == TABLES | figure('2a', '2b', '2c') | kept
+
+
+@pytest.mark.usefixtures('quick')
+def test_the_same_runs_give_the_same_files(tmp_path):
+    one_run(tmp_path)
+    write_report(tmp_path)
+    first = {path.name: path.read_bytes() for path in (tmp_path / 'report').iterdir()}
+    write_report(tmp_path)
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / 'report').iterdir()}
+
+
+@pytest.mark.usefixtures('quick')
+def test_only_unfinished_runs_give_a_report_that_says_so(tmp_path, capsys):
+    write_run(tmp_path / 'a', run_config(), {20: LAST})
+    write_run(tmp_path / 'b', run_config(seed=1), {})
+    page = write_report(tmp_path)
+    assert written(tmp_path) == TABLES
+    expected = 'a: unfinished: evaluated up to step 20, of 40 steps.'
+    assert expected in page
+    assert expected in read(tmp_path, 'table1.md')
+    assert expected in capsys.readouterr().out
+    assert read(tmp_path, 'table1.csv').count('\n') == 1
+
+
+@pytest.mark.usefixtures('quick')
+def test_a_runs_own_workdir_is_a_root(tmp_path):
+    one_run(tmp_path, 'a run')
+    page = write_report(tmp_path / 'a run')
+    assert '1, of 1 systems' in page
+    # The report is no run, and does not hinder the next one.
+    write_report(tmp_path / 'a run')
+
+
+@pytest.mark.usefixtures('quick')
+def test_damaged_planes_are_left_out_and_said_to_be(tmp_path):
+    run = one_run(tmp_path)
+    (run / 'planes').mkdir()
+    (run / 'planes' / 'members.npz').write_bytes(b'damaged')
+    page = write_report(tmp_path)
+    assert 'Left out: ' in page
+    assert 'members.npz' in page
+    assert not written(tmp_path) & figure('4_run_members')
+
+
+@pytest.mark.usefixtures('quick')
+def test_examples_other_than_the_first_systems_are_left_out(tmp_path):
+    for name, system in (('a', 'baseline'), ('b', 'singleadv')):
+        run = one_run(tmp_path, name, system=system)
+        report_runs.write_examples(run, run_config(system), 40, count=3 if name == 'b' else 2)
+    assert 'Without stored examples, or with others: SingleAdv.' in write_report(tmp_path)
+    # The seed that has the same images is the one that is shown.
+    run = one_run(tmp_path, 'd', system='singleadv', seed=1)
+    report_runs.write_examples(run, run_config(seed=1), 40)
+    assert 'with others' not in write_report(tmp_path)
+
+
+@pytest.mark.usefixtures('quick')
+@pytest.mark.parametrize('content', [b'damaged', None])
+def test_damaged_examples_are_left_out(tmp_path, content):
+    run = one_run(tmp_path)
+    path = run / 'eval' / '40_examples.npz'
+    if content is None:
+        np.savez(path, label=np.zeros(2))
+    else:
+        path.write_bytes(content)
+    write_report(tmp_path)
+    assert not written(tmp_path) & figure('_examples')
+
+
+@pytest.mark.usefixtures('quick')
+def test_curves_of_several_restarts_are_said_to_be_of_the_first(tmp_path):
+    one_run(tmp_path, eval__pgd__restarts=3)
+    assert 'Of the first of 3 restarts alone.' in write_report(tmp_path)
+
+
+@pytest.mark.usefixtures('quick')
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'eval__iterate_examples': 0},
+        {'eval__pgd__restarts': 2},
+        {'eval__num_examples': 1},
+    ],
+    ids=str,
+)
+def test_unusual_runs(tmp_path, changes):
+    one_run(tmp_path, **changes)
+    one_run(tmp_path, 'other', system='doubleadv', **changes)
+    page = write_report(tmp_path)
+    assert 'nan' not in read(tmp_path, 'table1.md').lower().replace('nan; they', '')
+    assert '2, of 2 systems' in page
+
+
+@pytest.mark.usefixtures('quick')
+def test_a_curve_of_fewer_seeds_than_the_table_says_so(tmp_path):
+    one_run(tmp_path, 'a')
+    without = {attack: accuracy for attack, accuracy in LAST.items() if attack != 'pgd500'}
+    write_run(tmp_path / 'b', run_config(seed=1), {40: without})
+    write_run(tmp_path / 'c', run_config('baseline'), {40: without})
+    assert 'Not by all seeds: Baseline (0 of 1), SingleAdv (1 of 2).' in write_report(tmp_path)
+
+
+@pytest.mark.usefixtures('quick')
+def test_clean_accuracy_alone(tmp_path):
+    config = run_config(eval__attacks=('clean',), eval__long_attacks=())
+    write_run(tmp_path / 'a', config, {20: {'clean': 0.8}, 40: {'clean': 0.9}})
+    write_report(tmp_path)
+    assert written(tmp_path) == TABLES
+
+
+@pytest.mark.usefixtures('quick')
+def test_selection_on_the_validation_split_is_said(tmp_path):
+    config = run_config(eval__select_on='validation', data__validation_examples=100)
+    write_run(tmp_path / 'a', config, {40: LAST | {'validation_ifgsm5': 0.5}})
+    assert 'selected on the validation split.' in write_report(tmp_path)
+
+
+@pytest.mark.usefixtures('quick')
+def test_names_of_any_kind(tmp_path):
+    config = run_config()
+    config.system = '<b>x</b>|$y_1$ & 50 %'
+    write_run(tmp_path / 'a b' / "it's <i>", config, {40: LAST})
+    write_run(tmp_path / 'c', run_config('baseline'), {40: LAST})
+    path = report.write(epath.Path(tmp_path))
+    assert '<b>x' not in path.read_text()
+    assert config.system in html.unescape(path.read_text())
+    rows = list(csv.DictReader(read(tmp_path, 'table1.csv').splitlines()))
+    assert {row['system'] for row in rows} == {'Baseline', config.system}
+    assert r'\$y\_1\$ \& 50 \%' in read(tmp_path, 'table1.tex')
+    columns = read(tmp_path, 'table1.md').split('\n')[2].replace(r'\|', '').count('|')
+    mine = next(line for line in read(tmp_path, 'table1.md').split('\n') if 'x</b>' in line)
+    assert mine.replace(r'\|', '').count('|') == columns
+
+
+@pytest.mark.usefixtures('quick')
+def test_ensembles_of_runs_stand_beside_runs(tmp_path):
+    members = [one_run(tmp_path, f's{seed}', seed=seed) for seed in range(4)]
+    write_ensemble(tmp_path / 'e0', members[:2], LAST)
+    write_ensemble(tmp_path / 'e1', members[2:], LAST)
+    page = write_report(tmp_path)
+    assert '6, of 2 systems' in page
+    assert '0, 1, 2, 3, 0+1, 2+3' in page
+    line = next(row for row in read(tmp_path, 'table1.md').split('\n') if 'Separate2Adv' in row)
+    assert [cell.strip() for cell in line.split('|')[2:5]] == ['2', '2,000', '90.0 ± 0.0']

@@ -1,0 +1,223 @@
+"""What the ledgers say, of runs whose correct examples are known."""
+
+import math
+
+import numpy as np
+import pytest
+from etils import epath
+from report_runs import N, run_config, write_ledger, write_run
+
+from ensadv import workdir
+from ensadv.report import findings, paper
+from ensadv.report.collect import collect
+
+FIRST = np.arange(N)
+PROVEN, NOT_PROVEN, TOO_LITTLE = 'supported', 'not supported', 'too little data'
+
+
+def correct(count: int) -> np.ndarray:
+    """The first so many examples are correct."""
+    return count > FIRST
+
+
+def write(root, system: str, *counts: int, attack: str = 'pgd20', **changes) -> None:
+    """Writes a run for each of these numbers of correct examples."""
+    for seed, count in enumerate(counts):
+        outcomes = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5, attack: correct(count)}
+        config = run_config(system, seed=seed, **changes)
+        write_run(root / f'{system}{seed}', config, {40: outcomes})
+
+
+def outcomes_of(root) -> findings.Outcomes:
+    collection = collect(epath.Path(root), paper.SYSTEMS)
+    assert not collection.apart
+    return findings.read_outcomes(collection)
+
+
+def verdicts(root) -> list[findings.Verdict]:
+    return findings.judge_claims(outcomes_of(root))
+
+
+def test_each_claim_of_the_paper_is_judged(tmp_path):
+    write(tmp_path, 'singleadv', 30, 31, 32)
+    write(tmp_path, 'doubleadv', 50, 51, 52)
+    write(tmp_path, 'ensemble2adv', 70, 71, 72)
+    write(tmp_path, 'separate2adv', 90, 91, 92)
+    over_single, over_double, over_separate, more = verdicts(tmp_path)
+    assert over_single.verdict == over_double.verdict == PROVEN
+    (text,) = over_single.details
+    assert text.startswith('Ensemble2Adv − SingleAdv: +40.0 points (+')
+    assert 'under PGD20; seeds 3 and 3, n = 100, McNemar p < 0.0001.' in text
+    assert 'opposite' not in text
+    assert over_separate.verdict == NOT_PROVEN
+    (text,) = over_separate.details
+    assert 'Ensemble2Adv − Separate2Adv: −20.0 points' in text
+    assert text.endswith('; the data say the opposite.')
+    # DoubleAdv is better than SingleAdv, but there is no Ensemble4Adv.
+    assert more.verdict == TOO_LITTLE
+    assert 'DoubleAdv − SingleAdv: +20.0 points' in more.details[0]
+    assert more.details[1] == 'Ensemble4Adv − Ensemble2Adv: no run of Ensemble4Adv.'
+
+
+@pytest.mark.parametrize(
+    'wider, more_members, verdict',
+    [(50, 85, PROVEN), (50, 70, NOT_PROVEN), (30, 85, NOT_PROVEN)],
+)
+def test_that_more_parameters_help_needs_both_pairs(tmp_path, wider, more_members, verdict):
+    counts = {
+        'singleadv': 30, 'doubleadv': wider, 'ensemble2adv': 69, 'ensemble4adv': more_members,
+    }  # fmt: skip
+    for system, count in counts.items():
+        write(tmp_path, system, count - 1, count, count + 1)
+    assert verdicts(tmp_path)[3].verdict == verdict
+
+
+def test_equal_systems_support_nothing_and_are_no_opposite(tmp_path):
+    write(tmp_path, 'singleadv', 50, 51, 52)
+    write(tmp_path, 'ensemble2adv', 50, 51, 52)
+    claim = verdicts(tmp_path)[0]
+    assert claim.verdict == NOT_PROVEN
+    assert '+0.0 points (−' in claim.details[0]
+    assert 'opposite' not in claim.details[0]
+
+
+def test_two_seeds_are_too_little_however_large_the_difference(tmp_path):
+    write(tmp_path, 'singleadv', 10, 11)
+    write(tmp_path, 'ensemble2adv', 90, 91, 92)
+    claim = verdicts(tmp_path)[0]
+    assert claim.verdict == TOO_LITTLE
+    assert '+80.5 points' in claim.details[0]
+    assert claim.details[0].endswith('seeds 3 and 2, n = 100, McNemar p < 0.0001; a claim needs 3 '
+                                     'seeds of each.')  # fmt: skip
+
+
+def test_without_an_attack_there_is_no_claim(tmp_path):
+    for system in ('singleadv', 'ensemble2adv'):
+        config = run_config(system, eval__attacks=('clean',), eval__long_attacks=())
+        write_run(tmp_path / system, config, {40: {'clean': 0.9}})
+    found = outcomes_of(tmp_path)
+    assert found.strongest is None
+    claims = findings.judge_claims(found)
+    assert [claim.verdict for claim in claims] == 4 * [TOO_LITTLE]
+    assert claims[0].details == ['Ensemble2Adv − SingleAdv: no attack that all runs have.']
+
+
+def test_the_attack_with_the_most_steps_that_all_runs_have_decides(tmp_path):
+    write(tmp_path, 'singleadv', 30, attack='pgd500')
+    write(tmp_path, 'doubleadv', 40, attack='pgd500')
+    assert outcomes_of(tmp_path).strongest == 'pgd500'
+    write(tmp_path, 'ensemble2adv', 50)
+    assert outcomes_of(tmp_path).strongest == 'pgd20'
+
+
+def test_differences_by_hand(tmp_path):
+    write(tmp_path, 'singleadv', 50, 40, 45)
+    write(tmp_path, 'ensemble2adv', 60, 70)
+    d = outcomes_of(tmp_path).difference('Ensemble2Adv', 'SingleAdv', 'pgd20')
+    assert (d.points, d.seeds, d.n) == (pytest.approx(65 - 45), (2, 3), 100)
+    assert d.low < 20 < d.high
+    # Of the first two seeds each: d_i is 1 for examples 40..49, 2 for 50..59, 1 for 60..69, and
+    # z^2 = 40^2 / (10 + 40 + 10). Of one degree of freedom, P(chi^2 > z^2) = erfc(z / sqrt(2)).
+    assert d.p == pytest.approx(math.erfc(math.sqrt(1600 / 60 / 2)))
+    table = findings.differences_table([d])
+    assert table.rows[0].cells[:2] == ('Ensemble2Adv − SingleAdv', '+20.0')
+    assert table.rows[0].cells[3:] == ('< 0.0001', '2, 3')
+    assert any('of as many of them as the other has' in note for note in table.notes)
+
+
+def test_one_seed_each_is_tested_exactly(tmp_path):
+    for system, places in (('singleadv', [0, 10]), ('ensemble2adv', [0, 1, 2, 3, 4, 5])):
+        right = np.isin(FIRST, places)
+        config = run_config(system)
+        write_run(tmp_path / system, config, {40: {'clean': 1.0, 'ifgsm5': 0.5, 'pgd20': right}})
+    d = outcomes_of(tmp_path).difference('Ensemble2Adv', 'SingleAdv', 'pgd20')
+    assert d.points == pytest.approx(4)
+    # Only Ensemble2Adv: 5, only SingleAdv: 1. Two-sided: 2 (1 + 6) / 2^6.
+    assert d.p == pytest.approx(14 / 64)
+    notes = findings.differences_table([d]).notes
+    assert any(note.startswith('One seed each: the interval does not') for note in notes)
+
+
+def test_of_one_seed_the_interval_is_that_of_its_examples(tmp_path):
+    write(tmp_path, 'singleadv', 36)
+    mean, low, high = outcomes_of(tmp_path).accuracy('SingleAdv', 'pgd20')
+    assert mean == 0.36
+    # The standard error is sqrt(.36 x .64 / 100) = .048, and 1.96 of it .094.
+    assert (low, high) == (pytest.approx(0.266, abs=0.015), pytest.approx(0.454, abs=0.015))
+
+
+def test_every_pair_is_compared_once_the_claims_first(tmp_path):
+    for system in ('baseline', 'singleadv', 'doubleadv', 'ensemble2adv'):
+        write(tmp_path, system, 50)
+    found = findings.differences(outcomes_of(tmp_path), 'pgd20')
+    assert [(d.first, d.second) for d in found] == [
+        ('Ensemble2Adv', 'SingleAdv'),
+        ('Ensemble2Adv', 'DoubleAdv'),
+        ('DoubleAdv', 'SingleAdv'),
+        ('SingleAdv', 'Baseline'),
+        ('DoubleAdv', 'Baseline'),
+        ('Ensemble2Adv', 'Baseline'),
+    ]
+    notes = findings.differences_table(found).notes
+    assert any(note.startswith('6 pairs: of as many equal ones about 0.3') for note in notes)
+
+
+@pytest.mark.parametrize(
+    'odd', ['singleadv0', 'ensemble2adv0', 'baseline0'], ids=['second', 'last', 'first']
+)
+def test_a_ledger_that_contradicts_its_results_is_left_out(tmp_path, odd):
+    for system in ('baseline', 'singleadv', 'ensemble2adv'):
+        write(tmp_path, system, 50)
+    config = run_config(odd[:-1])
+    write_ledger(tmp_path / odd, config, 40, {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.51})
+    found = outcomes_of(tmp_path)
+    assert found.notes == [
+        f'{odd} is not in the comparisons: its ledger and its results differ in pgd20.'
+    ]
+    assert len(found.systems) == 2
+
+
+@pytest.mark.parametrize('odd', ['baseline0', 'singleadv0', 'ensemble2adv0'])
+def test_a_ledger_of_other_examples_is_left_out_wherever_it_stands(tmp_path, odd):
+    for system in ('baseline', 'singleadv', 'ensemble2adv'):
+        write(tmp_path, system, 50)
+    path = epath.Path(tmp_path) / odd / 'eval' / '40.npz'
+    ledger = workdir.read_ledger(path)
+    workdir.write_arrays(path, ledger | {'label': ledger['label'][::-1].copy()})
+    found = outcomes_of(tmp_path)
+    assert found.notes == [f'{odd} is not in the comparisons: its ledger is of other examples.']
+    assert found.correct.shape == (3, 2, N)
+
+
+@pytest.mark.parametrize('content', [None, b'damaged'])
+def test_a_run_without_a_ledger_is_left_out(tmp_path, content):
+    write(tmp_path, 'singleadv', 50, 60)
+    path = tmp_path / 'singleadv1' / 'eval' / '40.npz'
+    path.unlink() if content is None else path.write_bytes(content)
+    found = outcomes_of(tmp_path)
+    (note,) = found.notes
+    assert note.startswith('singleadv1 is not in the comparisons: ')
+    assert found.accuracy('SingleAdv', 'pgd20')[0] == 0.5
+
+
+def test_no_ledger_at_all_is_no_outcome(tmp_path):
+    write(tmp_path, 'singleadv', 50)
+    (tmp_path / 'singleadv0' / 'eval' / '40.npz').unlink()
+    found = outcomes_of(tmp_path)
+    assert (found.systems, found.strongest) == ({}, None)
+    assert len(found.notes) == 1
+
+
+@pytest.mark.parametrize(
+    'p, text',
+    [
+        (0.0, '< 0.0001'),
+        (1e-4, '0.0001'),
+        (0.0042, '0.0042'),
+        (0.0512, '0.051'),
+        (0.0496, '0.05'),
+        (1, '1'),
+    ],
+)
+def test_p_values(p, text):
+    assert findings.p_value(p) == text
