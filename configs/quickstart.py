@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 150
     config.train.snapshot_every = 150
     config.eval.attacks = ('clean', 'ifgsm5', 'pgd5', 'pgd20', 'blackbox')
-    config.eval.long_attacks = ('pgd100',)
+    config.eval.long_attacks = ('pgd50',)
     config.eval.iterate_examples = 90
     config.blackbox.rounds = 3
     config.eval.batch_size = 180
