@@ -43,8 +43,13 @@ def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
 
 def run_study(config: ConfigDict, path: epath.Path) -> None:
     """Makes the study's runs, and a report on them even if some of them fail."""
-    write_report = report_writer()
     from ensadv import blackbox, study
+
+    try:
+        write_report = report_writer()
+    except UserError as error:  # training and evaluation do without
+        logging.warning('%s; afterwards --mode=report writes it, on any machine', error)
+        write_report = None
 
     # All mistakes in the systems are told before the first source is trained.
     run_configs = dict(study.runs(config, CONFIGS))
@@ -56,12 +61,12 @@ def run_study(config: ConfigDict, path: epath.Path) -> None:
         config.eval.blackbox_path = str(transfer_set)
     finished, failures = study.run(config, path, CONFIGS, run_one)
     pair = study.pair_of_planes(config)
-    if pair and {path / name for name in pair} <= set(finished):
+    if write_report and pair and {path / name for name in pair} <= set(finished):
         try:
             draw_planes(run_configs[pair[0]], path, pair)
         except UserError as error:  # the report is worth having without them
             logging.error('no decision planes: %s', error)
-    if finished:
+    if write_report and finished:
         write_report(path)
     if failures:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in failures.items())

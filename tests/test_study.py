@@ -1,16 +1,19 @@
 """Studies: which runs, going on, and the report at the end."""
 
 import hashlib
+import sys
 
 import pytest
 from conftest import CIFAR10, QUICK_COMPILE, ROOT, TINY, overrides, run_main
 from etils import epath
 
+import ensadv
+import main
 from configs import quickstart, table1
 from ensadv import config as config_lib
 from ensadv import study
 from ensadv import workdir as workdir_lib
-from ensadv.errors import ConfigError, TrainingError
+from ensadv.errors import ConfigError, TrainingError, UserError
 
 CONFIGS = epath.Path(ROOT) / 'configs'
 
@@ -99,6 +102,21 @@ def test_decision_planes_are_of_two_systems_of_the_study(pair):
     config.study.planes = pair
     with pytest.raises(ConfigError, match=r'study\.planes: expected none or two different'):
         config_lib.validate(config)
+
+
+def test_a_study_without_matplotlib_trains_and_says_what_is_missing(monkeypatch, tmp_path, caplog):
+    for name in [name for name in sys.modules if name.startswith('ensadv.report')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(ensadv, 'report', raising=False)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    config = quickstart.get_config()
+    config.eval.attacks = ('clean',)
+    finished = [tmp_path / f'{name}_seed0' for name in config.study.systems]
+    monkeypatch.setattr(study, 'run', lambda *args: (finished, {}))
+    main.run_study(config, epath.Path(tmp_path))
+    assert 'the report needs a package that is missing' in caplog.text
+    with pytest.raises(UserError, match=r'matplotlib.*pip install -r requirements\.txt'):
+        main.report_writer()
 
 
 FIELDS = TINY | {
