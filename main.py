@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import default
-from ensadv import command_line, workdir
+from ensadv import command_line, workdir, xla_flags
 from ensadv.command_line import fail
 from ensadv.errors import ConfigError, TrainingError, UserError
 
@@ -174,6 +174,7 @@ def run(mode: str) -> None:
 
 def main(argv: list[str]) -> None:
     command_line.set_up_logging()
+    xla_flags.set_for_cpu()
     if len(argv) > 1:
         fail(f'unexpected argument {argv[1]!r}; flags begin with --')
     try:

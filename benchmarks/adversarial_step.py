@@ -42,7 +42,7 @@ import optax
 
 from benchmarks import peer_pytorch
 from configs import default
-from ensadv import attacks, build, data, ensemble, parallel, steps, train
+from ensadv import attacks, build, data, ensemble, parallel, steps, train, xla_flags
 from ensadv import config as config_lib
 
 TARGET = 2.5  # our median over the peer's, at most
@@ -411,6 +411,7 @@ def parse_args():
 def main():
     args, config = parse_args()
     jax.config.update('jax_platforms', 'cpu')
+    xla_flags.set_for_cpu()  # as main.py does
     torch.set_num_threads(os.cpu_count())
     torch.manual_seed(0)
     load = os.getloadavg()[0]

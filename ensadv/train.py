@@ -120,6 +120,9 @@ def make_train_steps(config: ConfigDict, model: Any, dataset: data.Dataset) -> C
             state, values = jax.vmap(one_member, in_axes=(0, 0, None))(state, keys, arrays)
             return state, jax.tree.map(jnp.mean, values)
 
+    # Traced once, and not again for the shapes of its metrics.
+    one_step = jax.jit(one_step, inline=True)
+
     def train_steps(state, arrays, keys, num_steps):
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_step, state, keys, arrays)[1])
 
