@@ -15,6 +15,10 @@ os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
 # Compiles in half the time. What users get is compiled in the processes that `run_main` starts.
 QUICK_COMPILE = '--xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK_COMPILE}'.strip()
+from ensadv import xla_flags
+
+# As main.py does: tests compare what it computes with what they compute, to the bit.
+xla_flags.set_for_cpu()
 
 import pytest
 from etils import epath
