@@ -136,6 +136,7 @@ def run(mode: str) -> None:
             raise UserError('--workdir: needed, the directory whose runs are reported on')
         report_writer()(command_line.workdir_path())
         return
+    xla_flags.set_for_cpu()
     config = command_line.config(default.get_config)
     if config.eval.blackbox_path:
         # A run keeps it, and may go on in another directory.
@@ -174,7 +175,6 @@ def run(mode: str) -> None:
 
 def main(argv: list[str]) -> None:
     command_line.set_up_logging()
-    xla_flags.set_for_cpu()
     if len(argv) > 1:
         fail(f'unexpected argument {argv[1]!r}; flags begin with --')
     try:

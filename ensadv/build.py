@@ -1,6 +1,7 @@
 """From config values to the core's objects, for the jobs."""
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -35,13 +36,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the devices and the packages' versions that this process computes with."""
+    """Returns the devices, packages' versions and XLA's flags that this process computes with."""
     devices = jax.devices()
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
         'devices': {'count': len(devices), 'kind': devices[0].device_kind},
         'versions': {'ensadv': ensadv.__version__, **versions},
+        # They decide which kernels compute, and with them the last digits of every number.
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
     }
 
 

@@ -143,8 +143,8 @@ def write_record(
       workdir: the run's.
       config: its resolved config.
       facts: what stays true of the run, as its 'dataset'.
-      session: what holds from now on: 'step', 'devices', 'versions', 'command'. config.json has
-        the list of all sessions.
+      session: what holds from now on: 'step', 'devices', 'versions', 'xla_flags', 'command'.
+        config.json has the list of all sessions.
     """
     sessions = (read_record(workdir) or {'sessions': []})['sessions']
     content = {'config': config_lib.to_dict(config), **facts, 'sessions': [*sessions, session]}

@@ -24,6 +24,7 @@ OPERATIONS = {'forward': 2e6, 'attack_step': 6e6, 'update': 6e6, 'train_step': 5
 ENVIRONMENT = {
     'devices': {'count': 1, 'kind': 'cpu'},
     'versions': {'ensadv': '0.1.0', 'jax': '0.10.2'},
+    'xla_flags': '',
 }
 CURVE_STEPS = (1, 2, 5, 10)
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from ensadv.analysis import Band
 from ensadv.planes import VOID, Planes
 from ensadv.report import drawing, figures, pictures
-from ensadv.report.figures import AttackCurve, CostPanel
+from ensadv.report.computation import Panel
+from ensadv.report.figures import AttackCurve
 from ensadv.report.pictures import ExampleColumn
 
 PAPER = (
@@ -137,7 +138,7 @@ def test_systems_look_the_same_in_every_figure():
         ]
         for figure in drawn:
             looks.append({s: look(line) for s, line in lines(figure).items() if s in some})
-        costs = [CostPanel('', dict.fromkeys(some, 1.0), some)]
+        costs = [Panel('', '', dict.fromkeys(some, 1.0), some)]
         points = figures.computation(costs, {s: accuracy[s] for s in some}).axes[0].containers
         looks.append({s: look(point.lines[0]) for s, point in zip(some, points, strict=True)})
     for found in looks:
@@ -159,7 +160,7 @@ def test_computation_draws_points_bars_and_the_front():
     cost = {'A': 1.0, 'B': 2.0, 'C': 4.0, 'unknown': float('nan'), 'unmeasured': 3.0}
     accuracy = {'A': (0.3, 0.25, 0.4), 'B': (0.2, 0.2, 0.2), 'C': (0.5, 0.5, 0.5)}
     accuracy['unknown'] = (0.9, 0.9, 0.9)
-    figure = figures.computation([CostPanel('step time (ms)', cost, {'A', 'C'})], accuracy)
+    figure = figures.computation([Panel('', 'step time (ms)', cost, {'A', 'C'})], accuracy)
     (axes,) = figure.axes
     assert axes.get_xlabel() == 'step time (ms)'
     assert axes_texts(figure) == ['A', 'B', 'C']
@@ -176,7 +177,7 @@ def test_computation_draws_points_bars_and_the_front():
 
 def test_rounding_and_dollars_do_no_harm():
     low = 0.1 + 0.2  # a little more than 0.3
-    panel = CostPanel('cost ($)', {'A $x$': 1.0}, {'A $x$'})
+    panel = Panel('', 'cost ($)', {'A $x$': 1.0}, {'A $x$'})
     figure = figures.computation([panel], {'A $x$': (0.3, low, 0.3)})
     (text,) = figure.axes[0].texts
     assert text.get_text() == 'A $x$'
@@ -189,7 +190,7 @@ def test_names_cover_neither_each_other_nor_points(panels):
     # Crowded: pairs of the same cost, accuracies a few points apart.
     mean = dict(zip(PAPER, [0.01, 0.3, 0.34, 0.43, 0.44, 0.52, 0.53, 0.47], strict=True))
     cost = dict(zip(PAPER, [36.5, 73.0, 146.0, 36.5, 82.1, 73.0, 146.0, 73.0], strict=True))
-    costs = [CostPanel('parameters (millions)', cost, {'SingleAdv', 'Ensemble2Adv'})] * panels
+    costs = [Panel('', 'parameters (millions)', cost, {'SingleAdv', 'Ensemble2Adv'})] * panels
     some = PAPER if panels != 3 else PAPER[3:]  # narrower panels hold fewer
     figure = figures.computation(costs, {s: (mean[s], mean[s], mean[s]) for s in some})
     assert len(figure.axes) == panels
@@ -397,7 +398,7 @@ def test_the_same_arrays_give_the_same_bytes_and_change_nothing_global(planes, t
         path = epath.Path(tmp_path) / folder
         drawing.save(pictures.planes(planes), path / 'planes')
         accuracy = {'A': (0.3, 0.25, 0.4), 'B': (0.2, 0.2, 0.2)}
-        panel = CostPanel('parameters (millions)', {'A': 1.0, 'B': 2.0}, {'A'})
+        panel = Panel('', 'parameters (millions)', {'A': 1.0, 'B': 2.0}, {'A'})
         figure = figures.computation([panel], accuracy)
         assert drawing.png(figure) == drawing.png(figure)
         drawing.save(figure, path / 'computation')

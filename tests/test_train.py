@@ -47,6 +47,7 @@ def test_writes_what_the_design_says(workdir):
     )
     assert [session['step'] for session in record['sessions']] == [0]
     assert record['sessions'][0]['versions']['jax'] == jax.__version__
+    assert record['sessions'][0]['xla_flags'] == os.environ['XLA_FLAGS']
     # The report sets these against robustness; the first interval, which compiles, does not count.
     assert 0 < record['sessions'][0]['seconds_per_step'] < 1
     operations = record['operations']

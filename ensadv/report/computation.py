@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,11 +74,12 @@ def _timing(run: Run) -> tuple[float, str] | None:
     return None
 
 
+# The fields of `Costs` that robustness is set against: a short name, and an axis's.
 _MEASURES = {
-    'parameters': 'parameters',
-    'forward': 'operations per prediction',
-    'training': 'operations of training',
-    'seconds': 'seconds per training step',
+    'parameters': ('parameters', 'parameters'),
+    'forward': ('prediction', 'operations per prediction'),
+    'training': ('training', 'operations of training'),
+    'seconds': ('seconds', 'seconds per training step'),
 }
 _SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 _WORDS = {3: 'thousands', 6: 'millions', 9: 'billions'}
@@ -89,11 +90,11 @@ CSV_HEADER = (
 
 
 class Panel(NamedTuple):
-    """One measure of cost.
+    """One measure of cost, and a panel of its figure.
 
     Attributes:
-      measure: what is measured.
-      label: that, with its unit.
+      measure: its short name.
+      label: what it is and its unit, as 'parameters (millions)'.
       cost: by system, in this unit; systems of which it is not known are missing.
       front: the systems on the Pareto front of this cost and robust accuracy.
     """
@@ -101,7 +102,7 @@ class Panel(NamedTuple):
     measure: str
     label: str
     cost: Mapping[str, float]
-    front: Sequence[str]
+    front: Collection[str]
 
 
 def panels(costs: Mapping[str, Costs], accuracy: Mapping[str, float]) -> list[Panel]:
@@ -113,7 +114,7 @@ def panels(costs: Mapping[str, Costs], accuracy: Mapping[str, float]) -> list[Pa
     """
     machines = {cost.machine for cost in costs.values() if cost.seconds is not None}
     found = []
-    for field, measure in _MEASURES.items():
+    for field, (measure, label) in _MEASURES.items():
         if field == 'seconds' and len(machines) != 1:
             continue  # times of different machines do not compare
         known = {
@@ -123,12 +124,12 @@ def panels(costs: Mapping[str, Costs], accuracy: Mapping[str, float]) -> list[Pa
         }
         if len(known) < 2:
             continue
-        label, exponent = measure, 0
+        exponent = 0
         if field == 'seconds':
-            label = f'{measure} ({machines.pop()})'
+            label = f'{label} ({machines.pop()})'
         elif exponent := _exponent(max(known.values())):
             power = f'10{str(exponent).translate(_SUPERSCRIPTS)}'
-            label = f'{measure} ({_WORDS.get(exponent, power) if field == "parameters" else power})'
+            label = f'{label} ({_WORDS.get(exponent, power) if field == "parameters" else power})'
         known = {system: cost / 10**exponent for system, cost in known.items()}
         front = analysis.pareto_front(
             np.array(list(known.values())), np.array([accuracy[system] for system in known])
@@ -213,11 +214,7 @@ def _fronts(system: str, found: Sequence[Panel]) -> str:
     measures = _on(system, found)
     if len(found) > 1 and len(measures) == len(found):
         return 'all'
-    short = {measure: field for field, measure in _MEASURES.items()}
-    return ', '.join(_SHORT.get(short[measure], measure) for measure in measures) or 'none'
-
-
-_SHORT = {'forward': 'prediction', 'training': 'training', 'seconds': 'seconds'}
+    return ', '.join(measures) or 'none'
 
 
 def _exponent(value: float) -> int:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from ensadv.analysis import Band
+from ensadv.report.computation import Panel
 from ensadv.report.drawing import (
     COLUMN,
     DOTTED,
@@ -47,20 +48,6 @@ class AttackCurve(NamedTuple):
     iterate: np.ndarray
     n: int
     iterate_n: int
-
-
-class CostPanel(NamedTuple):
-    """One kind of computation.
-
-    Attributes:
-      label: what it is and its unit, as 'parameters (millions)'.
-      cost: by system; one that is missing, or not a positive number, is not drawn.
-      front: the systems on the Pareto front.
-    """
-
-    label: str
-    cost: Mapping[str, float]
-    front: Collection[str]
 
 
 @in_style
@@ -190,12 +177,12 @@ def _multiples(left: float, right: float) -> tuple[float, ...]:
 
 @in_style
 def computation(
-    costs: Sequence[CostPanel], accuracy: Mapping[str, tuple[float, float, float]]
+    costs: Sequence[Panel], accuracy: Mapping[str, tuple[float, float, float]]
 ) -> Figure:
     """Draws robust accuracy against computation, a panel for each kind, with the Pareto front.
 
     Args:
-      costs: one to four kinds.
+      costs: one to four kinds; a cost that is not a positive number is not drawn.
       accuracy: by system, mean, lowest and highest (or an interval's ends) in 0..1.
     """
     columns = 2 if len(costs) == 4 else len(costs)
@@ -221,7 +208,7 @@ def computation(
 
 
 def _draw_costs(
-    axes: Axes, panel: CostPanel, accuracy: Mapping[str, tuple[float, float, float]]
+    axes: Axes, panel: Panel, accuracy: Mapping[str, tuple[float, float, float]]
 ) -> list[str]:
     """Draws a panel but for the names; returns the systems in it."""
     known = {s: c for s, c in panel.cost.items() if math.isfinite(c) and c > 0}
@@ -257,14 +244,14 @@ def _draw_costs(
 
 
 def _front(
-    panel: CostPanel, accuracy: Mapping[str, tuple[float, float, float]], drawn: Sequence[str]
+    panel: Panel, accuracy: Mapping[str, tuple[float, float, float]], drawn: Sequence[str]
 ) -> list[tuple[float, float]]:
     """Returns the Pareto front's (cost, accuracy in %), in order of cost."""
     return sorted((panel.cost[s], 100 * accuracy[s][0]) for s in drawn if s in panel.front)
 
 
 def _write_names(
-    axes: Axes, panel: CostPanel, accuracy: Mapping[str, tuple[float, float, float]]
+    axes: Axes, panel: Panel, accuracy: Mapping[str, tuple[float, float, float]]
 ) -> None:
     """Writes the systems' names beside their points, each where it covers least.
 
@@ -331,7 +318,7 @@ def _area(box: Bbox | None) -> float:
 
 
 def _obstacles(
-    axes: Axes, panel: CostPanel, accuracy: Mapping[str, tuple[float, float, float]]
+    axes: Axes, panel: Panel, accuracy: Mapping[str, tuple[float, float, float]]
 ) -> list[Bbox]:
     """Returns what names should not cover: points, error bars and the front, in pixels."""
 

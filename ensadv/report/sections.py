@@ -71,21 +71,15 @@ def accuracy(numbers: Sequence[table1.Numbers], notes: Sequence[str]) -> page.Se
     return page.Section('Accuracy', 'accuracy', blocks)
 
 
-def _of_paper_or(wanted: str, names: Sequence[str], otherwise: str | None) -> str | None:
-    return wanted if wanted in names else otherwise
-
-
 def over_training(collection: Collection, writer: Writer) -> page.Section:
     """Figures 2a and 2b, of whatever attacks are there."""
     short = [n for n in collection.attacks if any(n in run.wanted for run in collection.runs)]
-    chosen = {}
-    if selection.strongest(short):
-        chosen['figure2a'] = selection.selection_attack(short)
-        chosen['figure2b'] = _of_paper_or('pgd20', short, selection.strongest(short))
+    attacks = []
+    if strongest := selection.strongest(short):
+        attacks = [selection.selection_attack(short), 'pgd20' if 'pgd20' in short else strongest]
     blocks = []
-    for name, attack in chosen.items():
-        if attack in list(chosen.values())[: len(blocks)]:
-            continue
+    # One figure where both are the same attack.
+    for name, attack in zip(('figure2a', 'figure2b'), dict.fromkeys(attacks), strict=False):
         bands, points = {}, {}
         for system, runs in collection.systems.items():
             series = [table1.cleaned(r, attack) for r in runs if attack in r.attacks(r.steps)]
