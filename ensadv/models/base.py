@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ensadv import conv
+from ensadv.models.norm import BatchNorm
 
 # Initialisation as Zagoruyko & Komodakis: convolutions as He et al. (2015) by fan-out, the linear
 # layer as Torch's default, which is uniform in +-1/sqrt(fan-in).
@@ -56,10 +57,10 @@ class ImageNetwork(nn.Module):
             conv_general_dilated=conv.get(self.conv),
         )
 
-    def norm(self, train: bool) -> Callable[..., nn.BatchNorm]:
+    def norm(self, train: bool) -> Callable[..., BatchNorm]:
         """Returns what makes a batch norm, by the batch's statistics where `train`."""
         return partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.norm_momentum,
             epsilon=self.norm_epsilon,
