@@ -15,7 +15,8 @@ from ensadv import build, ensemble, losses
 class Operations(NamedTuple):
     """Floating-point operations per example of all members; a multiply-add counts as 2.
 
-    XLA's count of its programs before it optimizes them.
+    XLA's count of its programs before it optimizes them, with plain convolutions, whatever
+    algorithm convolves on this machine (`conv`).
 
     Attributes:
       forward: a prediction.
@@ -36,7 +37,7 @@ def size(tree: Any) -> int:
 
 
 def one_device(config: ConfigDict, dataset: Mapping[str, Any]) -> nn.Module:
-    """Returns a member's network as it trains on one device, so that it traces by itself.
+    """Returns a member's network as it is counted: on one device, with plain convolutions.
 
     Args:
       config: resolved, see `build.resolve`.
@@ -45,6 +46,8 @@ def one_device(config: ConfigDict, dataset: Mapping[str, Any]) -> nn.Module:
     config = config.copy_and_resolve_references()
     # There is no other device to average batch statistics with.
     config.batch_norm.sync = False
+    # The same number of operations on every machine.
+    config.model.conv = 'grouped'
     return build.model(config, dataset, dtype=config.model.dtype)
 
 

@@ -1,6 +1,7 @@
 """conv.py against jax.lax's own convolution, gradients and vmap."""
 
 import functools
+import math
 import re
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ensadv import conv
+from ensadv import conv, winograd
 
 DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 SEPARATE = conv.get('separate')
@@ -28,10 +29,10 @@ CASES = [
 ]
 
 
-def arrays(size=(6, 6), window=(3, 3), lead_x=(), lead_w=(), dtype=jnp.float32):
+def arrays(size=(6, 6), window=(3, 3), lead_x=(), lead_w=(), dtype=jnp.float32, channels=(3, 5)):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(*lead_x, 4, *size, 3))
-    w = rng.normal(size=(*lead_w, *window, 3, 5))
+    x = rng.normal(size=(*lead_x, 4, *size, channels[0]))
+    w = rng.normal(size=(*lead_w, *window, *channels))
     return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
 
 
@@ -78,6 +79,85 @@ def group_counts(function, *args):
 @pytest.mark.parametrize('size,window,strides,padding', CASES)
 def test_value_and_gradients_are_those_of_lax(size, window, strides, padding):
     assert_same(*both(strides, padding), *arrays(size, window))
+
+
+@pytest.fixture
+def always_winograd(monkeypatch):
+    """Small convolutions too."""
+    monkeypatch.setattr(conv, '_WINOGRAD_MULTIPLICATIONS', 0)
+
+
+@pytest.mark.usefixtures('always_winograd')
+@pytest.mark.parametrize(
+    'size, channels, images_at_a_time',
+    [((6, 7), (32, 32), 4), ((5, 6), (32, 40), 2), ((2, 2), (32, 32), 3), ((1, 3), (40, 32), 1)],
+)
+def test_winograd(monkeypatch, size, channels, images_at_a_time):
+    monkeypatch.setattr(winograd, '_VALUES', images_at_a_time * math.prod(size) * channels[0])
+    functions = both(padding=((1, 1), (1, 1)))
+    x, w = arrays(size, channels=channels)
+    assert ' convolution(' not in jax.jit(functions[0]).lower(x, w).compile().as_text()
+    assert_same(*functions, x, w)
+
+
+def test_small_convolutions_are_left_to_xla():
+    x, w = arrays(channels=(32, 32))
+    assert ' convolution(' in jax.jit(both()[0]).lower(x, w).compile().as_text()
+
+
+def test_winograd_is_as_exact_as_float32():
+    x, w = arrays((32, 32), channels=(128, 64))  # large enough without being told
+    exact = lax.conv_general_dilated  # in float64, of the same values
+    with jax.enable_x64(True):
+        wide = [np.asarray(a, np.float64) for a in (x, w)]
+        expected = np.asarray(exact(*wide, (1, 1), 'SAME', dimension_numbers=DIMENSIONS))
+    ours, theirs = (np.abs(np.asarray(f(x, w)) - expected).max() for f in both())
+    assert ours < 1e-5 * np.abs(expected).max()
+    assert ours < 4 * theirs
+
+
+@pytest.mark.parametrize(
+    'size, window, padding',
+    [
+        ((6, 7), (3, 3), 'SAME'),
+        ((6, 7), (3, 3), 'VALID'),
+        ((7, 5), (2, 3), ((2, 0), (0, 3))),
+        ((4, 4), (5, 5), ((3, 4), (2, 2))),
+        ((8, 7), (3, 2), ((-1, 2), (1, -2))),
+    ],
+)
+@pytest.mark.parametrize('inputs', [1, 3])
+def test_few_channels_in(size, window, padding, inputs):
+    ours, theirs = both(padding=padding)
+    x, w = arrays(size, window, channels=(inputs, 16))
+    assert ' convolution(' not in jax.jit(ours).lower(x, w).compile().as_text()
+    assert_same(ours, theirs, x, w)
+
+
+@pytest.mark.usefixtures('always_winograd')
+@pytest.mark.parametrize('channels', [(32, 32), (3, 16)])
+def test_fast_paths_in_vmap_and_twice_differentiated(channels):
+    ours, theirs = both()
+    x, w = arrays(lead_x=(2,), lead_w=(2,), channels=channels)
+    assert_same(jax.vmap(ours), jax.vmap(theirs), x, w)
+
+    def penalty(function, x, w):
+        g = jax.grad(lambda x: jnp.sum(jnp.tanh(function(x, w) / 10)))(x)
+        return jnp.sum(g**2)
+
+    second = [jax.jit(jax.grad(functools.partial(penalty, f), (0, 1))) for f in (ours, theirs)]
+    for a, b in zip(*(f(x[0], w[0]) for f in second), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.usefixtures('always_winograd')
+@pytest.mark.parametrize('channels', [(32, 32), (3, 16)])
+@pytest.mark.parametrize('preferred', [None, jnp.float32])
+def test_fast_paths_are_of_float32_alone(channels, preferred):
+    ours, theirs = both(preferred_element_type=preferred)
+    x, w = arrays(channels=channels, dtype=jnp.bfloat16)
+    assert ' convolution(' in jax.jit(ours).lower(x, w).compile().as_text()
+    assert_same(ours, theirs, x, w, tolerance=2e-2)
 
 
 @pytest.mark.parametrize('strides', [(1, 1), (2, 2)])
