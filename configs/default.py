@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     model.width = 10  # widening factor; the first channels of vgg are 16 times this
     model.dtype = 'auto'  # training compute: float32, bfloat16; auto: float32 on CPU, else bfloat16
     model.conv = 'auto'  # members' convolutions: grouped, separate; auto: separate on CPU only
+    model.remat = False  # training keeps fewer activations and computes them again: less memory
 
     config.batch_norm = batch_norm = ConfigDict()
     batch_norm.momentum = 0.9  # share of the old average kept; an adversarial step makes two passes

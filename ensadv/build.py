@@ -70,13 +70,16 @@ def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, n
     return tuple(array[:n] for array in dataset.split('test'))
 
 
-def model(config: ConfigDict, dataset: Mapping[str, Any], *, dtype: str) -> nn.Module:
+def model(
+    config: ConfigDict, dataset: Mapping[str, Any], *, dtype: str, remat: bool = False
+) -> nn.Module:
     """Returns a member's network, with its gate where members are combined by gating.
 
     Args:
       config: the run's.
       dataset: 'num_classes', 'mean' and 'std', as `data.Dataset.describe` gives them.
       dtype: compute type: float32 or bfloat16.
+      remat: whether backward passes compute activations again, see `models.base`.
     """
     member = MODELS[config.model.name](
         num_classes=dataset['num_classes'],
@@ -86,6 +89,7 @@ def model(config: ConfigDict, dataset: Mapping[str, Any], *, dtype: str) -> nn.M
         width=config.model.width,
         dtype=jnp.dtype(dtype),
         conv=config.model.conv,
+        remat=remat,
         norm_momentum=config.batch_norm.momentum,
         norm_epsilon=config.batch_norm.epsilon,
         norm_axis=parallel.AXIS if config.batch_norm.sync else None,

@@ -29,6 +29,7 @@ MUTABLE_FIELDS = (
     'eval.pgd',
     'eval.seed',
     'model.conv',
+    'model.remat',
     'planes',
     'study',
     'train.checkpoint_every',

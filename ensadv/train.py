@@ -246,7 +246,8 @@ def _train(config, workdir_path, step, saved, on_snapshot, label) -> None:
     check_fits(config, dataset)
     description = dataset.describe()
     workdir.check_data(workdir_path, description)
-    model = build.model(config, description, dtype=config.model.dtype)
+    group = config.model
+    model = build.model(config, description, dtype=group.dtype, remat=group.remat)
     keys = learner_keys(config)
     make_state = partial(init_state, config, model, dataset.image_shape)
     parameters = jax.eval_shape(make_state, keys).params

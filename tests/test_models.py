@@ -171,3 +171,30 @@ def test_running_averages_of_vgg_change_in_train_mode_only():
             variables['batch_stats'], updated.get('batch_stats', variables['batch_stats']),
         )  # fmt: skip
         assert {*jax.tree.leaves(changed)} == {train}
+
+
+@small_networks
+def test_remat_keeps_less_and_computes_the_same(network):
+    x = jnp.asarray(np.random.default_rng(0).random((4, 8, 8, 1)), jnp.float32)
+    variables = init(network(), x)
+
+    def gradients(remat):
+        def loss(params, x):
+            logits, updated = network(remat=remat).apply(
+                variables | {'params': params}, x, train=True, mutable=['batch_stats']
+            )
+            return jnp.sum(jnp.sin(logits)), updated
+
+        return jax.grad(loss, (0, 1), has_aux=True)
+
+    assert jax.tree.map(jnp.shape, init(network(remat=True), x)) == jax.tree.map(
+        jnp.shape, variables
+    )
+    plain, again = (jax.jit(gradients(remat))(variables['params'], x) for remat in (False, True))
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(1, np.abs(b).max()))
+    counts = [
+        str(jax.make_jaxpr(gradients(remat))(variables['params'], x)).count('rsqrt')
+        for remat in (False, True)
+    ]
+    assert counts[1] > counts[0]  # once more in the backward pass

@@ -26,6 +26,8 @@ class ImageNetwork(nn.Module):
       depth, width: see the network.
       dtype: compute type; weights, batch-norm averages and logits are float32.
       conv: which convolution, see `ensadv.conv.get`.
+      remat: whether backward passes compute the activations inside each block (of vgg: each
+        stage) again, so that only those between blocks are kept.
       norm_momentum, norm_epsilon: of batch norm.
       norm_axis: name of a mapped axis over which batch statistics are averaged, or None.
     """
@@ -37,6 +39,7 @@ class ImageNetwork(nn.Module):
     width: int = 0
     dtype: Any = jnp.float32
     conv: str = 'auto'
+    remat: bool = False
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
     norm_axis: str | None = None
@@ -67,6 +70,10 @@ class ImageNetwork(nn.Module):
             dtype=self.dtype,
             axis_name=self.norm_axis if train else None,
         )
+
+    def block(self, block: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a module's class, or a function of a module and images, as `remat` wants it."""
+        return nn.remat(block) if self.remat else block
 
     def linear(self) -> nn.Dense:
         """Returns the last layer: logits, float32 [B, num_classes], of features [B, F]."""

@@ -44,9 +44,14 @@ class VGG(ImageNetwork):
         x = self.standardise(x)
         for stage, layers in enumerate(_STAGES[self.depth], start=1):
             features = 16 * 2 ** min(stage - 1, 3) * self.width
-            for layer in range(1, layers + 1):
-                x = convolution(features, name=f'conv_{stage}_{layer}')(x)
-                x = nn.relu(norm(name=f'norm_{stage}_{layer}')(x))
+
+            def convolutions(_, x, stage=stage, layers=layers, features=features):
+                for layer in range(1, layers + 1):
+                    x = convolution(features, name=f'conv_{stage}_{layer}')(x)
+                    x = nn.relu(norm(name=f'norm_{stage}_{layer}')(x))
+                return x
+
+            x = self.block(convolutions)(self, x)
             # Images smaller than 32x32 run out of pixels before they run out of stages.
             if min(x.shape[1:3]) >= 2:
                 # Not jnp.max of a reshaped array, although it is a little faster: its gradient goes

@@ -52,6 +52,7 @@ class WideResNet(ImageNetwork):
         if self.depth < 10 or (self.depth - 4) % 6:
             raise ValueError(f'depth: expected 6n + 4 with n >= 1, found {self.depth}')
         convolution, norm = self.convolution(), self.norm(train)
+        block_of = self.block(Block)
         x = self.standardise(x)
         x = convolution(16, (3, 3), padding=1, name='conv_0')(x)
         for group in range(3):
@@ -59,7 +60,7 @@ class WideResNet(ImageNetwork):
                 stride = 2 if group > 0 and block == 0 else 1
                 name = f'group_{group + 1}_block_{block + 1}'
                 features = 16 * 2**group * self.width
-                x = Block(features, stride, convolution, norm, name=name)(x)
+                x = block_of(features, stride, convolution, norm, name=name)(x)
         x = nn.relu(norm(name='norm')(x))
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return self.linear()(x)
