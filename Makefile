@@ -1,9 +1,10 @@
 # make quickstart: a small Table 1 from real images in minutes.   make test: lint and all tests.
+# make benchmark: the speed tables against PyTorch, foolbox and torchattacks, on this machine's CPU.
 PYTHON ?= python3
 VENV := .venv
 QUICKSTART_WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint benchmark clean
 
 quickstart: $(VENV)/run
 	$(VENV)/bin/python main.py --mode=study --config=configs/quickstart.py \
@@ -16,6 +17,9 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+benchmark: $(VENV)/benchmark
+	$(VENV)/bin/python benchmarks/speed.py
+
 # The venv is made again where it is missing, and filled again where the requirements are newer.
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -27,6 +31,12 @@ $(VENV)/run: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@ $(VENV)/run
+
+# torchattacks asks for an old requests, which it does not use: see the requirements.
+$(VENV)/benchmark: requirements-benchmark.txt requirements.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-benchmark.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@ $(VENV)/run
 
 clean:

@@ -7,8 +7,9 @@ Both get the same members, running averages, momentum, images, labels and attack
 script compares what they compute, and ends with one line and exit code 1 where they differ. Then
 it times them in turns, on the CPU's cores, in float32: ours is the function that training calls
 (`train.make_train_steps`: a loop of traced length, donated state) with crops and flips off; the
-peer is `peer_pytorch.train_step` (channels_last, oneDNN, eager, and with --compile also compiled).
-It prints a report in Markdown; --out writes it to a file, too.
+peer is `peer_pytorch.train_step` (channels_last, oneDNN, eager, and with --compile also compiled;
+then the faster one counts). The target is a median of at most the peer's. It prints a report in
+Markdown; --out writes it to a file, too. speed.py makes the whole table of networks.
 
 Signs of tiny gradients and ReLUs at zero are a matter of rounding, and the steps of an attack
 amplify them: on a few images the two attacks (or two compilations of one of them) part. So each
@@ -20,7 +21,6 @@ import math
 import os
 import pathlib
 import platform
-import re
 import statistics
 import sys
 import time
@@ -41,11 +41,14 @@ import numpy as np
 import optax
 
 from benchmarks import peer_pytorch
+from benchmarks.machine import cpu
 from configs import default
 from ensadv import attacks, build, data, ensemble, parallel, steps, train, xla_flags
 from ensadv import config as config_lib
 
-TARGET = 2.5  # our median over the peer's, at most
+TARGET = 1.0  # our median over the peer's, at most
+# Between the losses of a timed step, clean and adversarial, by the type that both compute in.
+ALLOWED_LOSSES = {'float32': (1e-4, 1e-2), 'bfloat16': (5e-2, 2e-1)}
 SHAPE, CLASSES = (32, 32, 3), 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10
 
@@ -58,7 +61,8 @@ class Ours:
         self.config = config
         keys = train.learner_keys(config)
         description = {'num_classes': CLASSES, 'mean': MEAN, 'std': STD}
-        self.model = build.model(config, description, dtype='float32')
+        group = config.model
+        self.model = build.model(config, description, dtype=group.dtype, remat=group.remat)
         size = config.train.batch_size
         images = rng.integers(0, 256, (size, *SHAPE), np.uint8)
         labels = rng.integers(0, CLASSES, size, np.int32)
@@ -137,13 +141,19 @@ class Ours:
 
 
 class Peer:
-    """The peer's side, from the same start."""
+    """The peer's side, from the same start.
 
-    def __init__(self, ours, compiled=False):
+    `device` is PyTorch's name of it. Where ours computes in bfloat16 the peer does by autocast.
+    """
+
+    def __init__(self, ours, compiled=False, device='cpu'):
         config = ours.config
+        self.compiled, self.device = compiled, device
+        self.dtype = config.model.dtype
         depth, width, k = config.model.depth, config.model.width, config.ensemble.size
         self.ensemble = peer_pytorch.Ensemble(depth, width, k, CLASSES, MEAN, STD)
         peer_pytorch.load(self.ensemble, ours.start.params, ours.start.batch_stats)
+        self.ensemble.to(device)
         self.optimizer = peer_pytorch.make_optimizer(
             self.ensemble, config.train.learning_rate, config.train.momentum,
             config.train.weight_decay,
@@ -154,7 +164,7 @@ class Peer:
             self.optimizer.state[parameter]['momentum_buffer'] = buffer
         self.model = torch.compile(self.ensemble) if compiled else self.ensemble
         x, y, _ = ours.batch()
-        self.x, self.y = peer_pytorch.images(np.array(x)), torch.tensor(np.array(y)).long()
+        self.x, self.y = self.images(x), torch.tensor(np.array(y)).long().to(device)
         self.settings = {
             'steps': config.attack.steps,
             'step_size': config.attack.step_size,
@@ -162,35 +172,45 @@ class Peer:
             'sigma': config.attack.sigma,
         }
 
+    def images(self, array):
+        """Puts images [B, H, W, C] on the device, as the peer takes them."""
+        return peer_pytorch.images(np.array(array)).to(self.device)
+
     def attack(self, start, **settings):
         """Returns the attack's last iterate from x + start, [B, H, W, C]."""
-        start = peer_pytorch.images(np.array(start))
+        start = self.images(start)
         settings = self.settings | settings
         x_adv = peer_pytorch.attack(self.ensemble, self.x, self.y, start=start, **settings)
-        return x_adv.permute(0, 2, 3, 1).numpy()
+        return x_adv.permute(0, 2, 3, 1).cpu().numpy()
 
     def update(self, x_adv):
         """Updates in place, were x_adv the attack's; returns metrics."""
-        x_adv = peer_pytorch.images(np.array(x_adv))
+        x_adv = self.images(x_adv)
         return peer_pytorch.update(self.ensemble, self.optimizer, self.x, x_adv, self.y)
 
     def step(self, start=None):
         """Makes a step in place; returns metrics. Draws the attack's noise unless it is given."""
         if start is not None:
-            start = peer_pytorch.images(np.array(start))
-        return peer_pytorch.train_step(
-            self.ensemble, self.optimizer, self.x, self.y, model=self.model, start=start,
-            **self.settings,
-        )  # fmt: skip
+            start = self.images(start)
+        bfloat16 = self.dtype == 'bfloat16'
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bfloat16):
+            return peer_pytorch.train_step(
+                self.ensemble, self.optimizer, self.x, self.y, model=self.model, start=start,
+                **self.settings,
+            )  # fmt: skip
 
 
-def compare(ours):
-    """Compares what both compute in the first step.
+def compare(ours, device='cpu'):
+    """Compares what both compute in the first step, in float32.
+
+    Args:
+      ours: our side.
+      device: the peer's, PyTorch's name of it.
 
     Returns:
       [(what, the largest difference, the largest allowed), ...]
     """
-    peer = Peer(ours)
+    peer = Peer(ours, device=device)
     x, noise = np.asarray(ours.batch()[0]), ours.noise()
     sizes = {}  # values per channel in each batch norm
     for name, module in peer.ensemble.named_modules():
@@ -199,7 +219,7 @@ def compare(ours):
                 lambda _, args, out, name=name: sizes.update({name: out[:, 0].numel()})
             )
     with torch.no_grad():
-        log_probs = peer.ensemble.eval()(peer.x).numpy()
+        log_probs = peer.ensemble.eval()(peer.x).cpu().numpy()
     found = [
         ('log-probabilities', _largest(log_probs, jax.jit(ours.log_probs)(ours.start, x)), 1e-4)
     ]
@@ -212,11 +232,13 @@ def compare(ours):
         for start, iterate in zip(starts, iterates[1:], strict=False)
     ]
     found.append(('share of pixels that part in one step of the attack', max(one_step), 1e-3))
+    # Seven steps of signs amplify rounding, the more the deeper the network. What a single step may
+    # do differently is bounded above.
     found.append(
         (
             'share of pixels that part in the whole attack',
             part(peer.attack(noise), iterates[-1]),
-            0.05,
+            0.15,
         )
     )
     return found + _compare_updates(ours, peer, iterates[-1], sizes)
@@ -235,14 +257,15 @@ def _compare_updates(ours, peer, x_adv, sizes):
     gradient_error = weight_error = 0.0
     for name, parameter in peer.ensemble.named_parameters():
         buffer = peer.optimizer.state[parameter]['momentum_buffer']
-        error = torch.linalg.norm(torch.tensor(sums[name]) - buffer)
-        error = float(error / torch.linalg.norm(parameter.grad))
+        error = torch.linalg.norm(torch.tensor(sums[name]) - buffer.cpu())
+        error = float(error / torch.linalg.norm(parameter.grad.cpu()))
         gradient_error = max(gradient_error, error)
-        weight_error = max(weight_error, _largest(weights[name], parameter.detach()))
+        weight_error = max(weight_error, _largest(weights[name], parameter.detach().cpu()))
     # Single ReLUs at zero, in a sum of 64 images that mostly cancel: PyTorch's float32 and float64
     # differ as much, and ensadv from float64 less.
     found.append(('gradients + decay + momentum, relative norm', gradient_error, 1e-2))
-    found.append(('weights', weight_error, 1e-5))
+    # The learning rate, 0.1, times what the gradients may differ by, which grows with the depth.
+    found.append(('weights', weight_error, 1e-4))
     # Torch's running variance takes in unbiased variances, n / (n - 1) times those that Flax's
     # takes in; both passes of a step have the same n.
     before = peer_pytorch.state_dict(ours.start.batch_stats, depth)
@@ -252,7 +275,7 @@ def _compare_updates(ours, peer, x_adv, sizes):
         if kind == 'var':
             kept = momentum**2 * before[name]
             array = kept + (array - kept) * sizes[module] / (sizes[module] - 1)
-        reference = peer.ensemble.get_buffer(name).numpy()
+        reference = peer.ensemble.get_buffer(name).cpu().numpy()
         error = _largest(array, reference) / np.abs(reference).max()
         errors[kind] = max(errors[kind], float(error))
     found.append(('running means, relative', errors['mean'], 1e-4))
@@ -268,8 +291,16 @@ def _largest(a, b):
     return float(np.abs(np.asarray(a) - np.asarray(b)).max())
 
 
+def is_out_of_memory(error):
+    """Whether an exception, of JAX or PyTorch, says that the device's memory is too small."""
+    said = str(error).lower().replace('_', ' ')
+    return any(words in said for words in ('resource exhausted', 'out of memory'))
+
+
 def measure(ours, peers, repeats):
     """Times steps in turns; first compares a step, made with the same noise, and does not time it.
+
+    A peer that cannot be compiled (without a C++ compiler, say) is left out, with a line on stderr.
 
     Returns:
       {name: seconds before the first step}, {name: seconds of each step}, {name: cores that it
@@ -283,12 +314,24 @@ def measure(ours, peers, repeats):
     found = []
     for name, peer in peers.items():
         start = time.perf_counter()
-        peer_metrics = peer.step(ours.noise())
+        try:
+            peer_metrics = peer.step(ours.noise())
+        except Exception as error:  # compilers fail in every way
+            if not peer.compiled or is_out_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or [''])[0]
+            print(f'{name}: left out: {type(error).__name__}: {reason}', file=sys.stderr)
+            del sides[name]
+            continue
         warm_up[name] = time.perf_counter() - start
-        for metric, allowed in (('clean_loss', 1e-4), ('adversarial_loss', 1e-2)):
+        allowed_losses = ALLOWED_LOSSES[ours.config.model.dtype]
+        for metric, allowed in zip(('clean_loss', 'adversarial_loss'), allowed_losses, strict=True):
             error = abs(metrics[metric] - peer_metrics[metric])
             found.append((f'{_words(metric)} of the timed step, {name}', error, allowed))
     require(found)
+    # Once more without a clock: a compiled peer may compile again for its second step.
+    for side in sides.values():
+        side.step()
     seconds, cpu_seconds = {name: [] for name in sides}, dict.fromkeys(sides, 0.0)
     for _ in range(repeats):
         for name, side in sides.items():
@@ -305,7 +348,7 @@ def measure(ours, peers, repeats):
 def require(found):
     """Ends the program with one line unless every difference is allowed."""
     wrong = [
-        f'{what}: {value:.2g}, allowed {allowed:.0e}'
+        f'{what}: {value:.2g}, allowed {allowed:.2g}'
         for what, value, allowed in found
         if not value <= allowed
     ]
@@ -316,7 +359,7 @@ def require(found):
 def report(args, load, warm_up, seconds, cores, found):
     """Returns the report, Markdown."""
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    ratio = median['ensadv'] / median['PyTorch']
+    ratio = median['ensadv'] / min(value for name, value in median.items() if name != 'ensadv')
     lines = [
         f'# One adversarial training step: WRN-{args.depth}-{args.width}, {args.members} '
         f'member{"s"[: args.members != 1]}, batch {args.batch}, IFGSM-{args.attack_steps}',
@@ -332,7 +375,7 @@ def report(args, load, warm_up, seconds, cores, found):
         )
     lines += [
         '',
-        f'ensadv takes {ratio:.2f} times as long as PyTorch; target: at most {TARGET}: '
+        f'ensadv takes {ratio:.2f} times as long as PyTorch at its best; target: at most {TARGET}: '
         f'{"met" if ratio <= TARGET else "not met"}.',
         '',
         f'{args.repeats} rounds, one step of each in turn. Before the first step: ensadv compiles; '
@@ -354,19 +397,33 @@ def report(args, load, warm_up, seconds, cores, found):
         '',
         '| | largest difference | allowed |',
         '|---|---|---|',
-        *(f'| {what} | {value:.1e} | {allowed:.0e} |' for what, value, allowed in found),
+        *(f'| {what} | {value:.1e} | {allowed:.2g} |' for what, value, allowed in found),
     ]
     return '\n'.join(lines) + '\n'
 
 
-def cpu():
-    """Returns the CPU's name."""
-    try:
-        info = pathlib.Path('/proc/cpuinfo').read_text()
-    except OSError:
-        info = ''
-    match = re.search(r'^model name\s*: (.+)$', info, re.MULTILINE)
-    return match[1] if match else platform.processor() or platform.machine()
+def step_config(depth, width, members, batch, attack_steps, changes=None):
+    """Returns the config of a step: float32 without crops and flips; raises ConfigError.
+
+    `changes` sets further fields, as in {'model.dtype': 'bfloat16'}.
+    """
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {
+            'data.pad': 0,
+            'data.flip': False,
+            'model.dtype': 'float32',
+            'model.depth': depth,
+            'model.width': width,
+            'ensemble.size': members,
+            'train.batch_size': batch,
+            'attack.steps': attack_steps,
+        }
+        | (changes or {})
+    )
+    config = config.copy_and_resolve_references()
+    config_lib.validate(config)
+    return config
 
 
 def parse_args():
@@ -388,21 +445,8 @@ def parse_args():
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f'--repeats: expected at least 1, found {args.repeats}')
-    config = default.get_config()
-    config.update_from_flattened_dict(
-        {
-            'data.pad': 0,
-            'data.flip': False,
-            'model.depth': args.depth,
-            'model.width': args.width,
-            'ensemble.size': args.members,
-            'train.batch_size': args.batch,
-            'attack.steps': args.attack_steps,
-        }
-    )
-    config = config.copy_and_resolve_references()
     try:
-        config_lib.validate(config)
+        config = step_config(args.depth, args.width, args.members, args.batch, args.attack_steps)
     except config_lib.ConfigError as error:
         parser.error(str(error))
     return args, config

@@ -9,8 +9,6 @@ import jax
 
 from ensadv import workdir
 
-MIN_SECONDS = 0.5  # of compiling, for a program to be kept
-
 
 def default_directory() -> str:
     """Returns where programs are kept unless told otherwise: the user's cache directory."""
@@ -41,4 +39,5 @@ def enable(directory: str | None) -> None:
         return
     path = workdir.absolute(directory or default_directory()) / _processor()
     jax.config.update('jax_compilation_cache_dir', str(path))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
+    # However little it took: a second start is to compile nothing.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

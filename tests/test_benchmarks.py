@@ -118,3 +118,304 @@ def test_half_a_point_is_allowed_and_no_more(strength, more, passes):
     judged[strength.OURS_SIGNS] = stands(400)  # ours too, so it does not count as theirs
     assert strength.points(judged) == pytest.approx(more / 10)
     assert strength.passes(judged) == passes
+
+
+@pytest.fixture
+def tables():
+    return importlib.import_module('benchmarks.speed_tables')
+
+
+@pytest.fixture
+def workers():
+    """benchmarks/speed_workers.py, as a module."""
+    for name in ('torch', 'foolbox', 'torchattacks'):
+        pytest.importorskip(name)
+    return importlib.import_module('benchmarks.speed_workers')
+
+
+def cells(lines):
+    """Returns the first table among a report's lines: [{column: cell}, ...]."""
+    first = next(i for i, line in enumerate(lines) if line.startswith('|'))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith('|'):
+            break
+        rows.append([cell.strip() for cell in line.strip('|').split('|')])
+    columns, _, *rows = rows
+    assert all(len(row) == len(columns) for row in rows)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+NETWORK = {'depth': 10, 'width': 2, 'members': 2, 'batch': 64, 'attack_steps': 7}
+FOUND = [['weights', 1e-6, 1e-4]]
+
+
+def step_result(**seconds):
+    names = {'ours': 'ensadv', 'eager': 'PyTorch', 'compiled': 'PyTorch, torch.compile'}
+    seconds = {names[side]: times for side, times in seconds.items()}
+    once = dict.fromkeys(seconds, 1.0)
+    return {'seconds': seconds, 'first': once, 'cores': once, 'found': FOUND}
+
+
+@pytest.mark.parametrize(
+    'peers, ratio, verdict',
+    [
+        # The faster of the two is the peer, by medians and not by means or the least.
+        ({'eager': [1.0, 1.0, 1.0], 'compiled': [3.0, 2.0, 2.0]}, '0.5', 'not met'),
+        ({'eager': [6.0, 6.0, 6.0], 'compiled': [0.1, 4.0, 9.0]}, '2', 'met'),
+        ({'eager': [2.0, 2.0, 2.0]}, '1', 'met'),  # where nothing compiles
+        ({'eager': [1.99, 1.99, 1.99]}, '0.995', 'not met'),
+    ],
+)
+def test_a_step_is_judged_by_the_faster_peer(tables, peers, ratio, verdict):
+    result = step_result(ours=[0.5, 2.0, 50.0], **peers)
+    (row,) = cells(tables.steps_table([(NETWORK, result)], 1.0))
+    assert row['PyTorch at its best / ensadv'] == ratio
+    assert row['verdict'] == verdict
+    assert row['ensadv, s'] == '2.000 (0.500..50.000)'
+    assert (row['compiled, s'] == '-') == ('compiled' not in peers)
+
+
+def test_a_row_without_memory_says_whose_and_the_others_stay(tables):
+    rows = [({**NETWORK, 'batch': 8}, {'out_of_memory': 'PyTorch'})]
+    rows.append((NETWORK, step_result(ours=[1.0], eager=[2.0])))
+    first, second = cells(tables.steps_table(rows, 1.0))
+    assert (first['batch'], first['ensadv, s']) == ('8', 'out of memory: PyTorch')
+    assert (second['batch'], second['verdict']) == ('64', 'met')
+
+
+def test_differences_are_the_largest_of_all_rows(tables):
+    found = tables.largest([*FOUND, ['weights', 5e-6, 1e-4], ['loss', 0.1, 1.0]])
+    assert found == {'weights': (5e-6, 1e-4), 'loss': (0.1, 1.0)}
+
+
+def attack_result(ours, theirs):
+    side = lambda seconds, accuracy: {
+        'seconds': seconds, 'accuracy': accuracy, 'first': 0.0, 'batch': 50, 'compiled': False
+    }  # fmt: skip
+    return {
+        'title': 'a network', 'n': 200, 'epsilon': 0.1, 'step_size': 0.05, 'difference': 0.0,
+        'sides': {'ensadv': side([1.0], ours), 'foolbox': side([4.0], theirs)},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'ours, theirs, verdict, same',
+    [
+        (0.505, 0.5, 'met', 'same (+0.50 points)'),
+        (0.51, 0.5, 'not met: weaker', 'NOT the same: ensadv leaves 1.00 points more'),
+        (0.4, 0.5, 'met', 'ensadv stronger by 10.00 points'),
+    ],
+)
+def test_speed_does_not_count_where_the_attack_is_weaker(tables, ours, theirs, verdict, same):
+    lines = tables.attacks_table([('pgd500', 3.0, attack_result(ours, theirs))])
+    mine, peer = cells(lines)
+    assert (mine['by'], mine['verdict'], peer['by']) == ('ensadv', '-', 'foolbox')
+    assert (peer['verdict'], peer['same verdict']) == (verdict, same)
+    assert peer['it / ensadv'] == '4'
+
+
+def test_members_may_cost_their_number_times_a_little(tables):
+    seconds = [[1.0], [2.1], [4.3]]
+    rows = cells(tables.scaling_table([('members', (1, 2, 4), seconds, 1.05)]))
+    assert [row['times the first'] for row in rows] == ['1', '2.1', '4.3']
+    assert [row['verdict'] for row in rows] == ['-', 'met', 'not met']
+
+
+def test_devices_share_the_cores_so_time_is_not_divided_by_them(tables):
+    rows = cells(tables.scaling_table([('devices', (1, 2), [[1.0], [1.1]], None)]))
+    assert [row['per unit'] for row in rows] == ['-', '-']
+
+
+def main_result(per_step, first, anew, new_files):
+    run = {'requests': 9, 'hits': 4, 'new_files': ['a']}
+    run |= {'seconds_per_step': per_step, 'first_metrics': first}
+    again = run | {'hits': 9 - anew, 'new_files': new_files, 'first_metrics': 1.0}
+    bare = [[0.9, 0.9, 7.0], [1.1]]
+    return {'network': NETWORK, 'log_every': 2, 'bare': bare, 'runs': [run, again]}
+
+
+@pytest.mark.parametrize(
+    'result, verdicts',
+    [
+        (main_result(1.02, 60.0, 0, []), ['met', 'met', 'met']),
+        (main_result(1.04, 60.5, 1, []), ['not met', 'not met', 'not met']),
+        # What is in the cache is the witness, whatever JAX says.
+        (main_result(0.5, 9.0, 0, ['new']), ['met', 'met', 'not met']),
+    ],
+)
+def test_main_is_judged_by_time_start_and_what_it_compiles_again(tables, result, verdicts):
+    rows = cells(tables.main_table(result))
+    assert [row['verdict'] for row in rows if row['target'] != '-'] == verdicts
+
+
+def test_memory_is_the_steps_own(tables):
+    mib = 2**20
+    sides = {
+        'PyTorch': {'peak': 500 * mib, 'level': 300 * mib},
+        'ensadv': {'peak': 900 * mib, 'level': 800 * mib},
+        'ensadv, remat': {'out_of_memory': 'ensadv'},
+    }
+    rows = cells(tables.memory_table([(NETWORK, sides, {'ensadv': [1.0]})]))
+    assert [row['step at its peak, MiB'] for row in rows] == ['200', '100', 'out of memory: ensadv']
+    assert [row["PyTorch's peak / it"] for row in rows] == ['1', '2', '-']
+    assert [row['s per step'] for row in rows] == ['-', '1.000', '-']
+
+
+@pytest.mark.parametrize(
+    'line, step',
+    [
+        ('I0101 10:00:00.1 7 logging_writer.py:48] [20] clean_loss=1.0, loss=2.3', 20),
+        ('I0101 10:00:00.1 7 metrics.py:60] [4] loss=2.3, learning_rate=0.1', 4),
+        ('I0101 10:00:00.1 7 logging_writer.py:48] [20] steps_per_sec=1.5', None),
+        ("I0101 10:00:00.1 7 metrics.py:63] [Hyperparameters] {'loss': 1}", None),
+    ],
+)
+def test_lines_with_metrics_are_found_in_the_log(line, step):
+    assert importlib.import_module('benchmarks.speed_children').step_of(line) == step
+
+
+def test_programs_kept_are_counted_without_their_times_of_use(tmp_path):
+    speed = importlib.import_module('benchmarks.speed')
+    for name in ('x86/jit_a-1-cache', 'x86/jit_a-1-atime'):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert speed.kept(tmp_path) == {'jit_a-1-cache'}
+    assert speed.kept(tmp_path / 'missing') == set()
+
+
+@pytest.mark.parametrize('code, ends_with', [(1, 1), (2, 2), (7, 1), (-9, 1)])
+def test_a_failed_measurement_ends_the_program(monkeypatch, code, ends_with):
+    children = importlib.import_module('benchmarks.speed_children')
+    done = subprocess.CompletedProcess([], code, stdout='')
+    monkeypatch.setattr(children.subprocess, 'run', lambda *_, **__: done)
+    with pytest.raises(SystemExit) as exit_info:
+        children.measure('cpu', 'step')
+    assert exit_info.value.code == ends_with
+    assert children.measure('cpu', 'step', may_fail=True) is None
+
+
+def test_what_differs_is_not_timed(workers, monkeypatch):
+    step = workers.adversarial_step
+    monkeypatch.setattr(step, 'Ours', lambda config: None)
+    monkeypatch.setattr(step, 'compare', lambda *_: [('weights', float('nan'), 1e-4)])
+    monkeypatch.setattr(step, 'measure', lambda *_: pytest.fail('was timed'))
+    monkeypatch.setattr(workers, 'set_up', lambda device: None)
+    with pytest.raises(SystemExit, match='do not compute the same: weights'):
+        workers.step(NETWORK, 1)
+
+
+class Side:
+    """A side of a step that takes no time."""
+
+    def __init__(self, log, name, loss=1.0, compiled=False, fails=None):
+        self._log, self._name, self._loss, self._fails = log, name, loss, fails
+        self.compiled = compiled
+        self.config = tiny_config(model__dtype='float32')
+
+    def noise(self):
+        return None
+
+    def step(self, _=None):
+        if self._fails:
+            raise self._fails
+        self._log.append(self._name)
+        return {'clean_loss': self._loss, 'adversarial_loss': self._loss}
+
+
+def test_steps_are_made_in_turns(workers):
+    log = []
+    peers = {'a': Side(log, 'a'), 'b': Side(log, 'b', compiled=True)}
+    ours = Side(log, 'ensadv')
+    _, seconds, _, found = workers.adversarial_step.measure(ours, peers, 3)
+    assert log[-9:] == ['ensadv', 'a', 'b'] * 3
+    assert {name: len(times) for name, times in seconds.items()} == {'ensadv': 3, 'a': 3, 'b': 3}
+    assert len(found) == 4
+
+
+def test_a_peer_that_does_not_compile_is_left_out(workers, capsys):
+    log = []
+    peers = {'a': Side(log, 'a'), 'b': Side(log, 'b', compiled=True, fails=ValueError('no g++'))}
+    _, seconds, _, _ = workers.adversarial_step.measure(Side(log, 'ensadv'), peers, 1)
+    assert list(seconds) == ['ensadv', 'a']
+    assert 'no g++' in capsys.readouterr().err
+
+
+def test_an_eager_peer_that_fails_and_a_full_memory_are_told(workers):
+    measure = workers.adversarial_step.measure
+    full = RuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+    for side in (Side([], 'a', fails=ValueError('no')), Side([], 'b', compiled=True, fails=full)):
+        with pytest.raises((ValueError, RuntimeError), match=r'no|memory'):
+            measure(Side([], 'ensadv'), {'a': side}, 1)
+
+
+def test_a_timed_step_with_another_loss_ends_the_program(workers):
+    with pytest.raises(SystemExit, match='do not compute the same: clean loss'):
+        workers.adversarial_step.measure(Side([], 'ensadv'), {'a': Side([], 'a', loss=2.0)}, 1)
+
+
+@pytest.mark.parametrize(
+    'n, long, sizes',
+    [
+        (200, False, [200, 100, 50]),
+        (200, True, [50, 25]),
+        (2000, False, [500, 250, 125]),
+        (2000, True, [500, 250]),
+        (3, True, [1]),
+        (1, False, [1]),
+    ],
+)
+def test_long_attacks_get_batches_small_enough_to_be_packed(workers, n, long, sizes):
+    assert workers.speed_attacks.batch_sizes(n, long) == sizes
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize(
+    'library, kind', [('foolbox', 'pgd'), ('foolbox', 'ifgsm'), ('torchattacks', 'ifgsm')]
+)
+def test_the_libraries_verdicts_are_those_of_the_images_in_order(workers, run, library, kind):
+    settings = {'attack': kind, 'step_size': 0.05, 'steps': 3}
+    side = workers.speed_attacks._TheirAttack(run, library, settings, False, 'cpu')
+    side.choose([2])
+    side()
+    whole = side._verdicts(run.peer, 3, 5, 5)
+    np.testing.assert_array_equal(side.correct, whole)
+    assert side.facts()['accuracy'] == np.mean(whole)
+    # An attack of no steps leaves the images as they are.
+    torch = importlib.import_module('torch')
+    clean = run.peer(torch.tensor(run.x.transpose(0, 3, 1, 2))).argmax(1).numpy() == run.y
+    np.testing.assert_array_equal(side._verdicts(run.peer, 0, 5, 2), clean)
+
+
+def test_the_time_to_an_accuracy_is_that_of_the_first_snapshot_with_it():
+    gpu = importlib.import_module('benchmarks.speed_gpu')
+    evaluation = lambda pgd20: {
+        'attacks': [{'name': 'clean', 'accuracy': 0.9}, {'name': 'pgd20', 'accuracy': pgd20}]
+    }
+    evaluations = {20: evaluation(0.46), 10: evaluation(0.44), 30: evaluation(0.5)}
+    times = {10: 100.0, 20: 200.0, 30: 300.0}
+    lines = gpu.training_table(gpu.Plan(), evaluations, times, 10)
+    assert 'reached after 200 s, at step 20' in '\n'.join(lines)
+    rows = cells(lines)
+    assert [(row['epoch'], row['s'], row['PGD20, %']) for row in rows] == [
+        ('1', '100', '44.0'), ('2', '200', '46.0'), ('3', '300', '50.0')
+    ]  # fmt: skip
+    lines = gpu.training_table(gpu.Plan(), {10: evaluation(0.44)}, times, 10)
+    assert 'not reached: at best 44.0 %' in '\n'.join(lines)
+
+
+@pytest.mark.parametrize(
+    'args, words',
+    [(['--workdir=/nowhere'], 'no run is here'), (['--tables', '6'], 'invalid choice')],
+)
+def test_a_mistake_on_the_command_line_is_told_before_anything_is_measured(args, words):
+    for name in ('torch', 'foolbox', 'torchattacks'):
+        pytest.importorskip(name)
+    done = subprocess.run(
+        [sys.executable, 'benchmarks/speed.py', *args],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr.splitlines()[-1]
+    assert not done.stdout

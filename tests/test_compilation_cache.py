@@ -22,8 +22,7 @@ def restored(monkeypatch):
     jax_cache.reset_cache()
 
 
-def test_programs_are_kept_in_the_directory(restored, monkeypatch, tmp_path):
-    monkeypatch.setattr(compilation_cache, 'MIN_SECONDS', 0)
+def test_programs_are_kept_in_the_directory(restored, tmp_path):
     compilation_cache.enable(str(tmp_path / 'kept'))
     jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((3, 5)))
     (folder,) = (tmp_path / 'kept').iterdir()
