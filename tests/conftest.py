@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 
-# Compiled programs are shared between the tests and the processes that they start.
+# Compiled programs are shared between the processes that the tests start.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix='ensadv-jax-cache-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
@@ -20,9 +20,14 @@ from ensadv import xla_flags
 # As main.py does: tests compare what it computes with what they compute, to the bit.
 xla_flags.set_for_cpu()
 
+import jax
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
+
+# The tests' own process takes none of them: loading one after hundreds of other programs has ended
+# it with a segmentation fault (jaxlib 0.10.2).
+jax.config.update('jax_enable_compilation_cache', False)
 
 ROOT = pathlib.Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / 'shared' / 'tfds'
