@@ -27,6 +27,8 @@ FLAGS = flags.FLAGS
 
 def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
     """Trains one run to its end, evaluating its snapshots on the way unless told not to."""
+    import jax
+
     from ensadv import evaluate, train
 
     job = evaluate.Job(config, path, label)
@@ -39,6 +41,9 @@ def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
             job.evaluate_pending(wait=True)
     finally:
         job.close()
+        # Of no use to the next run, and JAX keeps thousands of programs. On a CPU each takes some
+        # of the memory mappings that Linux grants a process, 65,530; without one XLA crashes.
+        jax.clear_caches()
 
 
 def run_study(config: ConfigDict, path: epath.Path) -> None:

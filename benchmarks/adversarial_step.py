@@ -6,7 +6,8 @@
 Both get the same members, running averages, momentum, images, labels and attack noise. First the
 script compares what they compute, and ends with one line and exit code 1 where they differ. Then
 it times them in turns, on the CPU's cores, in float32: ours is the function that training calls
-(`train.make_train_steps`: a loop of traced length, donated state) with crops and flips off; the
+(`train.make_train_steps`: a loop of traced length, donated state), several steps in a call as
+training makes them (`train.steps_per_call`), with crops and flips off; the
 peer is `peer_pytorch.train_step` (channels_last, oneDNN, eager, and with --compile also compiled;
 then the faster one counts). The target is a median of at most the peer's. It prints a report in
 Markdown; --out writes it to a file, too. speed.py makes the whole table of networks.
@@ -188,16 +189,21 @@ class Peer:
         x_adv = self.images(x_adv)
         return peer_pytorch.update(self.ensemble, self.optimizer, self.x, x_adv, self.y)
 
-    def step(self, start=None):
-        """Makes a step in place; returns metrics. Draws the attack's noise unless it is given."""
+    def step(self, num_steps=1, start=None):
+        """Makes steps in place; returns the last one's metrics.
+
+        Each draws its attack's noise unless that is given, `start`.
+        """
         if start is not None:
             start = self.images(start)
         bfloat16 = self.dtype == 'bfloat16'
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bfloat16):
-            return peer_pytorch.train_step(
-                self.ensemble, self.optimizer, self.x, self.y, model=self.model, start=start,
-                **self.settings,
-            )  # fmt: skip
+            for _ in range(num_steps):
+                metrics = peer_pytorch.train_step(
+                    self.ensemble, self.optimizer, self.x, self.y, model=self.model, start=start,
+                    **self.settings,
+                )  # fmt: skip
+        return metrics
 
 
 def compare(ours, device='cpu'):
@@ -297,14 +303,19 @@ def is_out_of_memory(error):
     return any(words in said for words in ('resource exhausted', 'out of memory'))
 
 
-def measure(ours, peers, repeats):
+def measure(ours, peers, repeats, num_steps):
     """Times steps in turns; first compares a step, made with the same noise, and does not time it.
 
     A peer that cannot be compiled (without a C++ compiler, say) is left out, with a line on stderr.
 
+    Args:
+      ours, peers: our side, and {name: Peer}.
+      repeats: turns.
+      num_steps: steps of a turn: one call of ours, as training makes it; as many calls of a peer's.
+
     Returns:
-      {name: seconds before the first step}, {name: seconds of each step}, {name: cores that it
-      kept busy}, and what `compare` returns.
+      {name: seconds before the first step}, {name: seconds per step of each turn}, {name: cores
+      that it kept busy}, and what `compare` returns.
     """
     sides = {'ensadv': ours} | peers
     start = time.perf_counter()
@@ -315,7 +326,7 @@ def measure(ours, peers, repeats):
     for name, peer in peers.items():
         start = time.perf_counter()
         try:
-            peer_metrics = peer.step(ours.noise())
+            peer_metrics = peer.step(start=ours.noise())
         except Exception as error:  # compilers fail in every way
             if not peer.compiled or is_out_of_memory(error):
                 raise
@@ -336,9 +347,9 @@ def measure(ours, peers, repeats):
     for _ in range(repeats):
         for name, side in sides.items():
             start, cpu_start = time.perf_counter(), time.process_time()
-            metrics = side.step()
-            seconds[name].append(time.perf_counter() - start)
-            cpu_seconds[name] += time.process_time() - cpu_start
+            metrics = side.step(num_steps)
+            seconds[name].append((time.perf_counter() - start) / num_steps)
+            cpu_seconds[name] += (time.process_time() - cpu_start) / num_steps
             if not all(map(math.isfinite, metrics.values())):
                 sys.exit(f'{name}: the loss is no longer finite, so timings would mean nothing')
     cores = {name: cpu_seconds[name] / sum(seconds[name]) for name in sides}
@@ -378,7 +389,8 @@ def report(args, load, warm_up, seconds, cores, found):
         f'ensadv takes {ratio:.2f} times as long as PyTorch at its best; target: at most {TARGET}: '
         f'{"met" if ratio <= TARGET else "not met"}.',
         '',
-        f'{args.repeats} rounds, one step of each in turn. Before the first step: ensadv compiles; '
+        f'{args.repeats} rounds, {args.steps} steps of each in turn, one call of ours, as training '
+        'makes it (`train.steps_per_call`). Before the first step: ensadv compiles; '
         'PyTorch makes a step (and compiles for it). ensadv: `train.make_train_steps`, conv auto, '
         'float32. PyTorch: `peer_pytorch.train_step`, float32, channels_last, oneDNN '
         f'{"on" if torch.backends.mkldnn.is_available() else "missing"}, '
@@ -437,14 +449,16 @@ def parse_args():
         ('members', 2, 'in the ensemble'),
         ('batch', 64, 'images in a step'),
         ('attack_steps', 7, 'steps of IFGSM in a step'),
-        ('repeats', 5, 'timed steps of each'),
+        ('repeats', 5, 'rounds, in which each is timed'),
+        ('steps', 5, 'steps of a round: one call of ours'),
     ):
         parser.add_argument(f'--{name}', type=int, default=value, help=f'{what} ({value})')
     parser.add_argument('--compile', action='store_true', help='time torch.compile as well')
     parser.add_argument('--out', type=pathlib.Path, metavar='FILE', help='write the report there')
     args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error(f'--repeats: expected at least 1, found {args.repeats}')
+    for name in ('repeats', 'steps'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name}: expected at least 1, found {getattr(args, name)}')
     try:
         config = step_config(args.depth, args.width, args.members, args.batch, args.attack_steps)
     except config_lib.ConfigError as error:
@@ -465,7 +479,7 @@ def main():
     peers = {'PyTorch': Peer(ours)}
     if args.compile:
         peers['PyTorch, torch.compile'] = Peer(ours, compiled=True)
-    warm_up, seconds, cores, timed = measure(ours, peers, args.repeats)
+    warm_up, seconds, cores, timed = measure(ours, peers, args.repeats, args.steps)
     text = report(args, load, warm_up, seconds, cores, found + timed)
     print(text, end='')
     if args.out:

@@ -53,7 +53,8 @@ class Plan:
 
     Attributes:
       device, dtype: what is computed on ('cpu' or 'gpu'), and in.
-      repeats: timed steps.
+      repeats: timed turns of each side.
+      num_steps: steps of a turn; of ours they are one call, as `train.steps_per_call` makes them.
       compiled: whether torch.compile is tried.
       peer: PyTorch's side of table 5, eager or compiled.
       check: network on which gradients are compared; None: each row's own.
@@ -69,6 +70,7 @@ class Plan:
     device: str = 'cpu'
     dtype: str = 'float32'
     repeats: int = 5
+    num_steps: int = 5
     compiled: bool = True
     peer: str = EAGER
     check: dict | None = None
@@ -92,6 +94,7 @@ class Plan:
 _TINY = network(10, 1, 1, 8, 2)
 QUICK = {
     'repeats': 1,
+    'num_steps': 2,
     'compiled': False,
     'steps': (_TINY | {'members': 2},),
     'attacks': (('pgd100', 16, 3.0), ('ifgsm3', 16, 1.2)),
@@ -113,8 +116,8 @@ def step_rows(plan):
     for one in plan.steps:
         say(speed_tables.full_name(one))
         result = measure(
-            plan.device, 'step', network=one, repeats=plan.repeats, compiled=plan.compiled,
-            dtype=plan.dtype, check=plan.check,
+            plan.device, 'step', network=one, repeats=plan.repeats, num_steps=plan.num_steps,
+            compiled=plan.compiled, dtype=plan.dtype, check=plan.check,
         )  # fmt: skip
         rows.append((one, result))
     return rows
@@ -156,7 +159,8 @@ def measure_scaling(plan):
 
     def sweep(networks, **more):
         changes = [{'model.dtype': plan.dtype}] * len(networks)
-        settings = {'networks': networks, 'changes': changes, 'repeats': plan.repeats}
+        turns = {'repeats': plan.repeats, 'num_steps': plan.num_steps}
+        settings = {'networks': networks, 'changes': changes} | turns
         return measure(plan.device, 'sweep', **settings, **more)['seconds']
 
     for name, field, values, target in (
@@ -202,7 +206,8 @@ def measure_main(plan):
 
     def bare():
         say('the bare step')
-        settings = {'networks': [plan.main], 'changes': changes, 'repeats': plan.repeats}
+        turns = {'repeats': plan.repeats, 'num_steps': plan.log_every}
+        settings = {'networks': [plan.main], 'changes': changes} | turns
         result['bare'] += measure(plan.device, 'sweep', **settings)['seconds']
 
     bare()
@@ -258,11 +263,14 @@ def measure_memory(plan):
         found = {}
         for name, (side, change) in sides.items():
             say(f'{name}: {speed_tables.full_name(one)}')
-            found[name] = measure(plan.device, 'alone', network=one, side=side, changes=change)
+            found[name] = measure(
+                plan.device, 'alone', network=one, side=side, num_steps=plan.num_steps,
+                changes=change,
+            )  # fmt: skip
         say(f'{" and ".join(ours)} in turns: {speed_tables.full_name(one)}')
         seconds = measure(
             plan.device, 'sweep', networks=[one] * len(ours), repeats=plan.repeats,
-            changes=[sides[name][1] for name in ours],
+            num_steps=plan.num_steps, changes=[sides[name][1] for name in ours],
         )['seconds']  # fmt: skip
         seconds = {
             name: times
@@ -294,7 +302,8 @@ def run_tables(title, plan, tables, out):
     """
     load = os.getloadavg()[0]
     lines = [f'# {title}', '', *machine.describe(load)]
-    lines += [f'- {plan.repeats} timed steps of each side in turns, {plan.dtype}; all seeds are 0']
+    turns = f'{plan.repeats} turns of {plan.num_steps} steps of each side'
+    lines.append(f'- {turns}, {plan.dtype}; all seeds are 0')
     if load > 1 and plan.device == 'cpu':
         lines.append(
             "- **The machine was busy.** PyTorch's threads wait by spinning and lose far more than "

@@ -20,10 +20,10 @@ from ensadv.evaluator import Evaluator
 TRIAL_STEPS = 3  # of an attack, for choosing a batch size
 
 
-def timed(function):
-    """Returns the seconds that function() takes."""
+def timed(function, *args):
+    """Returns the seconds that function(*args) takes."""
     start = time.perf_counter()
-    function()
+    function(*args)
     return time.perf_counter() - start
 
 
@@ -76,8 +76,14 @@ def attack(workdir, name, n, repeats, compiled=True, device='cpu'):
         'step_size': settings['step_size'],
         'difference': difference,
         'sides': {
-            side_name: side.facts() | {'seconds': seconds[side_name]}
-            for side_name, side in sides.items()
+            name: {
+                'seconds': seconds[name],
+                'first': side.first,
+                'accuracy': float(np.mean(side.correct)),
+                'batch': side.batch,
+                'compiled': side.compiled,
+            }
+            for name, side in sides.items()
         },
     }
 
@@ -154,14 +160,6 @@ class _OurAttack:
     def __call__(self):
         self.correct = self._attack(self._evaluator, self.settings, len(self._labels))
 
-    def facts(self):
-        return {
-            'accuracy': float(np.mean(self.correct)),
-            'batch': self.batch,
-            'first': self.first,
-            'compiled': self.compiled,
-        }
-
 
 class _TheirAttack:
     """A library's attack as its users run it: in batches, then a verdict on each image."""
@@ -224,5 +222,3 @@ class _TheirAttack:
     def __call__(self):
         n = len(self._run.y)
         self.correct = self._verdicts(self._network, self._settings['steps'], n, self.batch)
-
-    facts = _OurAttack.facts

@@ -62,7 +62,8 @@ class Plan(speed.Plan):
 
     device: str = 'gpu'
     dtype: str = 'bfloat16'
-    repeats: int = 10
+    repeats: int = 5
+    num_steps: int = 10
     peer: str = COMPILED
     # Deep networks in float32 amplify rounding beyond any tolerance that would find mistakes.
     check: dict | None = dataclasses.field(default_factory=lambda: network(16, 4, 2, 32))
@@ -106,7 +107,7 @@ def measure_largest(plan):
                 say(f'{side}: {speed_tables.full_name(tried)}')
                 found = measure(
                     plan.device, 'alone', network=tried, side=side, repeats=plan.repeats,
-                    changes=changes, may_fail=True,
+                    num_steps=plan.num_steps, changes=changes, may_fail=True,
                 )  # fmt: skip
                 if not found or 'out_of_memory' in found:
                     break
@@ -141,6 +142,7 @@ def measure_convolutions(plan):
         kinds = ('grouped', 'separate')
         times = measure(
             plan.device, 'sweep', networks=[one] * 2, repeats=plan.repeats,
+            num_steps=plan.num_steps,
             changes=[{'model.dtype': plan.dtype, 'model.conv': kind} for kind in kinds],
         )['seconds']  # fmt: skip
         cells = [name_of(one), members, one['batch']]

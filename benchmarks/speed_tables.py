@@ -92,7 +92,7 @@ def steps_table(rows, target):
     return [
         *markdown(columns, lines),
         '',
-        'Medians of steps made in turns (in brackets the least and the largest). Columns with '
+        'Seconds per step: medians of turns (in brackets the least and the largest). Columns with '
         'several numbers: ensadv, eager, compiled. "First step": ensadv compiles; PyTorch makes a '
         'step, and compiles for it.',
         '',

@@ -66,20 +66,20 @@ def ours(network, changes=None):
     return adversarial_step.Ours(adversarial_step.step_config(**network, changes=changes))
 
 
-def step(network, repeats, compiled=True, device='cpu', dtype='float32', check=None):
+def step(network, repeats, num_steps=1, compiled=True, device='cpu', dtype='float32', check=None):
     """Times a step, ours and PyTorch's in turns, once both are seen to compute the same.
 
     Args:
       network: what is timed.
-      repeats: timed steps of each.
+      repeats, num_steps: timed turns of each, and steps of a turn; of ours they are one call.
       compiled: whether to time torch.compile too.
       device, dtype: what both compute on, and in.
       check: the network on which gradients and all else is compared, in float32; None: `network`.
         Of `network` itself the losses of a step are always compared.
 
     Returns:
-      'seconds': {side: [seconds of each step]}, 'first': {side: seconds before the first step},
-      'cores': {side: cores kept busy}, 'found': [[what, difference, allowed], ...]; or
+      'seconds': {side: [seconds per step of each turn]}, 'first': {side: seconds before the first
+      step}, 'cores': {side: cores kept busy}, 'found': [[what, difference, allowed], ...]; or
       'out_of_memory': whose.
     """
     set_up(device)
@@ -92,23 +92,23 @@ def step(network, repeats, compiled=True, device='cpu', dtype='float32', check=N
         peers = {EAGER: adversarial_step.Peer(side, device=torch_device(device))}
         if compiled:
             peers[COMPILED] = adversarial_step.Peer(side, True, torch_device(device))
-        first, seconds, cores, timed = adversarial_step.measure(side, peers, repeats)
+        first, seconds, cores, timed = adversarial_step.measure(side, peers, repeats, num_steps)
         return {'seconds': seconds, 'first': first, 'cores': cores, 'found': found + timed}
     return failure
 
 
-def alone(network, side, repeats=2, device='cpu', changes=None):
+def alone(network, side, repeats=2, num_steps=1, device='cpu', changes=None):
     """Measures the memory and time of steps of one side, with nothing else in the process.
 
     Args:
       network, device: as in `step`.
       side: OURS, EAGER or COMPILED.
-      repeats: timed steps, after two without a clock.
+      repeats, num_steps: timed turns, and steps of each, after two steps without a clock.
       changes: fields of the config, of both sides.
 
     Returns:
-      'seconds': [seconds of each step], 'peak' and 'level': bytes at the most, and just before the
-      first step; or 'out_of_memory': whose.
+      'seconds': [seconds per step of each turn], 'peak' and 'level': bytes at the most, and just
+      before the first step; or 'out_of_memory': whose.
     """
     set_up(device)
     with _out_of_memory() as failure:
@@ -121,22 +121,23 @@ def alone(network, side, repeats=2, device='cpu', changes=None):
         for _ in range(2):
             stepped.step()
         peak = _memory_peak(side, device)
-        seconds = [timed(stepped.step) for _ in range(repeats)]
+        seconds = [timed(stepped.step, num_steps) / num_steps for _ in range(repeats)]
         return {'seconds': seconds, 'peak': peak, 'level': level}
     return failure
 
 
-def sweep(networks, repeats, changes=None, device='cpu'):
+def sweep(networks, repeats, num_steps=1, changes=None, device='cpu'):
     """Times our steps of several networks in turns.
 
     Args:
       networks: what is timed.
-      repeats: timed steps of each, after one without a clock.
+      repeats, num_steps: timed calls of each, and steps of a call; before them a step without a
+        clock.
       changes: fields of the config, for each network; None: none.
       device: what they run on.
 
     Returns:
-      'seconds': for each network [seconds of each step], or what ran out of memory as a string.
+      'seconds': for each network [seconds per step of each call], or who ran out of memory.
     """
     set_up(device)
     sides = []
@@ -152,7 +153,7 @@ def sweep(networks, repeats, changes=None, device='cpu'):
     for _ in range(repeats):
         for side, times in zip(sides, seconds, strict=True):
             if not isinstance(side, str):
-                times.append(timed(side.step))
+                times.append(timed(side.step, num_steps) / num_steps)
     return {'seconds': seconds}
 
 

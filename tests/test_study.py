@@ -3,15 +3,16 @@
 import hashlib
 import sys
 
+import jax
 import pytest
-from conftest import CIFAR10, QUICK_COMPILE, ROOT, TINY, overrides, run_main
+from conftest import CIFAR10, QUICK_COMPILE, ROOT, TINY, overrides, run_main, tiny_config
 from etils import epath
 
 import ensadv
 import main
 from configs import quickstart, table1
 from ensadv import config as config_lib
-from ensadv import study
+from ensadv import study, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 
@@ -92,6 +93,16 @@ def test_one_run_that_diverges_does_not_stop_the_others(tmp_path):
     assert begun == ['baseline_seed0', 'singleadv_seed0']
     assert [path.name for path in finished] == ['singleadv_seed0']
     assert failures == {'baseline_seed0': 'loss is not finite'}
+
+
+def test_a_run_leaves_no_compiled_programs_behind(monkeypatch, tmp_path):
+    compiled = jax.jit(lambda x: x + 1)
+    monkeypatch.setattr(train, 'run', lambda *_, **__: compiled(1.0))
+    programs = lambda: len(jax.devices()[0].client.live_executables())
+    compiled(1)
+    assert programs()
+    main.run_one(tiny_config(eval__inline=False), epath.Path(tmp_path), 'a run')
+    assert not programs()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +190,7 @@ def test_the_eight_systems_on_real_cifar10_images(tmp_path, systems, sizes):
     fields = TINY | {
         'data.name': 'cifar10', 'data.data_dir': CIFAR10, 'data.pad': 4, 'epsilon': '8/255',
         'train.snapshot_every': 1, 'train.checkpoint_every': 1, 'train.batch_size': 4,
-        'eval.attacks': ('clean', 'ifgsm1'), 'eval.num_examples': 16,
+        'eval.attacks': ('clean', 'ifgsm1'), 'eval.num_examples': 8, 'eval.batch_size': 4,
         'study.planes': (),
     }  # fmt: skip
     command = ['--mode=study', '--config=configs/quickstart.py', f'--workdir={tmp_path}']
@@ -193,7 +204,7 @@ def test_the_eight_systems_on_real_cifar10_images(tmp_path, systems, sizes):
         record, evaluations = workdir_lib.read_record(path), workdir_lib.read_evaluations(path)
         steps = 1 + (name in systems[-2:])
         assert list(evaluations)[-1] == steps
-        assert {result['n'] for result in evaluations[steps]['attacks']} == {16}
+        assert {result['n'] for result in evaluations[steps]['attacks']} == {8}
         assert record['dataset']['num_train'] == 50_000
         assert record['dataset']['class_names'][:2] == ['airplane', 'automobile']
         assert record['config']['epsilon'] == 8 / 255
