@@ -16,7 +16,7 @@ from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
-from ensadv import build, checkpoints, costs, data, metrics, parallel, steps, workdir
+from ensadv import build, checkpoints, costs, data, ensemble, metrics, parallel, steps, workdir
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.optim import TrainState
@@ -117,7 +117,11 @@ def make_train_steps(config: ConfigDict, model: Any, dataset: data.Dataset) -> C
         one_member = one_step
 
         def one_step(state, keys, arrays):
-            state, values = jax.vmap(one_member, in_axes=(0, 0, None))(state, keys, arrays)
+            train_one = lambda state, keys: one_member(state, keys, arrays)
+            if ensemble.stacks_members():
+                state, values = jax.vmap(train_one)(state, keys)
+            else:
+                state, values = jax.lax.map(lambda member: train_one(*member), (state, keys))
             return state, jax.tree.map(jnp.mean, values)
 
     # Traced once, and not again for the shapes of its metrics.

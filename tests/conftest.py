@@ -106,6 +106,15 @@ def variables_like(config: ConfigDict):
     return build.network(config, build.dataset(config).describe()).variables
 
 
+@pytest.fixture(params=[True, False], ids=['stacked', 'one by one'])
+def stacks_members(request, monkeypatch) -> bool:
+    """Has members computed as on TPUs and GPUs, and as on CPUs."""
+    from ensadv import ensemble
+
+    monkeypatch.setattr(ensemble, 'stacks_members', lambda: request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _few_memory_mappings():
     """Drops compiled programs in time: each takes many of the 65,530 mappings Linux grants."""

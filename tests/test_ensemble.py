@@ -46,6 +46,7 @@ def test_one_member_is_the_bare_network_bit_for_bit(variables):
         )
 
 
+@pytest.mark.usefixtures('stacks_members')
 def test_weights_may_be_numpys(variables):
     weights = jax.device_get(variables)
     logits = jax.jit(lambda x: ensemble.apply(MODEL, weights, x))(X)
@@ -54,6 +55,7 @@ def test_weights_may_be_numpys(variables):
     )
 
 
+@pytest.mark.usefixtures('stacks_members')
 def test_logits_equal_a_loop_over_members(variables):
     logits = jax.jit(lambda v, x: ensemble.apply(MODEL, v, x))(variables, X)
     assert logits.shape == (3, 6, 4)
@@ -61,6 +63,7 @@ def test_logits_equal_a_loop_over_members(variables):
         np.testing.assert_allclose(logits[i], bare(member(variables, i), X), atol=1e-5)
 
 
+@pytest.mark.usefixtures('stacks_members')
 def test_gradients_and_running_averages_equal_a_loop_over_members(variables):
     stats = variables['batch_stats']
 

@@ -134,7 +134,8 @@ def test_depths_that_vgg_has_not_are_refused(depth):
         VGG(5, depth=depth).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
 
 
-def test_stacked_vggs_equal_a_loop_over_members():
+def test_stacked_vggs_equal_a_loop_over_members(monkeypatch):
+    monkeypatch.setattr(ensemble, 'stacks_members', lambda: True)
     model, x = VGG_11_1(), jax.random.uniform(jax.random.key(0), (6, 8, 8, 1))
     variables = jax.jit(lambda: ensemble.init(model, jax.random.key(1), 2, x.shape[1:]))()
     pick = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from conftest import (
 )
 from etils import epath
 
-from ensadv import build, checkpoints, train
+from ensadv import build, checkpoints, ensemble, parallel, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 
@@ -160,6 +161,25 @@ def test_separate_training_equals_single_runs(workdir):
             np.testing.assert_allclose(ours[i], expected[0], rtol=1e-3, atol=1e-4)
     kernels = [member['params']['conv_0']['kernel'] for member in members]
     assert np.max(np.abs(kernels[0] - kernels[1])) > 0.01
+
+
+@pytest.mark.parametrize('system', ['ensemble2adv', 'separate2adv'])
+def test_members_at_the_same_time_or_one_by_one_train_the_same(system, monkeypatch):
+    config = build.resolve(tiny_config(system))
+    dataset = build.dataset(config)
+    model = build.model(config, dataset.describe(), dtype='float32')
+    keys = train.learner_keys(config)
+    results = []
+    for stacks in (True, False):
+        monkeypatch.setattr(ensemble, 'stacks_members', lambda stacks=stacks: stacks)
+        state = jax.jit(partial(train.init_state, config, model, dataset.image_shape))(keys)
+        train_steps = train.make_train_steps(config, model, dataset)
+        arrays, state, copies = parallel.replicate(
+            ((dataset.image_train, dataset.label_train), state, keys)
+        )
+        results.append(jax.device_get(train_steps(state, arrays, copies, np.int32(1))))
+    for stacked, looped in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(stacked, looped, rtol=1e-3, atol=1e-4)
 
 
 def test_seeds_differ_in_everything():
