@@ -12,8 +12,12 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
-# Compiles in half the time. What users get is compiled in the processes that `run_main` starts.
-QUICK_COMPILE = '--xla_backend_optimization_level=0'
+# Compiles in a fraction of the time. What users get is compiled in the processes that `run_main`
+# starts.
+QUICK_COMPILE = (
+    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+    '--xla_cpu_use_fusion_emitters=false'
+)
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK_COMPILE}'.strip()
 from ensadv import xla_flags
 
