@@ -5,9 +5,9 @@ Reproduces: nothing of the paper's; five of its systems, one seed each, on 1,797
 Run: make quickstart
   which is python main.py --mode=study --config=configs/quickstart.py --workdir=runs/quickstart
 Cost: 300 steps a run, and two clean runs for the transfer set; SingleAdv has 303,418 parameters.
-  6.8 minutes measured on two CPU cores (AMD EPYC, jax 0.10.2), compiling and the report included.
+  7.1 minutes measured on two CPU cores (AMD EPYC, jax 0.10.2), compiling and the report included.
 Expect: over 95 % clean everywhere; at PGD20 Baseline under 5 % and the others 65 to 77 %; on the
-  transfer set Baseline about 20 % and the others about 90 %.
+  transfer set Baseline 20 to 25 % and the others about 90 %.
   One seed, 360 images (standard error about 2.3 points at 75 %) and seven epochs say nothing about
   the paper's order of the systems: Ensemble2Adv comes last of the adversarially trained ones here.
 """
