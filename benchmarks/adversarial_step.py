@@ -1,53 +1,31 @@
-"""Times a whole adversarial training step, ours and PyTorch's, once both compute the same.
+"""A whole adversarial training step, ours and PyTorch's: compared, then timed. For speed.py.
 
-    pip install -r requirements-benchmark.txt
-    python benchmarks/adversarial_step.py --depth=10 --width=2 --members=2 --batch=64
-
-Both get the same members, running averages, momentum, images, labels and attack noise. First the
-script compares what they compute, and ends with one line and exit code 1 where they differ. Then
-it times them in turns, on the CPU's cores, in float32: ours is the function that training calls
-(`train.make_train_steps`: a loop of traced length, donated state), several steps in a call as
-training makes them (`train.steps_per_call`), with crops and flips off; the
-peer is `peer_pytorch.train_step` (channels_last, oneDNN, eager, and with --compile also compiled;
-then the faster one counts). The target is a median of at most the peer's. It prints a report in
-Markdown; --out writes it to a file, too. speed.py makes the whole table of networks.
+Both get the same members, running averages, momentum, images, labels and attack noise. Ours is the
+function that training calls (`train.make_train_steps`: a loop of traced length, donated state),
+several steps in a call as training makes them (`train.steps_per_call`), with crops and flips off;
+the peer is `peer_pytorch.train_step` (channels_last, oneDNN, eager or compiled).
 
 Signs of tiny gradients and ReLUs at zero are a matter of rounding, and the steps of an attack
 amplify them: on a few images the two attacks (or two compilations of one of them) part. So each
 step of the attack is compared from the same iterate, and the update from the same x_adv.
 """
 
-import argparse
 import math
-import os
-import pathlib
-import platform
-import statistics
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-try:
-    import torch
-except ImportError:
-    print('PyTorch is missing: pip install -r requirements-benchmark.txt', file=sys.stderr)
-    sys.exit(2)
-
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
+import torch
 
 from benchmarks import peer_pytorch
-from benchmarks.machine import cpu
+from benchmarks.speed_tables import OURS
 from configs import default
-from ensadv import attacks, build, data, ensemble, parallel, steps, train, xla_flags
+from ensadv import attacks, build, data, ensemble, parallel, steps, train
 from ensadv import config as config_lib
 
-TARGET = 1.0  # our median over the peer's, at most
 # Between the losses of a timed step, clean and adversarial, by the type that both compute in.
 ALLOWED_LOSSES = {'float32': (1e-4, 1e-2), 'bfloat16': (5e-2, 2e-1)}
 SHAPE, CLASSES = (32, 32, 3), 10
@@ -317,10 +295,10 @@ def measure(ours, peers, repeats, num_steps):
       {name: seconds before the first step}, {name: seconds per step of each turn}, {name: cores
       that it kept busy}, and what `compare` returns.
     """
-    sides = {'ensadv': ours} | peers
+    sides = {OURS: ours} | peers
     start = time.perf_counter()
     ours.step(0)
-    warm_up = {'ensadv': time.perf_counter() - start}
+    warm_up = {OURS: time.perf_counter() - start}
     metrics = ours.step()
     found = []
     for name, peer in peers.items():
@@ -367,53 +345,6 @@ def require(found):
         sys.exit(f'ensadv and PyTorch do not compute the same: {"; ".join(wrong)}')
 
 
-def report(args, load, warm_up, seconds, cores, found):
-    """Returns the report, Markdown."""
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    ratio = median['ensadv'] / min(value for name, value in median.items() if name != 'ensadv')
-    lines = [
-        f'# One adversarial training step: WRN-{args.depth}-{args.width}, {args.members} '
-        f'member{"s"[: args.members != 1]}, batch {args.batch}, IFGSM-{args.attack_steps}',
-        '',
-        '| | s per step, median | min | ensadv / it | cores busy | s before the first step |',
-        '|---|---|---|---|---|---|',
-    ]
-    for name, times in seconds.items():
-        relative = median['ensadv'] / median[name]
-        lines.append(
-            f'| {name} | {median[name]:.3f} | {min(times):.3f} | {relative:.2f} '
-            f'| {cores[name]:.2f} | {warm_up[name]:.1f} |'
-        )
-    lines += [
-        '',
-        f'ensadv takes {ratio:.2f} times as long as PyTorch at its best; target: at most {TARGET}: '
-        f'{"met" if ratio <= TARGET else "not met"}.',
-        '',
-        f'{args.repeats} rounds, {args.steps} steps of each in turn, one call of ours, as training '
-        'makes it (`train.steps_per_call`). Before the first step: ensadv compiles; '
-        'PyTorch makes a step (and compiles for it). ensadv: `train.make_train_steps`, conv auto, '
-        'float32. PyTorch: `peer_pytorch.train_step`, float32, channels_last, oneDNN '
-        f'{"on" if torch.backends.mkldnn.is_available() else "missing"}, '
-        f'{torch.get_num_threads()} threads.',
-        '',
-        f'- CPU: {cpu()}, {os.cpu_count()} cores; load average before: {load:.2f}. '
-        'On a busy machine PyTorch loses far more than ensadv: its threads wait by spinning.',
-        f'- Python {platform.python_version()}, jax {jax.__version__}, '
-        f'jaxlib {jaxlib.__version__}, flax {flax.__version__}, torch {torch.__version__}',
-        *(
-            f'- {name}: {os.environ.get(name, "(not set)")}'
-            for name in ('XLA_FLAGS', 'OMP_WAIT_POLICY')
-        ),
-        '',
-        'Both compute the same, to this difference:',
-        '',
-        '| | largest difference | allowed |',
-        '|---|---|---|',
-        *(f'| {what} | {value:.1e} | {allowed:.2g} |' for what, value, allowed in found),
-    ]
-    return '\n'.join(lines) + '\n'
-
-
 def step_config(depth, width, members, batch, attack_steps, changes=None):
     """Returns the config of a step: float32 without crops and flips; raises ConfigError.
 
@@ -436,55 +367,3 @@ def step_config(depth, width, members, batch, attack_steps, changes=None):
     config = config.copy_and_resolve_references()
     config_lib.validate(config)
     return config
-
-
-def parse_args():
-    """Returns the flags, and the config that they stand for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, value, what in (
-        ('depth', 10, 'layers of the Wide ResNet, 6n + 4'),
-        ('width', 2, 'its widening factor'),
-        ('members', 2, 'in the ensemble'),
-        ('batch', 64, 'images in a step'),
-        ('attack_steps', 7, 'steps of IFGSM in a step'),
-        ('repeats', 5, 'rounds, in which each is timed'),
-        ('steps', 5, 'steps of a round: one call of ours'),
-    ):
-        parser.add_argument(f'--{name}', type=int, default=value, help=f'{what} ({value})')
-    parser.add_argument('--compile', action='store_true', help='time torch.compile as well')
-    parser.add_argument('--out', type=pathlib.Path, metavar='FILE', help='write the report there')
-    args = parser.parse_args()
-    for name in ('repeats', 'steps'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name}: expected at least 1, found {getattr(args, name)}')
-    try:
-        config = step_config(args.depth, args.width, args.members, args.batch, args.attack_steps)
-    except config_lib.ConfigError as error:
-        parser.error(str(error))
-    return args, config
-
-
-def main():
-    args, config = parse_args()
-    jax.config.update('jax_platforms', 'cpu')
-    xla_flags.set_for_cpu()  # as main.py does
-    torch.set_num_threads(os.cpu_count())
-    torch.manual_seed(0)
-    load = os.getloadavg()[0]
-    ours = Ours(config)
-    found = compare(ours)
-    require(found)
-    peers = {'PyTorch': Peer(ours)}
-    if args.compile:
-        peers['PyTorch, torch.compile'] = Peer(ours, compiled=True)
-    warm_up, seconds, cores, timed = measure(ours, peers, args.repeats, args.steps)
-    text = report(args, load, warm_up, seconds, cores, found + timed)
-    print(text, end='')
-    if args.out:
-        args.out.write_text(text)
-
-
-if __name__ == '__main__':
-    main()

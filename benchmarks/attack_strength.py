@@ -48,7 +48,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from benchmarks import adversarial_step, peer_pytorch
+from benchmarks import machine, peer_pytorch
 from configs import default
 from ensadv import attacks, build, checkpoints, ensemble, losses, workdir
 from ensadv.errors import UserError
@@ -462,7 +462,7 @@ def _checks(judge):
 def _environment():
     device = jax.devices()[0]
     return [
-        f'- CPU: {adversarial_step.cpu()}, {os.cpu_count()} cores. JAX on '
+        f'- CPU: {machine.cpu()}, {os.cpu_count()} cores. JAX on '
         f'{device.platform} ({device.device_kind}), PyTorch on the CPU; float32.',
         f'- Python {platform.python_version()}, jax {jax.__version__}, jaxlib '
         f'{jaxlib.__version__}, torch {torch.__version__}, foolbox {foolbox.__version__}, '

@@ -3,6 +3,7 @@
     pip install -r requirements-benchmark.txt
     pip install --no-deps torchattacks==3.5.1
     python benchmarks/speed.py [--tables 1 2 3 4 5] [--out=FILE] [--workdir=DIR] [--quick]
+    python benchmarks/speed.py --tables 1 --network DEPTH WIDTH MEMBERS BATCH
 
 1. A whole adversarial training step, against PyTorch at its best doing the same work.
 2. Robust accuracy of a trained network (--workdir; without it one on digits is trained first)
@@ -69,8 +70,8 @@ class Plan:
 
     device: str = 'cpu'
     dtype: str = 'float32'
-    repeats: int = 5
-    num_steps: int = 5
+    repeats: int = 9
+    num_steps: int = 3
     compiled: bool = True
     peer: str = EAGER
     check: dict | None = None
@@ -362,12 +363,19 @@ def measurements(plan, workdir):
 
 
 def main():
-    args = parse(make_parser(__doc__, tuple(TITLES)))
+    parser = make_parser(__doc__, tuple(TITLES))
+    parser.add_argument(
+        '--network', nargs=4, type=int, metavar=('DEPTH', 'WIDTH', 'MEMBERS', 'BATCH'),
+        help='of table 1, instead of its five',
+    )  # fmt: skip
+    args = parse(parser)
     # Here and in all children, for `main.py` does it, too.
     os.environ['JAX_PLATFORMS'] = 'cpu'
     xla_flags.set_for_cpu()
     plan = Plan(**QUICK) if args.quick else Plan()
-    whole = set(args.tables) == set(TITLES) and not args.quick
+    if args.network:
+        plan = dataclasses.replace(plan, steps=(network(*args.network),))
+    whole = set(args.tables) == set(TITLES) and not args.quick and not args.network
     out = args.out or (RESULT if whole else None)
     functions = measurements(plan, args.workdir)
     tables = [(f'{number}. {TITLES[number]}', functions[number]) for number in args.tables]

@@ -5,7 +5,8 @@ numbers and differ in what `vmap` over weights, which is how members are stacked
 
 - 'grouped': `jax.lax.conv_general_dilated` itself, so one grouped convolution for all members.
 - 'separate': one plain convolution per member, forward and in both gradients.
-- 'auto': 'separate' on the CPU, 'grouped' elsewhere.
+- 'auto': 'separate' on the CPU, 'grouped' elsewhere. On the CPU `ensemble` does not stack members;
+  there 'separate' is for fast gradients.
 
 XLA:CPU runs only plain convolutions of NHWC images with HWIO kernels fast. It misses that path for
 grouped convolutions, and for gradients in a loop, where it folds the transposition of an operand
@@ -34,9 +35,9 @@ _WINOGRAD_CHANNELS = 32
 _WINOGRAD_MULTIPLICATIONS = 2**24
 # Up to so many channels XLA's convolution is far slower than matrix multiplications (an image's
 # 3 channels to 16, batch 64: 2.4 ms and 0.8, batch 128: 4.5 and 2.1; its input gradient, batch 64:
-# 4.0 and 0.8), if so many times as many come out that the copies of the input do not count.
+# 4.0 and 0.8).
 _FEW_INPUTS = 4
-_TIMES_AS_MANY_OUTPUTS = 4
+_TIMES_AS_MANY_OUTPUTS = 4  # at least; where fewer come out nothing was measured
 
 
 def get(kind):

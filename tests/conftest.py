@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 
-# Compiled programs are shared between the processes that the tests start.
+# Compiled programs are shared between the tests and the processes that they start.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix='ensadv-jax-cache-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
@@ -108,15 +108,6 @@ def variables_like(config: ConfigDict):
     from ensadv import build
 
     return build.network(config, build.dataset(config).describe()).variables
-
-
-@pytest.fixture(params=[True, False], ids=['stacked', 'one by one'])
-def stacks_members(request, monkeypatch) -> bool:
-    """Has members computed as on TPUs and GPUs, and as on CPUs."""
-    from ensadv import ensemble
-
-    monkeypatch.setattr(ensemble, 'stacks_members', lambda: request.param)
-    return request.param
 
 
 @pytest.fixture(autouse=True)

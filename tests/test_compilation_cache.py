@@ -13,8 +13,7 @@ def restored(monkeypatch):
     from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
     names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
-    before = {name: getattr(jax.config, name) for name in (*names, 'jax_enable_compilation_cache')}
-    jax.config.update('jax_enable_compilation_cache', True)
+    before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
     jax_cache.reset_cache()
     yield

@@ -13,6 +13,12 @@ X = jax.random.uniform(jax.random.key(1), (6, *SHAPE))
 Y = jnp.arange(6) % 4
 
 
+@pytest.fixture(params=[True, False], ids=['stacked', 'one by one'])
+def members(request, monkeypatch):
+    """Has members computed as on TPUs and GPUs, and as on CPUs."""
+    monkeypatch.setattr(ensemble, 'stacks_members', lambda: request.param)
+
+
 init = jax.jit(lambda key, k: ensemble.init(MODEL, key, k, SHAPE), static_argnums=1)
 
 
@@ -46,7 +52,7 @@ def test_one_member_is_the_bare_network_bit_for_bit(variables):
         )
 
 
-@pytest.mark.usefixtures('stacks_members')
+@pytest.mark.usefixtures('members')
 def test_weights_may_be_numpys(variables):
     weights = jax.device_get(variables)
     logits = jax.jit(lambda x: ensemble.apply(MODEL, weights, x))(X)
@@ -55,7 +61,7 @@ def test_weights_may_be_numpys(variables):
     )
 
 
-@pytest.mark.usefixtures('stacks_members')
+@pytest.mark.usefixtures('members')
 def test_logits_equal_a_loop_over_members(variables):
     logits = jax.jit(lambda v, x: ensemble.apply(MODEL, v, x))(variables, X)
     assert logits.shape == (3, 6, 4)
@@ -63,7 +69,7 @@ def test_logits_equal_a_loop_over_members(variables):
         np.testing.assert_allclose(logits[i], bare(member(variables, i), X), atol=1e-5)
 
 
-@pytest.mark.usefixtures('stacks_members')
+@pytest.mark.usefixtures('members')
 def test_gradients_and_running_averages_equal_a_loop_over_members(variables):
     stats = variables['batch_stats']
 
