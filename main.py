@@ -17,9 +17,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import default
-from ensadv import command_line, workdir, xla_flags
+from ensadv import command_line, stopping, workdir, xla_flags
 from ensadv.command_line import fail
-from ensadv.errors import ConfigError, TrainingError, UserError
+from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
 
 CONFIGS = epath.Path(__file__).parent / 'configs'
 FLAGS = flags.FLAGS
@@ -182,12 +182,18 @@ def main(argv: list[str]) -> None:
     command_line.set_up_logging()
     if len(argv) > 1:
         fail(f'unexpected argument {argv[1]!r}; flags begin with --')
+    stopping.install()
     try:
         run(FLAGS.mode)
     except UserError as error:
         fail(str(error))
-    except TrainingError as error:
+    except (TrainingError, StorageError) as error:
         fail(str(error), code=1)
+    except OSError as error:  # lost storage; --verbosity=1 shows where
+        logging.debug('', exc_info=True)
+        fail(f'{error}. What is on disk is whole: the same command goes on', code=1)
+    except stopping.Stopped as stopped:
+        fail(f'{stopped}: stopped; the same command goes on from here', code=stopped.exit_code)
 
 
 if __name__ == '__main__':

@@ -1,14 +1,24 @@
 """Checkpoints and snapshots, through Orbax."""
 
+import zlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
-from ensadv import parallel
+from ensadv import parallel, workdir
+from ensadv.errors import TrainingError
 
 _TRIES = 20
+_STEP_NAMES = ocp.path.step.standard_name_format()
+_CHECKSUMS = 'crc32'  # of every array: Orbax has none, and a flipped bit would be a wrong number
+
+
+class DamagedError(TrainingError):
+    """A checkpoint or snapshot that cannot be read, or is not what was written."""
 
 
 class Checkpoints:
@@ -17,16 +27,21 @@ class Checkpoints:
     A checkpoint written on some number of devices restores on any other.
     """
 
-    def __init__(self, directory: epath.Path, keep: int | None = None):
+    def __init__(self, directory: epath.Path, keep: int | None = None, *, tidy: bool = False):
         """Opens the directory, made at the first save.
 
         Args:
           directory: where.
           keep: how many of the newest stay; None: all.
+          tidy: whether to delete what a killed process left half written. Only for whom no other
+            process writes beside.
         """
         # Lightweight: it does not look into the steps when it is made; `steps` does, with care.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=False, lightweight_initialize=True
+            max_to_keep=keep,
+            create=False,
+            lightweight_initialize=True,
+            cleanup_tmp_directories=tidy,
         )
         self._directory = directory
         self._options = options
@@ -39,26 +54,37 @@ class Checkpoints:
         return self._manager
 
     def steps(self) -> list[int]:
-        """Returns the steps there are, ascending, as they stand on disk now."""
-        manager = self._open(create=False)
-        if manager is None:
-            return []
+        """Returns the steps there are, damaged ones too, ascending, as they stand on disk now."""
+        # Not by the manager, which reads files of each step, and fails where one is damaged.
         for left in reversed(range(_TRIES)):
             try:
-                manager.reload()
-                break
+                return sorted(found.step for found in _STEP_NAMES.find_all(self._directory))
             except (FileNotFoundError, NotADirectoryError):
                 # It listed a step that another process deleted before it looked into it.
                 if not left:
                     raise
-        return sorted(manager.all_steps())
+        raise AssertionError('not reached')
 
     def save(self, step: int, tree: Any, *, wait: bool = False) -> None:
-        """Writes a tree, in the background unless `wait`; its arrays may be donated right away."""
-        manager = self._open(create=True)
-        manager.save(step, args=ocp.args.StandardSave(tree), force=True)
-        if wait:
-            manager.wait_until_finished()
+        """Writes a tree, in the background unless `wait`; its arrays may be donated right away.
+
+        Raises:
+          StorageError: if this cannot be written, or what was written in the background could not.
+        """
+        # Copies, since a CPU's arrays are shared with NumPy.
+        arrays = jax.tree.map(np.array, jax.device_get(tree))
+        try:
+            manager = self._open(create=True)
+            manager.save(
+                step,
+                args=ocp.args.StandardSave(arrays),
+                custom_metadata={_CHECKSUMS: _checksums(arrays)},
+                force=True,
+            )
+            if wait:
+                manager.wait_until_finished()
+        except Exception as error:  # whatever Orbax, TensorStore and the storage raise
+            raise workdir.storage_error(self._directory, _reason(error)) from error
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads the tree of `step` onto all devices.
@@ -66,30 +92,115 @@ class Checkpoints:
         Args:
           step: one of `steps()`.
           like: a tree of arrays or jax.ShapeDtypeStruct with the expected shapes and dtypes.
+
+        Raises:
+          DamagedError: if it cannot be read, or is not to the bit what was written.
         """
         sharding = parallel.replicated()
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
         )
-        return self._open(create=False).restore(step, args=ocp.args.StandardRestore(abstract))
+        manager = self._open(create=False)
+        try:
+            tree = manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            written = manager.metadata(step).custom_metadata[_CHECKSUMS]
+        except Exception as error:  # a file that lacks, is empty, or is not what it was
+            # The manager takes what it found in this step for the form of all.
+            self.close()
+            raise DamagedError(f'{self._directory / str(step)}: {_reason(error)}') from error
+        found = _checksums(jax.device_get(tree))
+        if wrong := sorted(name for name in found if written.get(name) != found[name]):
+            raise DamagedError(
+                f'{self._directory / str(step)}: {len(wrong)} of {len(found)} arrays are not what '
+                f'was written, the first is {wrong[0]}'
+            )
+        return tree
+
+    def restore_newest(self, like: Any) -> tuple[int, Any] | None:
+        """Reads the newest tree that is whole.
+
+        Damaged ones that are newer are renamed to <step>.damaged.
+
+        Args:
+          like: as in `restore`.
+
+        Returns:
+          Its step and the tree; None where there is none.
+
+        Raises:
+          DamagedError: if there are some, and none is whole.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for step in reversed(self.steps()):
+            try:
+                tree = self.restore(step, like)
+            except DamagedError as error:
+                damaged[step] = error
+                continue
+            for newer, error in damaged.items():
+                logging.warning(
+                    '%s: damaged; taking %s instead',
+                    error,
+                    self._directory / str(step),
+                )
+                self._put_aside(newer)
+            return step, tree
+        if damaged:
+            raise DamagedError(
+                f'no step in {self._directory} can be read: {"; ".join(map(str, damaged.values()))}'
+            )
+        return None
+
+    def _put_aside(self, step: int) -> None:
+        """Renames a damaged step, so that it is neither found again nor in the way."""
+        aside = self._directory / f'{step}.damaged'
+        if aside.exists():
+            aside.rmtree()
+        (self._directory / str(step)).rename(aside)
+        # It remembers which steps there are.
+        self.close()
 
     def delete(self, step: int) -> None:
         """Removes the tree of `step`."""
         self._open(create=False).delete(step)
 
     def close(self) -> None:
-        """Waits until what is being written is whole."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
-            self._manager = None
+        """Waits until what is being written is whole.
+
+        Raises:
+          StorageError: if it could not be written.
+        """
+        if self._manager is None:
+            return
+        manager, self._manager = self._manager, None
+        try:
+            manager.wait_until_finished()
+            manager.close()
+        except Exception as error:
+            raise workdir.storage_error(self._directory, _reason(error)) from error
 
 
-def open_checkpoints(workdir: epath.Path, keep: int) -> Checkpoints:
+def _checksums(tree: Any) -> dict[str, int]:
+    """Returns each array's CRC-32, by its path in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves
+    }
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the first line of the innermost cause: Orbax wraps, and lists each file's trouble."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0][:200]}'
+
+
+def open_checkpoints(path: epath.Path, keep: int, *, tidy: bool = False) -> Checkpoints:
     """Opens what a run needs to go on: `optim.TrainState`s."""
-    return Checkpoints(workdir / 'checkpoints', keep)
+    return Checkpoints(path / 'checkpoints', keep, tidy=tidy)
 
 
-def open_snapshots(workdir: epath.Path) -> Checkpoints:
+def open_snapshots(path: epath.Path, *, tidy: bool = False) -> Checkpoints:
     """Opens what evaluation needs: {'params', 'batch_stats'}, every leaf [k, ...]."""
-    return Checkpoints(workdir / 'snapshots')
+    return Checkpoints(path / 'snapshots', tidy=tidy)

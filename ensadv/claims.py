@@ -22,6 +22,7 @@ from ensadv import workdir
 _FILE_NAME = re.compile(r'(.+)\.[0-9a-f]{16}')
 _TRIES = 3
 _PAUSE_SECONDS = 0.2
+_LOOK_SECONDS = 2.0  # between two looks at a claim that may be dead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,22 +38,25 @@ class Process:
     machine: str | None
     start: str | None
 
-    def is_gone(self) -> bool:
-        """Returns True if the process surely runs no more; only its own machine can tell."""
+    def runs(self) -> bool | None:
+        """Returns whether the process still runs; None if that is not known for sure.
+
+        Only its own machine can tell.
+        """
         if self.start is None or self.machine is None or self.machine != _machine():
-            return False
+            return None
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
-            return True
+            return False
         except PermissionError:
             pass  # Another user's.
         try:
             state, start = _state_and_start(self.pid)
         except OSError:
-            return False  # It is there, but /proc hides it.
+            return None  # It is there, but /proc hides it.
         # A zombie runs no more, and waits only for its parent to notice.
-        return state in 'ZX' or start != self.start
+        return state not in 'ZX' and start == self.start
 
 
 @dataclasses.dataclass
@@ -146,6 +150,32 @@ class Claims:
                 return True
         return False
 
+    def take_over(self, name: str) -> str | None:
+        """Takes `name`, if its holder has died or, seen from here, shows no life any more.
+
+        That takes up to `stale_seconds` if its holder is on another machine, less if it lives.
+
+        Returns:
+          None; or who holds it and lives, for messages.
+        """
+        first: dict[epath.Path, bytes] = {}
+        while not self.take(name):
+            for path, process in self._live(name).items():
+                content = self._seen[path][0]
+                renewed = content != first.get(path, content)
+                if renewed or (process is not None and process.runs()):
+                    return _who(process)
+                if path not in first:
+                    first[path] = content
+                    logging.warning(
+                        '%s: held by %s, which may be gone: waiting up to %g s to see if it lives',
+                        self._directory / name,
+                        _who(process),
+                        self._stale_seconds,
+                    )
+            time.sleep(_LOOK_SECONDS)
+        return None
+
     @contextlib.contextmanager
     def taken(self, name: str) -> Iterator[bool]:
         """Takes `name`, gives whether this process holds it, and releases it at the end."""
@@ -170,7 +200,7 @@ class Claims:
     def holder(self, name: str) -> str | None:
         """Returns who holds `name`, for messages: 'host pid 123', or None."""
         for process in self._live(name).values():
-            return f'{process.host} pid {process.pid}' if process else 'an unknown process'
+            return _who(process)
         return None
 
     def close(self) -> None:
@@ -275,11 +305,15 @@ class Claims:
                 self._seen[path] = content, self._clock()
             process = _parse(content)
             stale = now - self._seen[path][1] >= self._stale_seconds
-            if stale or (process is not None and process.is_gone()):
+            if stale or (process is not None and process.runs() is False):
                 path.unlink(missing_ok=True)
             else:
                 live[path] = process
         return live
+
+
+def _who(process: Process | None) -> str:
+    return f'{process.host} pid {process.pid}' if process else 'an unknown process'
 
 
 def _content(beat: int) -> bytes:

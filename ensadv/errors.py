@@ -11,3 +11,7 @@ class ConfigError(UserError):
 
 class TrainingError(Exception):
     """A run that cannot go on: the message says where it stopped; exit code 1."""
+
+
+class StorageError(Exception):
+    """What cannot be written: full disk, no permission, lost storage; exit code 1."""

@@ -30,6 +30,8 @@ class Job:
             config, workdir_path, label, lambda dataset: build.network(config, dataset.describe())
         )
         self._claims = claims.Claims(workdir_path / 'claims')
+        self._looked_for_damage = False
+        self._damaged: dict[int, checkpoints.DamagedError] = {}  # snapshots
 
     def evaluate_pending(self, wait: bool = False) -> None:
         """Evaluates every snapshot that lacks one of the config's attacks, the oldest first.
@@ -38,8 +40,13 @@ class Job:
 
         Args:
           wait: whether to wait for what other processes are at, and do it should they die.
+
+        Raises:
+          TrainingError: where it waits, at the end, if there are damaged snapshots.
         """
         snapshots = checkpoints.open_snapshots(self._workdir)
+        if not self._looked_for_damage:
+            self._put_aside_damaged(snapshots.steps())
         evaluated = waited = False
         while pending := self._pending(snapshots):
             if any(self._evaluate(step, units, snapshots) for step, units in pending):
@@ -57,6 +64,12 @@ class Job:
         if evaluated or wait:
             self._prune(snapshots)
         snapshots.close()
+        if wait and self._damaged:
+            raise TrainingError(
+                f'not evaluated: {"; ".join(map(str, self._damaged.values()))}. All else is. '
+                'Remove what is damaged, and the same command ends well; the last snapshot, once '
+                'it is removed, is made again by training from the checkpoint of its step'
+            )
 
     def follow(self) -> None:
         """Evaluates snapshots as training writes them, until the last one is evaluated.
@@ -67,7 +80,7 @@ class Job:
         seen, since = None, time.monotonic()
         while True:
             self.evaluate_pending()
-            if self._has_last():
+            if self._has_last() or self._goal() in self._damaged:
                 break
             signs = self._signs_of_life()
             # What is still pending is what another process is at, be it for hours.
@@ -99,7 +112,8 @@ class Job:
 
     def _pending(self, snapshots: checkpoints.Checkpoints) -> list[tuple[int, list[Unit]]]:
         """Returns the snapshots with something to do, and what they should have."""
-        steps, units = snapshots.steps(), self._results.units
+        steps = [step for step in snapshots.steps() if step not in self._damaged]
+        units = self._results.units
         pending = [(step, units) for step in steps if self._results.missing(step, units)]
         final = self._results.final_units
         if pending or not final or not self._has_last():
@@ -114,10 +128,22 @@ class Job:
         with self._claims.taken(str(step)) as mine:
             # It may have been done, and even deleted, since it was found to be pending.
             if mine and step in snapshots.steps():
-                self._results.evaluate(
-                    step, units, lambda network: snapshots.restore(step, network.variables)
-                )
+                try:
+                    self._results.evaluate(
+                        step, units, lambda network: snapshots.restore(step, network.variables)
+                    )
+                except checkpoints.DamagedError as error:
+                    logging.error('%s: damaged; going on without it', error)
+                    self._damaged[step] = error
         return mine
+
+    def _put_aside_damaged(self, snapshots: Sequence[int]) -> None:
+        """Has damaged results made again, once: it reads them all."""
+        for step in workdir.evaluated_steps(self._workdir):
+            with self._claims.taken(str(step)) as mine:
+                if mine:
+                    self._results.put_aside_damaged(step, again=step in snapshots)
+        self._looked_for_damage = True
 
     def _goal(self) -> int:
         """Returns the run's last step, by its own config or by this one, whichever is later."""

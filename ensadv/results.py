@@ -116,6 +116,39 @@ class Results:
         )
         logging.info('%s: step %d: %s', self.label, step, shown)
 
+    def put_aside_damaged(self, step: int, again: bool) -> None:
+        """Renames a step's files if one is damaged, so that they are made again.
+
+        Args:
+          step: whose; the caller has its claim.
+          again: whether its weights are there.
+        """
+        examples = workdir.evaluation_path(self._workdir, step, '_examples.npz')
+        if examples.exists() and (reason := _why_unreadable(examples)):
+            logging.warning('%s: damaged (%s)', examples, reason)
+            workdir.put_aside(examples)
+        if not (problem := self._problem(step)):
+            return
+        path, reason = problem
+        remedy = 'evaluating again' if again else 'its snapshot is gone, so it stays without'
+        logging.warning('%s: damaged (%s); %s', path, reason, remedy)
+        # Accuracies without a ledger are worth more than nothing.
+        if again or path.suffix == '.json':
+            for suffix in ('.json', '.npz'):
+                workdir.put_aside(workdir.evaluation_path(self._workdir, step, suffix))
+
+    def _problem(self, step: int) -> tuple[epath.Path, str] | None:
+        """Returns the damaged one of a step's files, and what it has; None if both are whole."""
+        path = workdir.evaluation_path(self._workdir, step, '.json')
+        try:
+            done = self._read(step)
+        except (UserError, TypeError, KeyError) as error:
+            return path, str(error)
+        path = workdir.evaluation_path(self._workdir, step, '.npz')
+        arrays = [f'{unit.key}_correct' for unit in done]
+        reason = _why_unreadable(path, arrays)
+        return (path, reason) if reason else None
+
     def check(self) -> None:
         """Reads the data, if a run is still to be trained, and checks what evaluation needs.
 
@@ -315,3 +348,17 @@ class Results:
             'validation': [done[unit] for unit in ordered if unit.split == 'validation'],
         }
         workdir.write_json(workdir.evaluation_path(self._workdir, step, '.json'), content)
+
+
+def _why_unreadable(path: epath.Path, names: Sequence[str] = ()) -> str:
+    """Returns why a file of arrays is damaged, '' if it is whole and has those of these names."""
+    try:
+        arrays = workdir.read_arrays(path)  # an archive has checksums
+    except FileNotFoundError:
+        return 'it is not there'
+    except OSError:  # the storage's trouble, and not the file's
+        raise
+    except Exception as error:  # whatever zipfile, zlib and NumPy raise
+        return str(error) or type(error).__name__
+    lacking = sorted(set(names) - set(arrays))
+    return f'it lacks {", ".join(lacking)}' if lacking else ''

@@ -1,5 +1,6 @@
 """The training job: the loop around one pure step."""
 
+import contextlib
 import math
 import statistics
 import sys
@@ -16,10 +17,25 @@ from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
-from ensadv import build, checkpoints, costs, data, ensemble, metrics, parallel, steps, workdir
+from ensadv import (
+    build,
+    checkpoints,
+    claims,
+    costs,
+    data,
+    ensemble,
+    metrics,
+    parallel,
+    steps,
+    stopping,
+    workdir,
+)
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.optim import TrainState
+
+LOCK = 'train'  # name of the claim that one process at a time holds on a workdir, to train in it
+CALL_SECONDS = 5.0  # a call of several steps should not take longer
 
 
 class Keys(NamedTuple):
@@ -168,15 +184,37 @@ def check_fits(config: ConfigDict, dataset: data.Dataset) -> None:
         )
 
 
-def next_stop(step: int, config: ConfigDict) -> int:
-    """Returns the step at which the call that starts at `step` has to end."""
+def next_stop(step: int, config: ConfigDict, most: int | None = None) -> int:
+    """Returns the step at which the call that starts at `step` has to end.
+
+    Args:
+      step: where it starts.
+      config: the run's.
+      most: steps that it may have; None: train.steps_per_call.
+    """
     train = config.train
-    stops = [train.steps, step + train.steps_per_call]
+    stops = [train.steps, step + (train.steps_per_call if most is None else most)]
     for period in (train.log_every, train.checkpoint_every, train.snapshot_every):
         stops.append((step // period + 1) * period)
     if step < train.profile_step:
         stops.append(train.profile_step)
     return min(stops)
+
+
+class _CallLength:
+    """How many steps a call may have, so that a signal is not waited with for long."""
+
+    def __init__(self, steps_per_call: int):
+        self._steps_per_call = steps_per_call
+        self._calls = 0
+        self.most = 1
+
+    def add(self, num_steps: int, seconds: float) -> None:
+        """Takes in what a call took."""
+        self._calls += 1
+        if self._calls > 1:  # the first compiles
+            affordable = max(1, int(CALL_SECONDS * num_steps / seconds))
+            self.most = min(self._steps_per_call, affordable)
 
 
 class _Interval:
@@ -217,7 +255,7 @@ def run(
     on_snapshot: Callable[[], None] | None = None,
     label: str = 'train',
 ) -> None:
-    """Trains to config.train.steps, from the newest checkpoint if there is one.
+    """Trains to config.train.steps, from the newest checkpoint that is whole if there is one.
 
     Args:
       config: a validated config.
@@ -226,26 +264,37 @@ def run(
       label: the run's name in its progress.
 
     Raises:
-      UserError: for data, devices or a workdir that do not go with the config.
-      TrainingError: if the loss is no longer finite.
+      UserError: for data, devices or a workdir that do not go with the config, and if another
+        process trains there.
+      TrainingError: if the loss is no longer finite, or no checkpoint can be read.
+      StorageError: if something cannot be written.
+      stopping.Stopped: if the program was asked to end; a checkpoint is written by then.
     """
     config = build.resolve(config)
     saved = checkpoints.open_checkpoints(workdir_path, config.train.checkpoints_to_keep)
-    step = max(saved.steps(), default=0)
+    snapshots = checkpoints.open_snapshots(workdir_path)
+    is_finished = (
+        max(saved.steps(), default=0) >= config.train.steps
+        and config.train.steps in snapshots.steps()
+    )
+    for opened in (saved, snapshots):
+        opened.close()
     # A finished run is looked at on any machine, whatever type it would train in there.
-    ignore = ('model.dtype',) if step >= config.train.steps else ()
-    workdir.check_config(workdir_path, config, ignore)
-    if step < config.train.steps:
+    workdir.check_config(workdir_path, config, ('model.dtype',) if is_finished else ())
+    if not is_finished:
+        lock = claims.Claims(workdir_path / 'claims')
         try:
-            _train(config, workdir_path, step, saved, on_snapshot, label)
+            if holder := lock.take_over(LOCK):
+                raise UserError(f'--workdir={workdir_path}: is being trained in by {holder}')
+            _train(config, workdir_path, lock, on_snapshot, label)
         finally:
-            saved.close()
+            lock.close()
     if on_snapshot:
         on_snapshot()
 
 
-def _train(config, workdir_path, step, saved, on_snapshot, label) -> None:
-    """Trains from `step`, which is 0 or that of a checkpoint, to the last."""
+def _train(config, workdir_path, lock, on_snapshot, label) -> None:
+    """Trains from the newest checkpoint, or from step 0, to the last step."""
     dataset = build.dataset(config)
     check_fits(config, dataset)
     description = dataset.describe()
@@ -254,82 +303,123 @@ def _train(config, workdir_path, step, saved, on_snapshot, label) -> None:
     model = build.model(config, description, dtype=group.dtype, remat=group.remat)
     keys = learner_keys(config)
     make_state = partial(init_state, config, model, dataset.image_shape)
-    parameters = jax.eval_shape(make_state, keys).params
+    abstract = jax.eval_shape(make_state, keys)
     facts = {
         'dataset': description,
-        'parameters': costs.size(parameters),
+        'parameters': costs.size(abstract.params),
         'operations': costs.operations(config, description)._asdict(),
     }
-    session = {'step': step, **build.environment(), 'command': sys.argv}
-    workdir.write_record(workdir_path, config, facts, session)
+    # What a killed process left half written is nobody's, for this one has the lock.
+    keep = config.train.checkpoints_to_keep
+    saved = checkpoints.open_checkpoints(workdir_path, keep, tidy=True)
+    snapshots = checkpoints.open_snapshots(workdir_path, tidy=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(saved.close)
+        stack.callback(snapshots.close)
+        step, state = saved.restore_newest(abstract) or (0, None)
+        session = {'step': step, **build.environment(), 'command': sys.argv}
+        workdir.write_record(workdir_path, config, facts, session)
+        if state is None:
+            state = jax.jit(make_state)(keys)
+            _log_parameters(abstract.params)
+        else:
+            logging.info('%s: going on from the checkpoint of step %d', label, step)
+        train_steps = make_train_steps(config, model, dataset)
+        arrays = parallel.replicate((dataset.image_train, dataset.label_train))
+        state, keys = parallel.replicate((state, keys))
 
-    state = jax.jit(make_state)(keys)
-    if step:
-        state = saved.restore(step, state)
-        logging.info('%s: going on from the checkpoint of step %d', label, step)
-    else:
-        _log_parameters(parameters)
-    train_steps = make_train_steps(config, model, dataset)
-    arrays = parallel.replicate((dataset.image_train, dataset.label_train))
-    state, keys = parallel.replicate((state, keys))
+        def advance(state: TrainState, num_steps: int) -> tuple[TrainState, Mapping[str, Array]]:
+            return jax.block_until_ready(train_steps(state, arrays, keys, np.int32(num_steps)))
 
-    def advance(state: TrainState, num_steps: int) -> tuple[TrainState, Mapping[str, Array]]:
-        return train_steps(state, arrays, keys, np.int32(num_steps))
-
-    log = metrics.TrainingLog(
-        workdir_path,
-        label=label,
-        steps=config.train.steps,
-        first_step=step,
-        profile_step=config.train.profile_step,
-        profile_steps=config.train.profile_steps,
-    )
-    try:
+        log = metrics.TrainingLog(
+            workdir_path,
+            label=label,
+            steps=config.train.steps,
+            first_step=step,
+            profile_step=config.train.profile_step,
+            profile_steps=config.train.profile_steps,
+        )
+        stack.callback(log.close)
         log.hyperparameters(config_lib.flatten(config_lib.to_dict(config)))
-        _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot)
-    finally:
-        log.close()
+        writer = _Writer(config, workdir_path, lock, saved, snapshots, on_snapshot)
+        _loop(config, state, step, advance, log, writer)
 
 
-def _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot) -> None:
+class _Writer:
+    """What training writes beside its metrics."""
+
+    def __init__(self, config, workdir_path, lock, saved, snapshots, on_snapshot):
+        self._config = config
+        self._workdir = workdir_path
+        self._lock = lock
+        self._saved = saved
+        self._snapshots = snapshots
+        self._on_snapshot = on_snapshot
+
+    def write(
+        self, step: int, state: TrainState, *, snapshot: bool, checkpoint: bool,
+        seconds_per_step: list[float],
+    ) -> None:  # fmt: skip
+        """Writes what is due, and has a new snapshot evaluated."""
+        snapshot = snapshot and step not in self._snapshots.steps()
+        # Evaluation may take long, and be interrupted: what training needs is safe by then.
+        evaluated = snapshot and self._on_snapshot is not None
+        checkpoint = checkpoint or (evaluated and step not in self._saved.steps())
+        if (snapshot or checkpoint) and not self._lock.still_held(LOCK):
+            raise TrainingError(
+                f'{self._workdir}: another process trains here since this one was paused, or cut '
+                f'off from its storage, for long; ended at step {step}'
+            )
+        if snapshot:
+            self._snapshots.save(step, snapshot_of(self._config, state), wait=True)
+        if checkpoint:
+            self._saved.save(step, state)
+            if seconds_per_step:
+                timing = {'seconds_per_step': statistics.median(seconds_per_step)}
+                workdir.add_to_session(self._workdir, timing)
+        if evaluated:
+            with stopping.deferred(False):
+                self._on_snapshot()
+
+
+def _loop(config, state, step, advance, log, writer) -> None:
     """Advances from `step` to the last, writing what is due on the way."""
     train, schedule = config.train, build.schedule(config)
-    snapshots = checkpoints.open_snapshots(workdir_path)
     interval = _Interval(step)
     seconds_per_step: list[float] = []  # of every interval but the first, which compiles
     first_step = step
+    length = _CallLength(train.steps_per_call)
     log.step(step)
-    while step < train.steps:
-        stop = next_stop(step, config)
-        state, sums = advance(state, stop - step)
-        step = stop
-        interval.add(sums)
-        last = step == train.steps
-        due = {
-            name: last or step % train[f'{name}_every'] == 0
-            for name in ('log', 'snapshot', 'checkpoint')
-        }
-        # Before anything is saved the metrics are looked at, so that no NaN is ever saved.
-        if any(due.values()):
-            means = interval.means(step, train.batch_size)
-            log.scalars(step, means | {'learning_rate': float(schedule(step - 1))})
-            if interval.first_step > first_step:
-                seconds_per_step.append(train.batch_size / means['examples_per_second'])
-        log.step(step)
-        new_snapshot = due['snapshot'] and step not in snapshots.steps()
-        if new_snapshot:
-            snapshots.save(step, snapshot_of(config, state), wait=True)
-        if due['checkpoint']:
-            saved.save(step, state)
-            if seconds_per_step:
-                timing = {'seconds_per_step': statistics.median(seconds_per_step)}
-                workdir.add_to_session(workdir_path, timing)
-        # Evaluation may take long: what training needs is safe by then.
-        if new_snapshot and on_snapshot:
-            on_snapshot()
-        if any(due.values()):
-            interval = _Interval(step)
-    snapshots.close()
+    if step == train.steps:  # its snapshot was lost, and the checkpoint is there
+        writer.write(step, state, snapshot=True, checkpoint=False, seconds_per_step=[])
+    with stopping.deferred():
+        while step < train.steps:
+            stop, start = next_stop(step, config, length.most), time.monotonic()
+            state, sums = advance(state, stop - step)
+            length.add(stop - step, time.monotonic() - start)
+            step = stop
+            interval.add(sums)
+            last, stops = step == train.steps, stopping.requested()
+            due = {
+                name: last or step % train[f'{name}_every'] == 0
+                for name in ('log', 'snapshot', 'checkpoint')
+            }
+            due['checkpoint'] |= stops
+            # Before anything is saved the metrics are looked at, so that no NaN is ever saved.
+            if any(due.values()):
+                means = interval.means(step, train.batch_size)
+                log.scalars(step, means | {'learning_rate': float(schedule(step - 1))})
+                if interval.first_step > first_step:
+                    seconds_per_step.append(train.batch_size / means['examples_per_second'])
+            log.step(step)
+            writer.write(
+                step, state, snapshot=due['snapshot'], checkpoint=due['checkpoint'],
+                seconds_per_step=seconds_per_step,
+            )  # fmt: skip
+            if stops:
+                break
+            if any(due.values()):
+                interval = _Interval(step)
 
 
 def _log_parameters(params: Any) -> None:

@@ -1,7 +1,10 @@
 """The files of a run's workdir, except weights: config.json and eval/<step>.json, .npz."""
 
+import contextlib
 import io
 import json
+import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import config as config_lib
-from ensadv.errors import ConfigError, UserError
+from ensadv.errors import ConfigError, StorageError, UserError
+
+_CHECKSUM = 'crc32'  # of a JSON file's other fields, without which a flipped digit looks right
 
 
 def absolute(path: str) -> epath.Path:
@@ -21,28 +26,67 @@ def absolute(path: str) -> epath.Path:
 
 
 def write_bytes(path: epath.Path, content: bytes) -> None:
-    """Writes a file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file that appears complete or not at all, also when the power fails.
+
+    Raises:
+      StorageError: if it cannot be written.
+    """
     beside = path.parent / f'.{path.name}.tmp'
-    beside.write_bytes(content)
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open('wb') as file:
+            file.write(content)
+            file.flush()
+            # Only a local file has a number. Without this its new name may be on disk before it.
+            with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+                os.fsync(file.fileno())
+        beside.replace(path)
+    except Exception as error:  # storages other than a local disk have errors of their own
+        with contextlib.suppress(Exception):
+            beside.unlink(missing_ok=True)
+        raise storage_error(path, getattr(error, 'strerror', None) or str(error)) from error
 
 
-def write_json(path: epath.Path, content: Any) -> None:
-    """Writes JSON, complete or not at all."""
-    write_bytes(path, (json.dumps(content, indent=1) + '\n').encode())
+def storage_error(path: epath.Path, reason: str) -> StorageError:
+    """Returns what to tell where `path` cannot be written."""
+    return StorageError(
+        f'{path}: cannot be written: {reason}. What was written before is whole: once there is '
+        'space and permission, the same command goes on from it'
+    )
+
+
+def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON, complete or not at all, with a checksum of itself.
+
+    Raises:
+      StorageError: if it cannot be written.
+    """
+    text = json.dumps({**content, _CHECKSUM: _checksum(content)}, indent=1)
+    write_bytes(path, f'{text}\n'.encode())
 
 
 def read_json(path: epath.Path) -> Any:
-    """Reads JSON.
+    """Reads what `write_json` wrote, or any other JSON.
 
     Raises:
-      UserError: if the file is not JSON.
+      UserError: if the file is not JSON, or its checksum is another.
     """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: not valid JSON ({error})') from error
+    if isinstance(content, dict) and _CHECKSUM in content:
+        written = content.pop(_CHECKSUM)
+        if written != _checksum(content):
+            raise UserError(
+                f'{path}: is not what was written (its {_CHECKSUM} is another): damaged, or '
+                'changed by hand'
+            )
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -181,9 +225,24 @@ def read_examples(workdir: epath.Path, step: int) -> dict[str, np.ndarray] | Non
 
 
 def read_evaluations(workdir: epath.Path) -> dict[int, dict[str, Any]]:
-    """Returns the content of every eval/<step>.json, by step, in order."""
+    """Returns the content of every eval/<step>.json, by step, in order.
+
+    Raises:
+      UserError: if one is damaged.
+    """
+    steps = evaluated_steps(workdir)
+    return {step: read_json(evaluation_path(workdir, step, '.json')) for step in steps}
+
+
+def evaluated_steps(workdir: epath.Path) -> list[int]:
+    """Returns the steps that have an eval/<step>.json, ascending."""
     folder = workdir / 'eval'
     if not folder.exists():
-        return {}
-    paths = {int(path.stem): path for path in folder.glob('*.json') if path.stem.isdecimal()}
-    return {step: read_json(paths[step]) for step in sorted(paths)}
+        return []
+    return sorted(int(path.stem) for path in folder.glob('*.json') if path.stem.isdecimal())
+
+
+def put_aside(path: epath.Path) -> None:
+    """Renames a damaged file, so that it is neither read again nor in the way."""
+    with contextlib.suppress(FileNotFoundError):  # another process did
+        path.replace(path.parent / f'{path.name}.damaged')

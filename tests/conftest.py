@@ -103,6 +103,13 @@ def snapshot_bytes(config: ConfigDict, workdir, step: int) -> list[bytes]:
     return [jax.device_get(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
+def empty_files(folder) -> None:
+    """Leaves every file below a folder without content, as some storage does after a power cut."""
+    for path in pathlib.Path(folder).rglob('*'):
+        if path.is_file():
+            path.write_bytes(b'')
+
+
 def variables_like(config: ConfigDict):
     """Returns the shapes of a snapshot."""
     from ensadv import build

@@ -374,8 +374,8 @@ def this_process(**changes):
 
 @needs_proc
 def test_a_reused_pid_does_not_look_alive(new_claims, folder):
-    assert not this_process().is_gone()
-    assert this_process(start='1').is_gone()
+    assert this_process().runs() is True
+    assert this_process(start='1').runs() is False
     observer = new_claims()
     folder.mkdir(parents=True)
     fields = dataclasses.asdict(this_process(start='1'))
@@ -389,8 +389,8 @@ def test_a_reused_pid_does_not_look_alive(new_claims, folder):
     'changes', [{'machine': 'another'}, {'machine': None}, {'machine': None, 'pid': 2**31 - 1}]
 )
 def test_a_pid_of_another_machine_tells_nothing(changes):
-    assert not this_process(**{'start': '1'} | changes).is_gone()
-    assert not this_process(start=None).is_gone()
+    assert this_process(**{'start': '1'} | changes).runs() is None
+    assert this_process(start=None).runs() is None
 
 
 @needs_proc
@@ -399,9 +399,9 @@ def test_what_cannot_be_told_is_alive(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(claims_lib, '_state_and_start', hidden)
-    assert not this_process(start='1').is_gone()
+    assert this_process(start='1').runs() is None
     monkeypatch.setattr(claims_lib.os, 'kill', hidden)
-    assert not this_process().is_gone()
+    assert this_process().runs() is None
     monkeypatch.setattr(claims_lib.os, 'readlink', hidden)
     assert claims_lib._machine() is None
     assert json.loads(claims_lib._content(0))['start'] is None

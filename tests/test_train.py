@@ -15,6 +15,7 @@ import pytest
 from conftest import (
     ROOT,
     TINY,
+    empty_files,
     overrides,
     run_environment,
     run_main,
@@ -24,7 +25,7 @@ from conftest import (
 )
 from etils import epath
 
-from ensadv import build, checkpoints, ensemble, parallel, train
+from ensadv import build, checkpoints, claims, ensemble, parallel, stopping, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 
@@ -133,6 +134,133 @@ def test_killed_and_started_again_gives_the_same_bits(workdir):
     assert whole.returncode == 0, whole.stderr
     config = tiny_config('singleadv')
     assert snapshot_bytes(config, killed, 120) == snapshot_bytes(config, workdir / 'whole', 120)
+
+
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(workdir):
+    fields = TINY | {
+        'train.steps': 90, 'train.checkpoint_every': 1000, 'train.snapshot_every': 1000,
+        'train.log_every': 10, 'train.steps_per_call': 10, 'eval.inline': False,
+    }  # fmt: skip
+    command = ['--config=configs/singleadv.py', *overrides(fields)]
+    stopped = workdir / 'stopped'
+    process = subprocess.Popen(
+        [sys.executable, 'main.py', *command, f'--workdir={stopped}'],
+        cwd=ROOT, env=run_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    for line in process.stderr:
+        if '] [10] ' in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert errors.splitlines()[-1].startswith('error: SIGTERM: stopped')
+    (reached,) = checkpoints.open_checkpoints(stopped, 3).steps()
+    assert 10 < reached < 90, 'it was stopped too late to test anything'
+    assert not list((stopped / 'claims').iterdir())
+    again = run_main(*command, f'--workdir={stopped}')
+    assert again.returncode == 0, again.stderr
+    assert f'going on from the checkpoint of step {reached}' in again.stderr
+    whole = run_main(*command, f'--workdir={workdir}/whole')
+    assert whole.returncode == 0, whole.stderr
+    config = tiny_config('singleadv')
+    assert snapshot_bytes(config, stopped, 90) == snapshot_bytes(config, workdir / 'whole', 90)
+
+
+def test_a_signal_while_a_snapshot_is_evaluated(workdir, monkeypatch):
+    """It need not be waited for: what training needs is on disk before."""
+    config = tiny_config('singleadv', train__checkpoint_every=100)
+
+    def interrupted():
+        monkeypatch.setattr(stopping, '_requested', signal.SIGTERM)
+        raise stopping.Stopped(signal.SIGTERM)
+
+    with pytest.raises(stopping.Stopped):
+        train.run(config, workdir, on_snapshot=interrupted)
+    assert checkpoints.open_checkpoints(workdir, 3).steps() == [2]
+    assert checkpoints.open_snapshots(workdir).steps() == [2]
+    monkeypatch.undo()
+    train.run(config, workdir)
+    train.run(config, workdir / 'whole')
+    assert snapshot_bytes(config, workdir, 4) == snapshot_bytes(config, workdir / 'whole', 4)
+
+
+def test_two_trainers_in_one_workdir(workdir):
+    config = tiny_config('singleadv')
+    other = claims.Claims(workdir / 'claims')
+    assert other.take(train.LOCK)
+    with pytest.raises(UserError, match=f'is being trained in by .* pid {os.getpid()}'):
+        train.run(config, workdir)
+    assert [path.name for path in workdir.iterdir()] == ['claims']
+    other.close()
+    train.run(config, workdir)
+    assert not list((workdir / 'claims').iterdir())
+
+
+def test_a_trainer_that_lost_its_workdir_writes_no_more(workdir, monkeypatch):
+    """As after a laptop's sleep, when another machine has taken the run over."""
+    config = tiny_config('singleadv')
+    monkeypatch.setattr(claims.Claims, 'still_held', lambda self, name: False)
+    with pytest.raises(TrainingError, match='another process trains here'):
+        train.run(config, workdir)
+    assert checkpoints.open_checkpoints(workdir, 3).steps() == []
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(workdir, caplog):
+    config = tiny_config('singleadv')
+    train.run(config, workdir / 'whole')
+    config.train.steps = 3
+    train.run(config, workdir / 'parts')
+    config.train.steps = 4
+    empty_files(workdir / 'parts' / 'checkpoints' / '3')
+    train.run(config, workdir / 'parts')
+    assert 'checkpoints/3: ' in caplog.text
+    assert 'parts/checkpoints/2 instead' in caplog.text
+    record = json.loads((workdir / 'parts' / 'config.json').read_text())
+    assert [session['step'] for session in record['sessions']] == [0, 2]
+    whole, parts = (snapshot_bytes(config, workdir / name, 4) for name in ('whole', 'parts'))
+    assert whole == parts
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_checkpoints_that_are_all_damaged_are_no_new_start(workdir):
+    config = tiny_config('singleadv', train__steps=2)
+    train.run(config, workdir)
+    config.train.steps = 4
+    empty_files(workdir / 'checkpoints' / '2')
+    record = (workdir / 'config.json').read_bytes()
+    with pytest.raises(TrainingError, match=r'no step in .* can be read'):
+        train.run(config, workdir)
+    assert (workdir / 'config.json').read_bytes() == record
+
+
+def test_the_last_snapshot_is_made_again_from_its_checkpoint(workdir):
+    config = tiny_config('singleadv')
+    train.run(config, workdir)
+    before = snapshot_bytes(config, workdir, 4)
+    (workdir / 'snapshots' / '4').rmtree()
+    calls = []
+    train.run(config, workdir, on_snapshot=lambda: calls.append(1))
+    assert snapshot_bytes(config, workdir, 4) == before
+    assert len(calls) == 2
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(workdir):
+    fields = TINY | {'eval.inline': False}
+    command = ['--config=configs/singleadv.py', *overrides(fields), f'--workdir={workdir}']
+    limited = subprocess.run(
+        ['bash', '-c', 'ulimit -f 60; exec "$@"', 'bash', sys.executable, 'main.py', *command],
+        cwd=ROOT, env=run_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert limited.returncode == 1, limited.stderr
+    assert 'Traceback' not in limited.stderr
+    errors = [line for line in limited.stderr.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1, limited.stderr
+    assert 'cannot be written' in errors[0]
+    again = run_main(*command)
+    assert again.returncode == 0, again.stderr
+    assert (workdir / 'snapshots' / '4').exists()
 
 
 def test_a_finished_run_is_left_alone(workdir, monkeypatch):
@@ -272,3 +400,16 @@ def test_a_profile_is_written_when_asked_for(workdir):
     )
     train.run(config, workdir)
     assert list(pathlib.Path(workdir).rglob('*.xplane.pb'))
+
+
+def test_calls_are_short_enough_for_a_signal():
+    length = train._CallLength(steps_per_call=10)
+    assert length.most == 1
+    length.add(1, 60.0)  # it compiled
+    assert length.most == 1
+    length.add(1, train.CALL_SECONDS / 4)
+    assert length.most == 4
+    length.add(4, 0.1)
+    assert length.most == 10
+    length.add(10, 100 * train.CALL_SECONDS)
+    assert length.most == 1

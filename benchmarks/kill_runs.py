@@ -1,0 +1,257 @@
+"""Kills real runs at random moments, goes on with the same command, and compares the results.
+
+    python benchmarks/kill_runs.py [--kills=50] [--seed=0] [--out=FILE] [--folder=DIR]
+
+Three kinds of work on digits: a trainer that evaluates its own snapshots, a trainer with an
+evaluator beside it, of which one or both are killed, and a study with a transfer set. Each is done
+once undisturbed. Then it is started again and again in a new workdir, and killed (SIGKILL) after a
+time drawn anew from the whole length of the work, until it comes to its end. By then
+
+- the weights of every snapshot that is left are to the bit those of the undisturbed work,
+- so are all results, their ledgers and the transfer set, but for times,
+- nothing half written is left, and the files read in between were all whole.
+
+Prints a line for each kill and a table; exit code 1 if a run differs.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import ROOT
+
+FIELDS = {
+    'data.name': 'digits',
+    'data.pad': 1,
+    'epsilon': 0.15,
+    'model.depth': 10,
+    'model.width': 1,
+    'train.steps': 60,
+    'train.batch_size': 16,
+    'train.steps_per_call': 5,
+    'train.log_every': 5,
+    'train.checkpoint_every': 10,
+    'train.snapshot_every': 20,
+    'attack.steps': 2,
+    'eval.attacks': ('clean', 'ifgsm5', 'pgd5'),
+    'eval.long_attacks': ('pgd30',),
+    'eval.num_examples': 100,
+    'eval.examples': 4,
+    'eval.batch_size': 50,
+}
+SINGLE = ['--config=configs/singleadv.py']
+EVALUATE = ['--mode=evaluate', '--config=configs/singleadv.py']
+STUDY = ['--mode=study', '--config=configs/quickstart.py']
+STUDY_FIELDS = {
+    'study.systems': ('singleadv', 'ensemble2adv'),
+    'study.planes': (),
+    'eval.attacks': ('clean', 'ifgsm5', 'blackbox'),
+    'train.steps': 20,
+    'train.learning_rate_steps': (15,),
+    'blackbox.sources': ('baseline',),
+    'blackbox.rounds': 2,
+    'blackbox.steps': 5,
+}
+# Name: the commands that run beside each other.
+WORK = {
+    'trainer': [(SINGLE, {})],
+    'trainer and evaluator': [
+        (SINGLE, {'eval.inline': False}),
+        (EVALUATE, {'eval.inline': False, 'eval.follow': True}),
+    ],
+    'study': [(STUDY, STUDY_FIELDS)],
+}
+SHARES = {'trainer': 0.4, 'trainer and evaluator': 0.3, 'study': 0.3}
+LIMIT_SECONDS = 600.0
+
+
+def start(arguments, fields, workdir, cache):
+    """Starts a command, in a process group of its own."""
+    command = [
+        sys.executable, 'main.py', *arguments, f'--workdir={workdir}',
+        f'--compilation_cache={cache}',
+        *(f'--config.{field}={value}' for field, value in (FIELDS | fields).items()),
+    ]  # fmt: skip
+    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '2'}
+    env.pop('JAX_COMPILATION_CACHE_DIR', None)
+    with (workdir.parent / f'{workdir.name}.log').open('ab') as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def finish(processes, workdir):
+    """Waits until all are done; ends the program if one fails."""
+    end = time.monotonic() + LIMIT_SECONDS
+    for process in processes:
+        try:
+            code = process.wait(timeout=max(1.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = 'none: it hangs'
+        if code != 0:
+            for other in processes:
+                other.kill()
+            log = workdir.parent / f'{workdir.name}.log'
+            sys.exit(f'{" ".join(process.args)}: exit code {code}\n{log.read_text()[-3000:]}')
+
+
+def kill(process):
+    """Kills a process; returns whether it was still at work."""
+    if process.poll() is not None:
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
+
+
+def results(workdir):
+    """Returns everything that must not depend on kills, as {name: digest or content}.
+
+    Raises:
+      ValueError: if something half written is left.
+    """
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    found = {}
+    for path in sorted(workdir.rglob('*')):
+        name = path.relative_to(workdir).as_posix()
+        if 'tmp' in path.name or path.name.endswith('.damaged'):
+            raise ValueError(f'{name} was left')
+        if path.parent.name == 'eval' and path.suffix == '.json':
+            found[name] = without_circumstances(json.loads(path.read_text()))
+        elif path.suffix == '.npz':
+            with np.load(path, allow_pickle=False) as arrays:
+                found[name] = {key: digest(arrays[key]) for key in arrays if key != 'record'}
+        elif path.parent.name == 'snapshots' and path.is_dir():
+            tree = ocp.StandardCheckpointer().restore(path / 'default')
+            import jax
+
+            found[name] = [digest(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+    return found
+
+
+def digest(array):
+    return hashlib.sha256(f'{array.dtype} {array.shape}'.encode() + array.tobytes()).hexdigest()
+
+
+def without_circumstances(content):
+    """Returns results without times and machines."""
+    content.pop('crc32')
+    for result in (*content['attacks'], *content['validation']):
+        for name in ('seconds', 'devices', 'versions', 'xla_flags'):
+            result.pop(name, None)
+        # The transfer set's place.
+        result['settings'].pop('path', None)
+    return content
+
+
+def read_all(workdir):
+    """Reads what another job might read at this moment."""
+    for path in (*workdir.rglob('config.json'), *workdir.rglob('eval/[0-9]*.json')):
+        json.loads(path.read_text())
+
+
+def undisturbed(name, folder, cache):
+    """Does the work once to fill the cache, and once to be measured.
+
+    Returns:
+      Its results, and its length in seconds.
+    """
+    for turn in ('first', 'undisturbed'):
+        workdir = folder / name.replace(' ', '_') / turn
+        workdir.mkdir(parents=True)
+        begin = time.monotonic()
+        finish([start(*command, workdir, cache) for command in WORK[name]], workdir)
+        seconds = time.monotonic() - begin
+    return results(workdir), seconds
+
+
+def killed(name, kills, folder, cache, rng, expected, seconds):
+    """Kills the work so many times; returns how many kills each finished workdir survived."""
+    survived, total = [], 0
+    while total < kills:
+        workdir = folder / name.replace(' ', '_') / f'killed_{len(survived)}'
+        workdir.mkdir(parents=True)
+        in_this = 0
+        while total < kills:
+            processes = [start(*command, workdir, cache) for command in WORK[name]]
+            after = rng.uniform(0, seconds)
+            # Of several, any one or all of them.
+            victims = rng.choice([processes, *([process] for process in processes)])
+            end = time.monotonic() + after
+            while time.monotonic() < end and any(v.poll() is None for v in victims):
+                time.sleep(0.01)
+            hits = sum(map(kill, victims))
+            if not hits:
+                finish(processes, workdir)
+                break
+            total, in_this = total + 1, in_this + 1
+            read_all(workdir)
+            there = sorted(p.name for p in workdir.rglob('checkpoints/[0-9]*'))
+            print(f'{name}: kill {total} after {after:.1f} s; checkpoints {there}', flush=True)
+            # Whoever was left alone goes on, and comes to its end only with the others.
+            for process in processes:
+                kill(process)
+        else:
+            finish([start(*command, workdir, cache) for command in WORK[name]], workdir)
+        found = results(workdir)
+        if found != expected:
+            differing = sorted(
+                key for key in expected | found if expected.get(key) != found.get(key)
+            )
+            sys.exit(f'{workdir}: differs after {in_this} kills: {", ".join(differing)}')
+        survived.append(in_this)
+        shutil.rmtree(workdir)
+    return survived
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--kills', type=int, default=50, help='in all (50)')
+    parser.add_argument('--seed', type=int, default=0, help='of the moments (0)')
+    parser.add_argument('--out', type=pathlib.Path, help='write the report there as well')
+    parser.add_argument(
+        '--folder', type=pathlib.Path, help='for the runs; default: a temporary one'
+    )
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    lines = [
+        '| work | length, s | kills | workdirs | kills in each | equal to the undisturbed work |',
+        '| --- | --- | --- | --- | --- | --- |',
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or pathlib.Path(temporary)).absolute()
+        left = args.kills
+        for name in WORK:
+            is_last = name == list(WORK)[-1]
+            kills = left if is_last else round(SHARES[name] * args.kills)
+            left -= kills
+            expected, seconds = undisturbed(name, folder, folder / 'compiled')
+            survived = killed(name, kills, folder, folder / 'compiled', rng, expected, seconds)
+            in_each = ', '.join(map(str, survived))
+            lines.append(
+                f'| {name} | {seconds:.0f} | {kills} | {len(survived)} | {in_each} '
+                f'| {len(survived)} of {len(survived)} |'
+            )
+    report = '\n'.join(lines) + '\n'
+    print(report, end='')
+    if args.out:
+        args.out.write_text(report)
+
+
+if __name__ == '__main__':
+    main()
