@@ -132,12 +132,15 @@ def set_up_logging() -> None:
     def ours(record: python_logging.LogRecord) -> bool:
         parts = Path(record.pathname).parts
         return (
-            record.levelno >= python_logging.WARNING
+            # Orbax logs each thread's part of an error that it raises as well.
+            (record.levelno >= python_logging.WARNING and 'orbax' not in parts)
             or 'ensadv' in parts
             or parts[-1] == 'logging_writer.py'
         )
 
     logging.get_absl_handler().addFilter(ours)
+    # So do its unfinished writes, when they find that nobody waits for them any more.
+    sys.unraisablehook = lambda args: logging.debug('%s', args.err_msg, exc_info=args.exc_value)
     # On a terminal the progress bars say it all.
     if not FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING if sys.stderr.isatty() else logging.INFO)
