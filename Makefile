@@ -16,6 +16,7 @@ test: $(VENV)/dev lint
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck launch/*.sh
 
 benchmark: $(VENV)/benchmark
 	$(VENV)/bin/python benchmarks/speed.py
