@@ -131,8 +131,8 @@ worker_start() {
       ;;
   esac
   printf '%s\n' "$1" >~/ensadv/run.sh
-  # 143: main.py was told to end by SIGTERM. After `systemctl stop` that is no failure, and after
-  # any other SIGTERM it has to go on. RestartSec: by then all other workers have noticed. The
+  # 143: SIGTERM told main.py to end, or killed Python early. After `systemctl stop` that is no
+  # failure, and after any other it has to go on. RestartSec: by then all workers have noticed. The
   # limit: a loss that is NaN again each time must not run forever. LimitMEMLOCK: libtpu pins
   # memory, and systemd allows a service less of it than a login.
   sudo tee /etc/systemd/system/ensadv.service >/dev/null <<UNIT
@@ -150,7 +150,7 @@ Environment=PYTHONUNBUFFERED=1
 Restart=on-failure
 RestartSec=60
 RestartPreventExitStatus=2
-RestartForceExitStatus=143
+RestartForceExitStatus=143 SIGTERM
 SuccessExitStatus=143
 TimeoutStopSec=60
 LimitMEMLOCK=infinity

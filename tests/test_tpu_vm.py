@@ -398,7 +398,7 @@ def test_the_unit(pod):
     lines = unit.read_text().splitlines()
     assert {
         # After a crash, and after a SIGTERM that was not `systemctl stop`; not after a mistake.
-        *('Restart=on-failure', 'RestartForceExitStatus=143', 'RestartPreventExitStatus=2'),
+        *('Restart=on-failure', 'RestartForceExitStatus=143 SIGTERM', 'RestartPreventExitStatus=2'),
         # Stopped it has not failed, and it has the 30 seconds that main.py may take.
         *('SuccessExitStatus=143', 'TimeoutStopSec=60'),
         # After a reboot.
