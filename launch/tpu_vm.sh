@@ -308,7 +308,7 @@ watch_ready() {
 }
 
 watch_run() {
-  local first_look=1 failures=0
+  local first_look=1 answered='' failures=0
   if [[ $dry_run ]]; then
     create_vm && copy_and_install && on_workers all worker_start "$run_script"
     return
@@ -335,11 +335,13 @@ watch_run() {
         tpu delete "$name" >/dev/null 2>"$temp/errors" || say "$(gcloud_error)"
         ;;
       UNKNOWN)
-        if [[ $first_look ]]; then fail 1 "$(gcloud_error)"; fi
+        # Not signed in, for instance. Later it is the network, and passes.
+        [[ $answered ]] || fail 1 "$(gcloud_error)"
         say "$(gcloud_error)"
         ;;
       *) say "$vm_state" ;;
     esac
+    [[ $vm_state == UNKNOWN ]] || answered=1
     sleep "$interval"
   done
   say 'finished'
