@@ -97,7 +97,7 @@ elif command == 'ssh':
 """
 
 ON_WORKERS = {
-    'hostname': 'basename "$HOME"',
+    'hostname': 'echo "${HOME##*/}"',
     # Root's files are below the home, too.
     'sudo': 'exec "${@/#\\/etc\\//$HOME/etc/}"',
     'journalctl': 'echo "$HOME" "$@"',
@@ -114,7 +114,9 @@ case $*  in
     fi ;;
   'enable --quiet --now ensadv')
     code=0
-    $(sed -n s/ExecStart=//p $unit) || code=$?
+    $(sed -n s/ExecStart=//p $unit) &
+    echo $! >~/pid_of_the_unit
+    wait $! || code=$?
     active=failed
     if [[ $code == 0 ]]; then active=inactive; elif [[ $code == 99 ]]; then active=active; fi
     printf '%s\\n' ExecMainStatus=$code ExecMainCode=1 Result=x ActiveState=$active >~/properties
@@ -142,6 +144,7 @@ fi""",
     'the_python': """
 [[ $1 == main.py ]] || exit 0
 [[ -f main.py ]] || exit 5
+echo $$ >~/pid_of_python
 printf '%s\\0' "$@" >>~/argv
 exit "$(cat ~/exit_code 2>/dev/null || echo 99)"
 """,
@@ -155,15 +158,17 @@ class Cloud:
         self.root = root
         self.checkout = root / 'check out'
         self.path = root / 'path'
+
+    def make(self):
         self.plan()
-        bin = root / 'bin'
+        bin = self.root / 'bin'
         bin.mkdir()
         for name, text in ON_WORKERS.items():
             (bin / name).write_text(f'#!/bin/bash\nset -e\n{text}\n')
             (bin / name).chmod(0o755)
         # No more than these, so that no uv of this machine is found there.
         for name in (
-            *('bash', 'basename', 'cat', 'cp', 'dirname', 'env', 'grep', 'gzip', 'id', 'mkdir'),
+            *('bash', 'cat', 'cp', 'dirname', 'env', 'grep', 'gzip', 'id', 'mkdir'),
             *('mv', 'rm', 'sed', 'sort', 'tar', 'tee', 'tr'),
         ):
             (bin / name).symlink_to(shutil.which(name))
@@ -234,17 +239,27 @@ class Cloud:
 
 @pytest.fixture
 def cloud(tmp_path):
-    return Cloud(tmp_path)
+    cloud = Cloud(tmp_path)
+    cloud.make()
+    return cloud
 
 
-@pytest.fixture
-def pod(cloud):
-    """A VM of two workers that are set up."""
+@pytest.fixture(scope='module')
+def set_up(tmp_path_factory):
+    cloud = Cloud(tmp_path_factory.mktemp('pod'))
+    cloud.make()
     cloud.make_checkout()
     cloud.done('create', 'pod', ZONE, '--type=v4-16')
     cloud.done('setup', 'pod', ZONE)
     (cloud.root / 'calls').unlink()
-    return cloud
+    return cloud.root
+
+
+@pytest.fixture
+def pod(set_up, tmp_path):
+    """A VM of two workers that are set up."""
+    shutil.copytree(set_up, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return Cloud(tmp_path)
 
 
 def test_shellcheck():
@@ -405,7 +420,10 @@ def test_the_unit(pod):
         'WantedBy=multi-user.target',
         f'ExecStart=/bin/bash {pod.workers()[0]}/ensadv/run.sh',
     } <= set(lines)
-    calls = (pod.workers()[0] / 'systemctl_calls').read_text()
+    # It is Python that gets the SIGTERM.
+    home = pod.workers()[0]
+    assert (home / 'pid_of_python').read_text() == (home / 'pid_of_the_unit').read_text()
+    calls = (home / 'systemctl_calls').read_text()
     assert calls.endswith('daemon-reload\nreset-failed ensadv\nenable --quiet --now ensadv\n')
     if shutil.which('systemd-analyze'):
         check = subprocess.run(
@@ -470,6 +488,9 @@ def test_status_of_what_is_not_there(cloud):
 
 def test_a_preempted_vm_goes_on(cloud):
     cloud.make_checkout()
+    # Somebody edits the checkout meanwhile.
+    edit = f'echo 3 >"{cloud.checkout}/main.py"'
+    (cloud.root / 'bin' / 'hostname').write_text(f'#!/bin/bash\n{edit}\necho "${{HOME##*/}}"\n')
     looks = ['', '', 'CREATING', 'READY', '', 'PREEMPTED', '', '', '', '', 'exit 0']
     cloud.plan(events=looks, create=['', 'RESOURCE_EXHAUSTED: no more capacity'])
     result = cloud.done(*WATCH, *RUN)
@@ -488,6 +509,10 @@ def test_a_preempted_vm_goes_on(cloud):
     assert creates[0] == creates[2]
     assert '--spot' in creates[0]
     assert cloud.argv() == [['main.py', *RUN]] * 2  # of the new VM; the old one's are gone
+    # The new one has the code that watch began with, too.
+    assert (cloud.checkout / 'main.py').read_text() == '3\n'
+    for home in cloud.workers():
+        assert (home / 'ensadv' / 'code' / 'main.py').read_text() == '2'
     said = [line.split(': ', 1)[1] for line in result.stderr.splitlines() if ' pod: ' in line]
     assert said[1:] == [
         'creating the VM',
@@ -502,19 +527,6 @@ def test_a_preempted_vm_goes_on(cloud):
         'running',
         'finished',
     ]
-
-
-def test_a_new_vm_gets_the_code_of_the_start_of_watch(cloud):
-    """An edit of the checkout meanwhile does not change the run."""
-    cloud.make_checkout()
-    (cloud.root / 'bin' / 'hostname').write_text(
-        f'#!/bin/bash\necho 3 >"{cloud.checkout}/main.py"; basename "$HOME"\n'
-    )
-    cloud.plan(events=['', '', 'TERMINATED', '', '', 'exit 0'])
-    cloud.done(*WATCH, *RUN)
-    assert (cloud.checkout / 'main.py').read_text() == '3\n'
-    for home in cloud.workers():
-        assert (home / 'ensadv' / 'code' / 'main.py').read_text() == '2'
 
 
 @pytest.mark.parametrize(
