@@ -1,10 +1,12 @@
 """The notebook for Colab: run from top to bottom as Jupyter runs it, small and on the CPU."""
 
 import ast
+import contextlib
 import glob
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -46,7 +48,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 def shown(cell: nbformat.NotebookNode, kind: str = 'text/plain') -> str:
     """Returns what a cell printed, or all that it displayed of another kind."""
     if kind == 'text/plain':
-        return ''.join(o.text for o in cell.outputs if o.output_type == 'stream')
+        return ''.join(o.text for o in cell.outputs if o.get('name') == 'stdout')
     return ''.join(o.data.get(kind, '') for o in cell.outputs if 'data' in o)
 
 
@@ -62,52 +64,52 @@ def kernels(tmp_path, monkeypatch):
         os.kill(json.loads(info.read_text())['pid'], signal.SIGTERM)
 
 
-def sessions(run: pathlib.Path) -> list[int]:
-    """Returns the steps from which a run was trained, one for each time."""
-    record = json.loads((run / 'config.json').read_text())
-    return [session['step'] for session in record['sessions']]
-
-
-def parameters(workdir: pathlib.Path, systems: str, steps: int) -> dict:
-    # SMALL stays on: what it sets are fields that exist, and OVERRIDES win over it.
-    tiny = overrides(TINY | {'train.steps': steps, 'train.learning_rate_steps': (1,)})
-    return {
-        'WORKDIR': str(workdir),
-        'SYSTEMS': systems,
-        'OVERRIDES': shlex.join(tiny),
-        'ATTACK': 'pgd3',
-    }
-
-
 @pytest.mark.usefixtures('kernels')
-def test_it_runs_from_top_to_bottom_and_goes_on_when_it_is_run_again(tmp_path):
+def test_it_runs_from_top_to_bottom_and_trains_nothing_again_when_it_is_run_again(tmp_path):
     workdir = tmp_path / 'run'
-    first = with_parameters(read(), **parameters(workdir, 'singleadv', steps=2))
-    execute(first)
-    assert 'JAX 0.10' in shown(cell(first, 'devices'))
-    assert 'tensorboard-frame' in shown(cell(first, 'tensorboard'), 'text/html')
-    assert 'step 2  n 30  clean' in shown(cell(first, 'evaluate'))
-    assert sessions(workdir / 'singleadv_seed0') == [0]
+    # Two snapshots: a figure over training has a point for each.
+    tiny = TINY | {'train.steps': 2, 'train.learning_rate_steps': (1,), 'train.snapshot_every': 1}
+    # SMALL stays on: the fields that it sets exist, and those of OVERRIDES win over them.
+    notebook = with_parameters(
+        read(),
+        WORKDIR=str(workdir),
+        SYSTEMS='singleadv',
+        OVERRIDES=shlex.join(overrides(tiny)),
+        ATTACK='pgd2',
+    )
+    again = nbformat.v4.new_code_cell(cell(notebook, 'train').source)
+    imported = nbformat.v4.new_code_cell("print('jax' in sys.modules)")
+    notebook.cells += [again, imported]
+    execute(notebook)
 
-    # More steps and one more system stand for what a disconnect left undone.
-    values = parameters(workdir, 'singleadv, ensemble2adv', steps=4)
-    second = with_parameters(read(), **values, TENSORBOARD=False)
-    again = nbformat.v4.new_code_cell(cell(second, 'train').source)
-    question = nbformat.v4.new_code_cell("print('imported:', 'jax' in sys.modules)")
-    second.cells += [again, question]
-    execute(second)
-    assert 'going on from the checkpoint of step 2' in shown(cell(second, 'train'))
-    # Each step was computed once: what is finished is not trained again.
-    assert sessions(workdir / 'singleadv_seed0') == [0, 2]
-    assert sessions(workdir / 'ensemble2adv_seed0') == [0]
-    assert not cell(second, 'tensorboard').outputs
-    # The notebook's own process would hold the TPU.
-    assert 'imported: False' in shown(question)
+    assert 'JAX 0.10' in shown(cell(notebook, 'devices'))
+    assert 'tensorboard-frame' in shown(cell(notebook, 'tensorboard'), 'text/html')
+    assert '[1/1] singleadv_seed0' in shown(cell(notebook, 'train'))
+    assert re.search(r'step 2  n 30  clean .*pgd2', shown(cell(notebook, 'evaluate')))
+    # Begun once, at step 0.
+    record = json.loads((workdir / 'singleadv_seed0' / 'config.json').read_text())
+    assert [session['step'] for session in record['sessions']] == [0]
+    assert 'The report:' in shown(again)
+    # The notebook's own process would keep the TPU from those that it starts.
+    assert shown(imported) == 'False\n'
 
-    table = shown(cell(second, 'report'), 'text/markdown')
-    assert all(name in table for name in ('SingleAdv', 'Ensemble2Adv', 'PGD3', '**figure2a**'))
-    figures = [o for o in cell(second, 'report').outputs if 'image/png' in o.get('data', {})]
-    assert len(figures) == len(list((workdir / 'report').glob('*.png'))) >= 4
+    report = cell(notebook, 'report')
+    table = shown(report, 'text/markdown')
+    for text in ('SingleAdv', 'PGD2', '**figure2a**'):
+        assert text in table
+    figures = [output for output in report.outputs if 'image/png' in output.get('data', {})]
+    assert len(figures) == len(list((workdir / 'report').glob('*.png'))) > 0
+
+
+def test_a_field_in_the_overrides_is_not_set_by_the_small_settings():
+    attacks = "--config.eval.attacks=('clean', 'pgd5')"
+    variables = run_cells('settings', SYSTEMS='baseline, vgg', OVERRIDES=f'"{attacks}" --x=1')
+    settings = variables['SETTINGS']
+    assert settings[-2:] == [attacks, '--x=1']
+    assert sum('eval.attacks' in setting for setting in settings) == 1
+    assert "--config.study.systems=('baseline', 'vgg')" in settings
+    assert '--config.train.steps=4000' in settings
+    assert len(run_cells('settings', SMALL=False)['SETTINGS']) == 2
 
 
 @pytest.mark.usefixtures('kernels')
@@ -145,7 +147,7 @@ class Processes:
         self.environments.append(env)
         if command[:2] == ['git', 'clone']:
             pathlib.Path(command[-1]).mkdir()
-        return types.SimpleNamespace(stdout=(), returncode=0, wait=lambda: 0)
+        return contextlib.nullcontext(types.SimpleNamespace(stdout=(), returncode=0))
 
 
 def run_cells(*names: str, **values) -> dict:
