@@ -235,7 +235,7 @@ def _log_table(title: str, rows: Rows, place: Place) -> None:
         ):
             continue
         # What goes into a layer has mostly come out of the one before.
-        if seen.finite and other.what.endswith('its input'):
+        if other != place and other.what.endswith('its input'):
             continue
         member, where = other.member, f'{other.layer or "the whole network"}: {other.what}'
         if member is None:
