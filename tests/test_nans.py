@@ -292,28 +292,30 @@ def test_layers_come_in_the_order_of_computation(changes, forward):
 # Finding the step.
 
 
-def a_run(bad, broken_state=False):
-    """Returns an `advance` whose step from `bad` breaks metrics and state, or the state alone."""
+def a_run(bad, broken='metrics'):
+    """Returns an `advance` whose step from `bad` gives metrics or weights that are not finite."""
 
     def advance(state, num_steps):
         assert num_steps == 1
-        is_bad = bool(state['step'] == bad)
-        weights = state['weights'].at[0].add(np.nan if is_bad else 1)
-        metrics = {'loss': jnp.float32(np.inf if is_bad and not broken_state else 1)}
-        return {'step': state['step'] + 1, 'weights': weights}, metrics
+        values = {'metrics': 1.0, 'weights': 1.0}
+        if bad is not None and state['step'] == bad:
+            values[broken] = np.inf if broken == 'metrics' else np.nan
+        weights = state['weights'].at[0].add(values['weights'])
+        state = {'step': state['step'] + 1, 'weights': weights}
+        return state, {'loss': jnp.float32(values['metrics'])}
 
     return advance
 
 
-@pytest.mark.parametrize('broken_state', [False, True])
-def test_replay_stops_before_the_first_bad_step(broken_state):
+@pytest.mark.parametrize('broken', ['metrics', 'weights'])
+def test_replay_stops_before_the_first_bad_step(broken):
     state = {'step': jnp.int32(3), 'weights': jnp.zeros(2)}
-    step, before = nans.replay(state, a_run(7, broken_state), 3, 20)
+    step, before = nans.replay(state, a_run(7, broken), 3, 20)
     assert step == 7
     assert (before['step'], list(before['weights'])) == (7, [4, 0])
-    assert nans.replay(state, a_run(7, broken_state), 3, 7) is None
+    assert nans.replay(state, a_run(7, broken), 3, 7) is None
     state['weights'] = state['weights'].at[1].set(np.inf)
-    assert nans.replay(state, a_run(7, broken_state), 3, 20)[0] == 3
+    assert nans.replay(state, a_run(7, broken), 3, 20)[0] == 3
 
 
 # Whole runs.
@@ -418,8 +420,8 @@ def test_the_command_line_on_two_devices(tmp_path):
     assert 'Traceback' not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith('error: the step from 4 to 5 is the first that is not finite. ')
-    assert 'clean forward pass, member 0, ' in last
-    # Both devices' values count: 8 images.
+    assert 'clean forward pass, member 0, group_1_block_1/norm_2, its output: ' in last
+    assert ' of 8,192 values; ' in last  # 8x8 pixels, 16 channels, the 8 images of both devices
     assert 'largest finite values in the step from 4 to 5, clean forward pass:' in result.stderr
 
 
@@ -474,6 +476,7 @@ def test_the_message_names_everything(monkeypatch):
     stage, good = 'clean forward pass', Seen(0, 0, 8, 2.0)
     rows = inspection.Rows()
     for member, bad in ((0, good), (1, Seen(3, 1000, 2048, 1e38)), (2, Seen(1, 0, 8, 0.0))):
+        rows[Place(stage, member, '', 'its input')] = Seen(0, 0, 8, 1e3)
         rows[Place(stage, member, 'conv_0', 'its input')] = Seen(0, 0, 8, 30.0 + member)
         rows[Place(stage, member, 'conv_0', 'its output')] = bad
         rows[Place(stage, member, '', 'its output')] = bad
