@@ -148,6 +148,18 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
     )
 
 
+def step_settings(config: ConfigDict, model: nn.Module) -> dict[str, Any]:
+    """Returns how a training step computes, by the names that `steps.train_step` has for it."""
+    return {
+        'model': model,
+        'optimizer': optimizer(config),
+        'combine': config.ensemble.combine,
+        'attack': training_attack(config),
+        'attack_batch_norm': config.attack.batch_norm,
+        'adversarial_weight': config.train.adversarial_weight,
+    }
+
+
 def attack_names(config: ConfigDict) -> tuple[str, ...]:
     """Returns the attacks of every snapshot; with a transfer set blackbox is one of them."""
     names = tuple(config.eval.attacks)

@@ -16,6 +16,7 @@ MUTABLE_FIELDS = (
     'data.path',  # the data's fingerprint is compared instead
     'data.download',
     'blackbox',
+    'debug',
     'eval.attacks',
     'eval.batch_size',
     'eval.examples',
@@ -92,6 +93,8 @@ def validate(config: ConfigDict) -> None:
     for group in (_validate_data, _validate_network, _validate_train, _validate_attacks,
                   _validate_evaluation, _validate_blackbox, _validate_planes):  # fmt: skip
         group(config)
+    if not isinstance(config.debug.nans, bool):
+        raise ConfigError(f'debug.nans: expected True or False, found {config.debug.nans!r}')
     for name in config.study.systems:
         if not isinstance(name, str) or not name.isidentifier():
             raise ConfigError(f'study.systems: {name!r} is not the name of a file in configs/')

@@ -25,6 +25,7 @@ from ensadv import (
     data,
     ensemble,
     metrics,
+    nans,
     parallel,
     steps,
     stopping,
@@ -91,43 +92,48 @@ def snapshot_of(config: ConfigDict, state: TrainState) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: leaf[:, 0], variables)
 
 
+def draw_batch(
+    config: ConfigDict, step: Array, arrays: tuple[Array, Array], keys: Keys
+) -> tuple[steps.Batch, Array]:
+    """Returns this device's share of a step's batch, and a key for each example's attack.
+
+    Inside `parallel.run_on_devices` only. `arrays` are the whole training split.
+    """
+    images, labels = arrays
+    batch_size = config.train.batch_size
+    flip = config.data.flip
+    if flip is None:
+        flip = data.flips_by_default(config.data.name)
+    places = parallel.my_share(batch_size)
+    indices = data.batch_indices(
+        keys.batches, step, places, batch_size=batch_size, num_examples=len(labels)
+    )
+
+    def example_keys(key):
+        key = jax.random.fold_in(key, step)
+        return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+
+    x = data.augment(
+        example_keys(keys.augmentation), images[indices], pad=config.data.pad, flip=flip
+    )
+    return (data.to_pixels(x), labels[indices]), example_keys(keys.attack)
+
+
 def make_train_steps(config: ConfigDict, model: Any, dataset: data.Dataset) -> Callable[..., Any]:
     """Returns the compiled `(state, arrays, keys, num_steps) -> (state, sums of metrics)`.
 
     The state's memory is reused. `arrays` are the whole training split, uint8 images and int32
     labels; `num_steps` is traced, so that a call of any length runs the same compiled code.
     """
-    batch_size = config.train.batch_size
-    flip = config.data.flip
-    if flip is None:
-        flip = data.flips_by_default(config.data.name)
     train_step = partial(
         steps.train_step,
-        model=model,
-        optimizer=build.optimizer(config),
-        combine=config.ensemble.combine,
-        attack=build.training_attack(config),
-        attack_batch_norm=config.attack.batch_norm,
-        adversarial_weight=config.train.adversarial_weight,
+        **build.step_settings(config, model),
         mean_over_devices=parallel.mean_over_devices,
     )
 
     def one_step(state: TrainState, keys: Keys, arrays: tuple[Array, Array]):
-        images, labels = arrays
-        places = parallel.my_share(batch_size)
-        indices = data.batch_indices(
-            keys.batches, state.step, places, batch_size=batch_size, num_examples=len(labels)
-        )
-
-        def example_keys(key):
-            key = jax.random.fold_in(key, state.step)
-            return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
-
-        x = data.augment(
-            example_keys(keys.augmentation), images[indices], pad=config.data.pad, flip=flip
-        )
-        batch = data.to_pixels(x), labels[indices]
-        return train_step(state, batch, example_keys(keys.attack))
+        batch, rng = draw_batch(config, state.step, arrays, keys)
+        return train_step(state, batch, rng)
 
     if config.ensemble.training == 'separate':
         one_member = one_step
@@ -232,17 +238,12 @@ class _Interval:
         """Returns the averages over the interval's steps.
 
         Raises:
-          TrainingError: if one of them is not finite.
+          nans.NotFiniteError: if one of them is not finite.
         """
         sums = jax.tree.map(lambda *leaves: float(np.sum(leaves)), *jax.device_get(self._sums))
         means = {name: value / (step - self.first_step) for name, value in sums.items()}
         if not all(map(math.isfinite, means.values())):
-            raise TrainingError(
-                'the loss, its gradient or the weights are not finite between steps '
-                f'{self.first_step} and {step}; the checkpoints before that are good. A lower '
-                'train.learning_rate helps most often (in a new workdir: the config of a run '
-                'cannot change)'
-            )
+            raise nans.NotFiniteError(self.first_step, step)
         seconds = time.monotonic() - self._start
         means['examples_per_second'] = (step - self.first_step) * batch_size / seconds
         return means
@@ -342,7 +343,18 @@ def _train(config, workdir_path, lock, on_snapshot, label) -> None:
         stack.callback(log.close)
         log.hyperparameters(config_lib.flatten(config_lib.to_dict(config)))
         writer = _Writer(config, workdir_path, lock, saved, snapshots, on_snapshot)
-        _loop(config, state, step, advance, log, writer)
+        try:
+            _loop(config, state, step, advance, log, writer)
+        except nans.NotFiniteError as error:
+            saved.close()  # and so whole
+            start = max(saved.steps(), default=0)
+            if not config.debug.nans:
+                raise nans.unexplained(error, start) from None
+            start, state = saved.restore_newest(abstract) or (0, None)
+            if state is None:
+                state = parallel.replicate(jax.jit(make_state)(learner_keys(config)))
+            examine = nans.make_examine(config, dataset, partial(draw_batch, config), arrays, keys)
+            raise nans.explained(error, config, start, state, advance, examine) from None
 
 
 class _Writer:
