@@ -89,7 +89,7 @@ def _no_directory(path: epath.Path, to_write: bool) -> str:
     for part in (path, *path.parents):
         try:
             found = os.stat(part)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             return f'cannot be a directory ({error.strerror})'

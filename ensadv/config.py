@@ -373,12 +373,16 @@ def check_fields(config: ConfigDict, default: ConfigDict) -> None:
         raise ConfigError(f'unknown config field {field}{nearest(field, known)}')
     for field in sorted(known.keys() - found.keys()):
         raise ConfigError(f'{field}: missing; a config is a diff on configs/default.py')
+    values = flatten(config.to_dict())
     for field, kind in known.items():
-        if not issubclass(found[field], kind) and (kind, found[field]) != (float, int):
-            raise ConfigError(
-                f'{field}: expected {kind.__name__}, found {found[field].__name__}; '
-                'a config is a diff on configs/default.py'
-            )
+        # With ignore_type() a field can hold what it does not take.
+        kinds = [found[field]] + [type(values[field])] * (values[field] is not None)
+        for other in kinds:
+            if not issubclass(other, kind) and (kind, other) != (float, int):
+                raise ConfigError(
+                    f'{field}: expected {kind.__name__}, found {other.__name__}; '
+                    'a config is a diff on configs/default.py'
+                )
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
