@@ -592,6 +592,9 @@ def transfer_set(file: pathlib.Path) -> None:
 @given(damages())
 @example(('member', 0, HEADERS[0]))
 @example(('array', 1, 8))  # time spans were taken for integers
+@example(('member', 0, 'objects'))
+@example(('content', 0, 'pickle'))
+@example(('content', 0, 'objects npy'))
 def test_damaged_data(program, folders, how):
     folder = folders()
     file, marker = folder / 'mine.npz', folder / 'marker'
@@ -604,6 +607,9 @@ def test_damaged_data(program, folders, how):
 @examples(40)
 @given(damages(), st.booleans())
 @example(('member', 2, b'text'), False)  # came as bytes, not as an array
+@example(('member', 0, 'objects'), False)
+@example(('content', 0, 'pickle'), False)
+@example(('content', 0, 'objects npy'), False)
 def test_damaged_ledgers(program, folders, run_folder, how, other):
     folder = folders()
     files, marker = [folder / 'a.npz', folder / 'b.npz'], folder / 'marker'
@@ -617,6 +623,9 @@ def test_damaged_ledgers(program, folders, run_folder, how, other):
 
 @examples(40)
 @given(damages())
+@example(('member', 0, 'objects'))
+@example(('content', 0, 'pickle'))
+@example(('content', 0, 'objects npy'))
 def test_damaged_transfer_sets(program, folders, how):
     folder = folders()
     file, marker = folder / 'blackbox.npz', folder / 'marker'
@@ -632,6 +641,9 @@ def test_damaged_transfer_sets(program, folders, how):
 
 @examples(25)
 @given(damages(), st.sampled_from(['eval/40.npz', 'eval/40_examples.npz', 'planes/members.npz']))
+@example(('member', 0, 'objects'), 'eval/40.npz')
+@example(('content', 0, 'pickle'), 'eval/40.npz')
+@example(('content', 0, 'objects npy'), 'eval/40.npz')
 def test_damaged_arrays_in_a_report(program, folders, run_folder, how, name):
     folder = folders()
     path, marker = folder / 'run', folder / 'marker'
