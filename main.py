@@ -139,10 +139,10 @@ def run(mode: str) -> None:
     if mode == 'report':
         if not FLAGS.workdir:
             raise UserError('--workdir: needed, the directory whose runs are reported on')
-        report_writer()(command_line.workdir_path())
+        report_writer()(command_line.workdir_path(to_write=True))
         return
     xla_flags.set_for_cpu()
-    config = command_line.config(default.get_config)
+    config = command_line.config()
     if config.eval.blackbox_path:
         # A run keeps it, and may go on in another directory.
         config.eval.blackbox_path = str(workdir.absolute(config.eval.blackbox_path))
@@ -156,7 +156,7 @@ def run(mode: str) -> None:
     from ensadv import compilation_cache
 
     compilation_cache.enable(FLAGS.compilation_cache)
-    path = command_line.workdir_path()
+    path = command_line.workdir_path(to_write=True)
     if mode == 'study':
         run_study(config, path)
     elif mode == 'blackbox':

@@ -1,23 +1,34 @@
 """The command line: flags, the config with its overrides, what is shown, and how it ends."""
 
+import importlib.machinery
+import importlib.util
 import logging as python_logging
+import os
 import re
+import stat
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from absl import flags, logging
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ensadv import config as config_lib
 from ensadv import workdir
 from ensadv.errors import ConfigError, UserError
 
 MODES = ('train', 'evaluate', 'study', 'blackbox', 'compare', 'report', 'planes', 'describe')
+WITHOUT_CONFIG = ('compare', 'report')
 FLAGS = flags.FLAGS
 flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
+flags.DEFINE_string(
+    'config',
+    None,
+    'File of the config. --config.FIELD=VALUE sets a field. Default: the config of --workdir.',
+)
 flags.DEFINE_string('workdir', None, 'Directory of the run or study; may be on gs://.')
 flags.DEFINE_string(
     'compilation_cache',
@@ -27,16 +38,67 @@ flags.DEFINE_string(
 )
 flags.DEFINE_list('ledgers', None, 'For --mode=compare: two files eval/<step>.npz.')
 
+_OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]*)')
+_LONGEST_MESSAGE = 600
+
+
+class _FractionParser(flags.FloatParser):
+    """Takes 8/255 too, which is how everyone writes it."""
+
+    def convert(self, argument: int | float | str) -> float:
+        if not isinstance(argument, str):
+            return super().convert(argument)
+        numerator, slash, denominator = argument.partition('/')
+        if slash and not super().convert(denominator):
+            raise ValueError('division by zero')
+        return super().convert(numerator) / (super().convert(denominator) if slash else 1)
+
+
+config_flags.register_flag_parser_for_type(float, _FractionParser())
+
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Ends the program with one line on stderr: 2 for the user's mistakes, 1 for faults."""
-    print(f'error: {" ".join(message.split())}', file=sys.stderr)
+    line = ' '.join(message.split())
+    # What a terminal would obey instead of showing it.
+    line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
+    if len(line) > _LONGEST_MESSAGE:
+        # The end often says what to do.
+        line = f'{line[: _LONGEST_MESSAGE - 200]} ... {line[-195:]}'
+    print(f'error: {line}', file=sys.stderr)
     sys.exit(code)
 
 
-def workdir_path() -> epath.Path:
-    """Returns --workdir, absolute."""
-    return workdir.absolute(FLAGS.workdir)
+def workdir_path(to_write: bool = False) -> epath.Path:
+    """Returns --workdir, absolute.
+
+    Args:
+      to_write: whether it is made if it is not there.
+
+    Raises:
+      UserError: if it is no directory and cannot become one.
+    """
+    path = workdir.absolute(FLAGS.workdir)
+    if '://' not in FLAGS.workdir and (reason := _no_directory(path, to_write)):
+        raise UserError(f'--workdir={FLAGS.workdir}: {reason}')
+    return path
+
+
+def _no_directory(path: epath.Path, to_write: bool) -> str:
+    """Returns why a path on this machine is no directory and cannot become one; '' if it can."""
+    for part in (path, *path.parents):
+        try:
+            found = os.stat(part)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            return f'cannot be a directory ({error.strerror})'
+        if not stat.S_ISDIR(found.st_mode):
+            return f'{"" if part == path else f"{part} "}is a file, expected a directory'
+        if to_write and part != path and not os.access(part, os.W_OK | os.X_OK):
+            return f'cannot be made: no permission to write in {part}'
+        break
+    return ''
 
 
 def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
@@ -52,78 +114,96 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
     Returns:
       What is left of the command line.
     """
-    # 8/255 is how everyone writes it.
-    fraction = r'(--?config\.[\w.]+=)(\d+\.?\d*)/(\d+\.?\d*)'
-    argv = [
-        f'{m[1]}{float(m[2]) / float(m[3])}'
-        if (m := re.fullmatch(fraction, arg)) and float(m[3])
-        else arg
-        for arg in argv
-    ]
     try:
-        record = None
-        if not any(arg.lstrip('-').partition('=')[0] == 'config' for arg in argv[1:]):
-            FLAGS(argv, known_only=True)
-            if FLAGS.workdir:
-                record = workdir.read_record(workdir_path())
-            overrides = [arg for arg in argv[1:] if arg.lstrip('-').startswith('config.')]
-            if record is None and overrides:
-                where = f', and no run is in {FLAGS.workdir} yet' if FLAGS.workdir else ''
-                raise ConfigError(f'--config: needed for {overrides[0]}{where}')
-            FLAGS.unparse_flags()
-        if record is None:
-            config_flags.DEFINE_config_file('config', None, 'File of the config.')
-        else:
-            stored = config_lib.from_dict(record['config'], get_default())
-            config_flags.DEFINE_config_dict('config', stored, 'Overrides of the stored config.')
-        rest = FLAGS(argv)
-        # A config file that cannot be loaded says so when something of it is asked for.
-        _ = FLAGS.config and FLAGS.config.is_locked
-        return rest
-    except UserError as error:
+        # Or the value of --config.epsilon 8/255 would end the flags.
+        FLAGS.set_gnu_getopt()
+        rest = FLAGS(argv, known_only=True)
+        overrides = [(arg, m[1]) for arg in rest[1:] if (m := _OVERRIDE.match(arg))]
+        found = _without_overrides(get_default)
+        if found is None and overrides:
+            where = f', and no run is in {FLAGS.workdir} yet' if FLAGS.workdir else ''
+            raise ConfigError(f'--config: needed for {overrides[0][0]}{where}')
+        if found is not None:
+            known = config_lib.field_types(found)
+            for arg, field in overrides:
+                if field not in known:
+                    hint = config_lib.nearest(field, known)
+                    raise ConfigError(f'{arg}: unknown config field {field}{hint}')
+            # From here on --config is the config itself.
+            del FLAGS.config
+            config_flags.DEFINE_config_dict('config', found, sys_argv=rest)
+        return FLAGS(rest)
+    except (UserError, flags.Error) as error:
         fail(str(error))
-    except flags.Error as error:
-        fail(_shortened(str(error)))
-    # Whatever a config file or an override does wrong ends up here.
-    except Exception as error:
-        fields = known_fields(get_default())
-        for arg in argv[1:]:
-            name, dot, field = arg.lstrip('-').partition('=')[0].partition('.')
-            if name == 'config' and dot and field not in fields:
-                fail(f'{arg}: unknown config field {field}{config_lib.nearest(field, fields)}')
-        fail(f'--config: {_shortened(str(error))}')
+    except Exception as error:  # of ml_collections, which checks little
+        fail(f'{" ".join(argv[1:])}: {type(error).__name__}: {error}')
 
 
-def _shortened(message: str) -> str:
-    """Returns what a user needs of a message by ml_collections."""
-    # It can hold the traceback of the config file, whose last line says what is wrong there,
-    message, traceback, rest = message.partition('Traceback (most recent call last):')
-    message += rest.strip().splitlines()[-1] if traceback else ''
-    # and the whole config, between a key and a hint.
-    return message if len(message) < 400 else f'{message[:90]} ... {message[-60:]}'
+def _without_overrides(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
+    """Returns the config of --config, or else of the run in --workdir, if there is one."""
+    if FLAGS.config is not None:
+        return _run_config_file(FLAGS.config, get_default)
+    if not FLAGS.workdir or FLAGS.mode in WITHOUT_CONFIG:
+        return None
+    path = workdir_path()
+    record = workdir.read_record(path)
+    if record is None:
+        return None
+    try:
+        return config_lib.from_dict(record['config'], get_default())
+    except ConfigError as error:
+        raise ConfigError(f'{path / "config.json"}: {error}') from error
 
 
-def known_fields(config: ConfigDict) -> set[str]:
-    """Returns the names of a config's fields, as in 'train.steps'."""
-    return set(config_lib.flatten(config_lib.to_dict(config)))
+def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> ConfigDict:
+    """Returns what get_config() of a file returns; in FILE:TEXT the text is its argument.
+
+    Raises:
+      ConfigError: whatever the file does wrong.
+    """
+    file, colon, text = path.partition(':')
+    if not Path(file).is_file():
+        raise ConfigError(f'--config={path}: found no such file')
+    loader = importlib.machinery.SourceFileLoader('config_file', file)
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location(loader.name, file, loader=loader)
+    )
+    sys.modules[loader.name] = module  # where its dataclasses look for it
+    try:
+        loader.exec_module(module)
+        config = module.get_config(*([text] if colon else []))
+        if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+            kind = type(config).__name__
+            raise ConfigError(f'get_config() has to return a ConfigDict, found {kind}')
+        config_lib.check_fields(config, get_default())
+    except ConfigError as error:
+        raise ConfigError(f'--config={path}: {error}') from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == file]
+        where = f'line {lines[-1]}: ' if lines else ''
+        raise ConfigError(f'--config={path}: {where}{type(error).__name__}: {error}') from error
+    return config
 
 
-def config(get_default: Callable[[], ConfigDict]) -> ConfigDict:
+def config() -> ConfigDict:
     """Returns the validated config of the command line, with its references unresolved.
 
     Raises:
       ConfigError: naming the field.
     """
-    found_config = FLAGS.config
-    if found_config is None:
+    found = FLAGS.config
+    if found is None:
         raise ConfigError('--config: needed, as in --config=configs/ensemble4adv.py')
-    found, known = known_fields(found_config), known_fields(get_default())
-    for field in sorted(found - known):
-        raise ConfigError(f'unknown config field {field}{config_lib.nearest(field, known)}')
-    for field in sorted(known - found):
-        raise ConfigError(f'{field}: missing; a config is a diff on configs/default.py')
-    config_lib.validate(found_config)
-    return found_config
+    try:
+        found.to_dict()
+    except Exception as error:  # whatever the user's own references to other fields compute
+        cause = f'{type(error).__name__}: {error}'
+        raise ConfigError(
+            f'--config: a reference to a field cannot be computed ({cause})'
+        ) from error
+    config_lib.validate(found)
+    return found
 
 
 def set_up_logging() -> None:

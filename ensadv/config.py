@@ -2,11 +2,10 @@
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from ensadv.errors import ConfigError
 
@@ -50,6 +49,14 @@ COMBINES = ('probs', 'logits', 'gating')
 TRAININGS = ('joint', 'separate')
 ATTACKS = ('ifgsm', 'pgd')
 MAX_ATTACK_STEPS = 10**6
+MAX_INTEGER = 2**31 - 1  # devices count in 32 bits
+MAX_NUMBER = float.fromhex('0x1.fffffep+127')  # and compute in float32
+# Far beyond what anyone trains. What is made for each of so many would take all memory, or hours.
+MAX_DEPTH = 1000
+MAX_WIDTH = 1000
+MAX_MEMBERS = 1000
+MAX_ROUNDS = 20
+MAX_RESOLUTION = 10_000
 WITHOUT_STEPS = ('clean', 'blackbox')  # evaluation attacks whose names have no number
 STARTS = ('gaussian', 'uniform', 'none')
 LOSSES = ('cross_entropy', 'margin')
@@ -64,6 +71,15 @@ def nearest(found: str, allowed: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ''
 
 
+def shown(value: Any) -> str:
+    """Returns a value as messages have it."""
+    try:
+        text = str(value)
+    except ValueError:  # of an integer with more than 4,300 digits
+        text = 'a number of thousands of digits'
+    return text if len(text) <= 100 else f'{text[:100]}...'
+
+
 def parse_attack(name: str, field: str = 'eval.attacks') -> tuple[str, int]:
     """Splits an evaluation attack's name: 'pgd20' -> ('pgd', 20), 'clean' -> ('clean', 0).
 
@@ -76,12 +92,12 @@ def parse_attack(name: str, field: str = 'eval.attacks') -> tuple[str, int]:
     """
     if name in WITHOUT_STEPS:
         return name, 0
-    kind = str(name).rstrip('0123456789')
-    digits = str(name)[len(kind) :]
+    kind = shown(name).rstrip('0123456789')
+    digits = shown(name)[len(kind) :]
     if kind not in ATTACKS or not digits or not 1 <= int(digits) <= MAX_ATTACK_STEPS:
         examples = (*WITHOUT_STEPS, *(f'{a}{n}' for a in ATTACKS for n in (5, 7, 20, 500)))
         raise ConfigError(
-            f"{field}: unknown attack '{name}'{nearest(name, examples)}; "
+            f"{field}: unknown attack '{shown(name)}'{nearest(shown(name), examples)}; "
             f'allowed: {", ".join(WITHOUT_STEPS)}, or one of {", ".join(ATTACKS)} with a number of '
             f"steps up to {MAX_ATTACK_STEPS}, as in --config.eval.attacks=\"('clean', 'pgd20')\""
         )
@@ -91,22 +107,31 @@ def parse_attack(name: str, field: str = 'eval.attacks') -> tuple[str, int]:
 def validate(config: ConfigDict) -> None:
     """Raises ConfigError, which names the field, for the first value that is not allowed."""
     for group in (_validate_data, _validate_network, _validate_train, _validate_attacks,
-                  _validate_evaluation, _validate_blackbox, _validate_planes):  # fmt: skip
+                  _validate_evaluation, _validate_blackbox, _validate_planes,
+                  _validate_study):  # fmt: skip
         group(config)
     if not isinstance(config.debug.nans, bool):
-        raise ConfigError(f'debug.nans: expected True or False, found {config.debug.nans!r}')
-    for name in config.study.systems:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(f'study.systems: {name!r} is not the name of a file in configs/')
-    seeds = config.study.seeds
-    if not seeds or any(not _is_int(seed) or seed < 0 for seed in seeds):
-        raise ConfigError(f'study.seeds: expected whole numbers >= 0, found {tuple(seeds)}')
-    if len(set(seeds)) != len(seeds) or len(set(config.study.systems)) != len(config.study.systems):
-        raise ConfigError('study.systems, study.seeds: each may be named only once')
-    pair = tuple(config.study.planes)
-    if pair and (len(pair) != 2 or pair[0] == pair[1]):
+        raise ConfigError(f'debug.nans: expected True or False, found {shown(config.debug.nans)!r}')
+    system = config.system
+    if not isinstance(system, str) or not system.isprintable() or not 1 <= len(system) <= 100:
         raise ConfigError(
-            f'study.planes: expected none or two different systems of study.systems, found {pair}'
+            f'system: expected a name of 1 to 100 printable characters, found {shown(system)!r}'
+        )
+
+
+def _validate_study(config: ConfigDict) -> None:
+    _files(config, 'study.systems')
+    seeds = tuple(config.study.seeds)
+    if not seeds or not all(_is_int(seed, 0) for seed in seeds) or len(set(seeds)) != len(seeds):
+        raise ConfigError(
+            f'study.seeds: expected whole numbers >= 0 and <= {MAX_INTEGER}, each only once, found '
+            f'{shown(seeds)}'
+        )
+    pair = _files(config, 'study.planes')
+    if len(pair) not in (0, 2):
+        raise ConfigError(
+            'study.planes: expected none or two different systems of study.systems, found '
+            f'{shown(pair)}'
         )
 
 
@@ -126,20 +151,23 @@ def _validate_network(config: ConfigDict) -> None:
     if config.model.name == 'vgg':
         if depth not in VGG_DEPTHS:
             allowed = ', '.join(map(str, VGG_DEPTHS))
-            raise ConfigError(f'model.depth: expected one of {allowed} for vgg, found {depth}')
-    elif not _is_int(depth) or depth < 10 or (depth - 4) % 6:
+            raise ConfigError(
+                f'model.depth: expected one of {allowed} for vgg, found {shown(depth)}'
+            )
+    elif not _is_int(depth, 10, MAX_DEPTH) or (depth - 4) % 6:
         raise ConfigError(
-            f'model.depth: expected 6n + 4 with n >= 1 (10, 16, 22, ...), found {depth}'
+            f'model.depth: expected 6n + 4 with n >= 1 (10, 16, 22, ...) and <= {MAX_DEPTH}, found '
+            f'{shown(depth)}'
         )
-    _integer(config, 'model.width', 1)
+    _integer(config, 'model.width', 1, MAX_WIDTH)
     _one_of(config, 'model.dtype', ('auto', *DTYPES))
     _one_of(config, 'model.conv', ('auto', 'grouped', 'separate'))
     _number(config, 'batch_norm.momentum', 0, 1, below=True)
     _number(config, 'batch_norm.epsilon', 0, above=True)
-    _integer(config, 'ensemble.size', 1)
+    _integer(config, 'ensemble.size', 1, MAX_MEMBERS)
     _one_of(config, 'ensemble.combine', COMBINES)
     _one_of(config, 'ensemble.training', TRAININGS)
-    _integer(config, 'ensemble.gate_width', 1)
+    _integer(config, 'ensemble.gate_width', 1, MAX_WIDTH)
     _one_of(config, 'ensemble.members_snapshot', ('last', 'best'))
     if config.ensemble.combine == 'gating' and (
         config.ensemble.training == 'separate' or config.ensemble.members_from
@@ -152,7 +180,7 @@ def _validate_network(config: ConfigDict) -> None:
     if members_from is not None and not all(map(str.strip, members_from.split(','))):
         raise ConfigError(
             "ensemble.members_from: expected workdirs with a comma between them, as in 'W1,W2', "
-            f"found '{members_from}'"
+            f"found '{shown(members_from)}'"
         )
     if members_from and config.eval.follow:
         raise ConfigError('eval.follow: not with ensemble.members_from, whose runs are finished')
@@ -171,16 +199,17 @@ def _validate_train(config: ConfigDict) -> None:
     _number(config, 'train.momentum', 0, 1, below=True)
     _number(config, 'train.weight_decay', 0)
     steps = tuple(config.train.learning_rate_steps)
-    if any(not _is_int(s) or s < 1 for s in steps) or list(steps) != sorted(set(steps)):
+    if not all(_is_int(s, 1) for s in steps) or list(steps) != sorted(set(steps)):
         raise ConfigError(
-            f'train.learning_rate_steps: expected increasing steps >= 1, found {steps}'
+            f'train.learning_rate_steps: expected increasing steps >= 1 and <= {MAX_INTEGER}, '
+            f'found {shown(steps)}'
         )
 
 
 def _validate_attacks(config: ConfigDict) -> None:
     _number(config, 'epsilon', 0, 1)
     _one_of(config, 'attack.name', ATTACKS)
-    _integer(config, 'attack.steps', 1)
+    _integer(config, 'attack.steps', 1, MAX_ATTACK_STEPS)
     _one_of(config, 'attack.batch_norm', ('running', 'batch'))
     _attack_group(config, 'attack')
 
@@ -214,9 +243,9 @@ def _validate_evaluation(config: ConfigDict) -> None:
     if len({*attacks, *long_attacks}) != len(attacks) + len(long_attacks):
         raise ConfigError(
             'eval.attacks, eval.long_attacks: expected attacks, each named once, found '
-            f'{attacks} and {long_attacks}'
+            f'{shown(attacks)} and {shown(long_attacks)}'
         )
-    _integer(config, 'eval.seed', 0, 2**31 - 1)
+    _integer(config, 'eval.seed', 0)
     _integer(config, 'eval.batch_size', 1)
     if group.num_examples is not None:
         _integer(config, 'eval.num_examples', 1)
@@ -239,25 +268,26 @@ def _validate_evaluation(config: ConfigDict) -> None:
 
 def _validate_blackbox(config: ConfigDict) -> None:
     _attack_group(config, 'blackbox')
-    for field in ('steps', 'rounds'):
-        _integer(config, f'blackbox.{field}', 1)
+    _integer(config, 'blackbox.steps', 1, MAX_ATTACK_STEPS)
+    _integer(config, 'blackbox.rounds', 1, MAX_ROUNDS)
+    steps, rounds = config.blackbox.steps, config.blackbox.rounds
+    if (last := steps * 2 ** (rounds - 1)) > MAX_ATTACK_STEPS:
+        raise ConfigError(
+            f'blackbox.steps, blackbox.rounds: expected at most {MAX_ATTACK_STEPS} steps in the '
+            f'last round, which has {last}'
+        )
     _integer(config, 'blackbox.seed', 0, 2**30)
-    sources = tuple(config.blackbox.sources)
-    if not sources or len(set(sources)) != len(sources):
-        raise ConfigError(f'blackbox.sources: expected names, each once, found {sources}')
-    for name in sources:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(f'blackbox.sources: {name!r} is not the name of a file in configs/')
+    if not _files(config, 'blackbox.sources'):
+        raise ConfigError('blackbox.sources: expected at least one name, found ()')
 
 
 def _validate_planes(config: ConfigDict) -> None:
     group = config.planes
     places = tuple(group.images)
-    distinct = len(set(places)) == len(places) > 0
-    if not distinct or any(not _is_int(place) or place < 0 for place in places):
+    if not places or not all(_is_int(p, 0) for p in places) or len(set(places)) != len(places):
         raise ConfigError(
             'planes.images: expected places in the test split, whole numbers >= 0, each once, as '
-            f'in --config.planes.images="(0, 1, 2)", found {places}'
+            f'in --config.planes.images="(0, 1, 2)", found {shown(places)}'
         )
     if group.attack in WITHOUT_STEPS:
         raise ConfigError(
@@ -265,11 +295,22 @@ def _validate_planes(config: ConfigDict) -> None:
             'with a number of steps, as in --config.planes.attack=pgd20'
         )
     parse_attack(group.attack, 'planes.attack')
-    _integer(config, 'planes.resolution', 2)
+    _integer(config, 'planes.resolution', 2, MAX_RESOLUTION)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: Any, low: int, high: int = MAX_INTEGER) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _files(config: ConfigDict, field: str) -> tuple[str, ...]:
+    """Returns names of files in configs/, each of which may stand there only once."""
+    names = tuple(_get(config, field))
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f'{field}: {shown(name)!r} is not the name of a file in configs/')
+    if len(set(names)) != len(names):
+        raise ConfigError(f'{field}: expected names, each only once, found {shown(names)}')
+    return names
 
 
 def _get(config: ConfigDict, field: str) -> Any:
@@ -281,34 +322,70 @@ def _get(config: ConfigDict, field: str) -> Any:
 def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...]) -> None:
     found = _get(config, field)
     if found not in allowed:
-        hint = nearest(found, allowed)
-        raise ConfigError(f"{field}: unknown '{found}'{hint}; allowed: {', '.join(allowed)}")
+        hint = nearest(shown(found), allowed)
+        raise ConfigError(f"{field}: unknown '{shown(found)}'{hint}; allowed: {', '.join(allowed)}")
 
 
-def _integer(config: ConfigDict, field: str, low: int, high: float = math.inf) -> None:
+def _integer(config: ConfigDict, field: str, low: int, high: int = MAX_INTEGER) -> None:
     found = _get(config, field)
-    if not _is_int(found) or not low <= found <= high:
-        upper = '' if math.isinf(high) else f' and <= {high}'
-        raise ConfigError(f'{field}: expected a whole number >= {low}{upper}, found {found}')
+    if not _is_int(found, low, high):
+        most = _limit(found, high, MAX_INTEGER)
+        raise ConfigError(f'{field}: expected a whole number >= {low}{most}, found {shown(found)}')
 
 
 def _number(
     config: ConfigDict,
     field: str,
     low: float,
-    high: float = math.inf,
+    high: float = MAX_NUMBER,
     *,
     above: bool = False,
     below: bool = False,
 ) -> None:
     """Requires low <= value <= high, or low < value where `above`, value < high where `below`."""
     found = _get(config, field)
-    fits = isinstance(found, (int, float)) and not isinstance(found, bool)
-    fits = fits and math.isfinite(found) and low <= found <= high
+    fits = isinstance(found, (int, float)) and not isinstance(found, bool) and low <= found <= high
     if not fits or (above and found == low) or (below and found == high):
         least = f'{">" if above else ">="} {low:g}'
-        most = '' if math.isinf(high) else f' and {"<" if below else "<="} {high:g}'
-        raise ConfigError(f'{field}: expected a number {least}{most}, found {found}')
+        most = _limit(found, high, MAX_NUMBER, '<' if below else '<=')
+        raise ConfigError(f'{field}: expected a number {least}{most}, found {shown(found)}')
+
+
+def _limit(found: Any, high: float, usual: float, sign: str = '<=') -> str:
+    """Returns ' and <= 1'; '' for a limit that all fields have, which only its excess concerns."""
+    exceeded = isinstance(found, (int, float)) and found > high
+    return f' and {sign} {high:.10g}' if high != usual or exceeded else ''
+
+
+def field_types(config: ConfigDict, prefix: str = '') -> dict[str, type]:
+    """Returns {'train.steps': int, ...}: the fields that a config has, and what they take."""
+    types: dict[str, type] = {}
+    for name, value in config.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            types |= field_types(value, f'{prefix}{name}.')
+        else:
+            is_reference = isinstance(value, FieldReference)
+            types[f'{prefix}{name}'] = value.get_type() if is_reference else type(value)
+    return types
+
+
+def check_fields(config: ConfigDict, default: ConfigDict) -> None:
+    """Raises ConfigError unless a config has the fields of the default one, and of their types."""
+    found, known = field_types(config), field_types(default)
+    for field in sorted(found.keys() - known.keys()):
+        raise ConfigError(f'unknown config field {field}{nearest(field, known)}')
+    for field in sorted(known.keys() - found.keys()):
+        raise ConfigError(f'{field}: missing; a config is a diff on configs/default.py')
+    values = flatten(config.to_dict())
+    for field, kind in known.items():
+        # With ignore_type() a field can hold what it does not take.
+        kinds = [found[field]] + [type(values[field])] * (values[field] is not None)
+        for other in kinds:
+            if not issubclass(other, kind) and (kind, other) != (float, int):
+                raise ConfigError(
+                    f'{field}: expected {kind.__name__}, found {other.__name__}; '
+                    'a config is a diff on configs/default.py'
+                )
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -334,7 +411,7 @@ def from_dict(values: Mapping[str, Any], base: ConfigDict) -> ConfigDict:
         try:
             value = tuple(value) if isinstance(value, list) else value
             base.update_from_flattened_dict({field: value})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f'{field}: {error}') from error
     return base
 

@@ -307,7 +307,7 @@ def _check_images(images: np.ndarray, where: str) -> None:
 
 
 def _check_labels(labels: np.ndarray, count: int, where: str) -> None:
-    integer = np.issubdtype(labels.dtype, np.integer)
+    integer = labels.dtype.kind in 'iu'  # to issubdtype time spans would be integers, too
     _require(integer, f'{where}: found {labels.dtype}, allowed are integers')
     allowed = f'allowed is ({count},), one label for each image'
     _require(labels.shape == (count,), f'{where}: found shape {labels.shape}, {allowed}')

@@ -5,9 +5,9 @@ import json
 import numpy as np
 from etils import epath
 
-from ensadv import workdir
+from ensadv import records, workdir
 from ensadv.errors import UserError
-from ensadv.planes import Planes
+from ensadv.planes import VOID, Planes
 
 # Each array's kind (as NumPy's dtype.kind has it) and its axes; one name has one length.
 _ARRAYS = {
@@ -23,6 +23,7 @@ _ARRAYS = {
     'region': ('f', ('m', 'V', 2)),
     'notes': ('U', ('m',)),
 }
+_OF_CLASSES = ('labels', 'classes', 'point_classes')
 _TEXTS = ('names', 'attacked', 'notes')
 
 
@@ -55,8 +56,8 @@ def read(path: epath.Path) -> Planes:
 
 def _malformed(arrays: dict[str, np.ndarray], record: object) -> str | None:
     """Returns what is wrong, or None."""
-    if not isinstance(record, dict):
-        return 'record: expected a JSON object'
+    if reason := records.mismatch(record, {'class_names?': (None, [str])}):
+        return f'record: {reason}'
     lengths: dict[str | int, int] = {}
     for name, (kind, axes) in _ARRAYS.items():
         if name not in arrays:
@@ -68,4 +69,13 @@ def _malformed(arrays: dict[str, np.ndarray], record: object) -> str | None:
         if not fits:
             shape = ', '.join(f'{axis}' for axis in axes)
             return f'{name}: expected [{shape}], found {array.dtype} {array.shape}'
+    if not all(lengths[axis] for axis in ('m', 'rows', 'R', 'H', 'W', 'C')):
+        return f'expected at least one of each, found {lengths}'
+    for name in ('extent', 'points'):
+        if not np.isfinite(arrays[name]).all():
+            return f'{name}: expected finite numbers'
+    classes = {int(c) for name in _OF_CLASSES for c in np.unique(arrays[name])} - {VOID}
+    names = record.get('class_names')
+    if min(classes, default=0) < 0 or (names and max(classes, default=0) >= len(names)):
+        return f'expected classes by their numbers, found {sorted(classes)}'
     return None

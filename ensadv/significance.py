@@ -8,6 +8,7 @@ intervals over several seeds hold for the way of training: other seeds might hav
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -59,9 +60,12 @@ def compare(
       By attack, in the order of the first.
 
     Raises:
-      UserError: if the ledgers are not of the same examples, or an attack that both have was
-        made with other settings, or they have none in common.
+      UserError: if one is no ledger, they are not of the same examples, or an attack that both have
+        was made with other settings, or they have none in common.
     """
+    for which, ledger in (('first', first), ('second', second)):
+        if reason := malformed(ledger):
+            raise UserError(f'the {which} of the ledgers: {reason}')
     labels = first['label'], second['label']
     sizes = [len(label) for label in labels]
     if sizes[0] != sizes[1]:
@@ -87,6 +91,29 @@ def compare(
     return comparisons
 
 
+def malformed(ledger: Mapping[str, np.ndarray]) -> str | None:
+    """Returns in which of its arrays a file's content is not that of a ledger; None if in none."""
+    label = ledger['label']
+    if label.dtype.kind != 'i' or label.ndim != 1 or not len(label):
+        return f'label: expected integers [n], not empty, found {label.dtype} {label.shape}'
+    for name in _attacks(ledger):
+        correct = ledger[f'{name}_correct']
+        if correct.dtype != bool or correct.ndim != 1:
+            return f'{name}_correct: expected bool [n], found {correct.dtype} {correct.shape}'
+        if f'{name}_settings' in ledger and _settings(ledger, name) is None:
+            return f'{name}_settings: expected a JSON object'
+    return None
+
+
+def _settings(ledger: Mapping[str, np.ndarray], name: str) -> dict[str, Any] | None:
+    """Returns an attack's settings; None if they are none."""
+    try:
+        settings = json.loads(str(ledger[f'{name}_settings']))
+    except (ValueError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
 def _changed_settings(
     first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], name: str
 ) -> str:
@@ -94,7 +121,7 @@ def _changed_settings(
     key = f'{name}_settings'
     if key not in first or key not in second:
         return ''
-    a, b = (json.loads(str(ledger[key])) for ledger in (first, second))
+    a, b = (_settings(ledger, name) for ledger in (first, second))
     differ = [k for k in sorted({*a, *b} - {'combine'}) if a.get(k) != b.get(k)]
     return ', '.join(f'{k} {a.get(k)} and {b.get(k)}' for k in differ)
 

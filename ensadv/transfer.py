@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ensadv import data, workdir
+from ensadv import data, records, workdir
 from ensadv.errors import UserError
 
 _DTYPES = {'images': np.uint8, 'labels': np.int32, 'indices': np.int32, 'fooled': np.bool_}
 
 # What every record has, beside what is only told.
 _RECORD = {
-    'digest': (str, 'a text'),
-    'fingerprint': (str, 'a text'),
-    'epsilon': (float | int, 'a number'),
-    'share_fooled': (float | int, 'a number'),
-    'sources': (list, 'a list'),
+    'digest': str,
+    'fingerprint': str,
+    'epsilon': float,
+    'share_fooled': float,
+    'sources': [records.SOURCE],
 }
 
 
@@ -164,15 +164,13 @@ def _read(path: epath.PathLike, names: tuple[str, ...]) -> dict[str, np.ndarray]
 def _parsed_record(path: epath.PathLike, member: np.ndarray) -> dict[str, Any]:
     try:
         record = json.loads(member.item()) if member.dtype.kind == 'U' else None
-    except ValueError:  # not one string, or not JSON
+    except (ValueError, RecursionError):  # not one string, or not JSON
         record = None
-    allowed = 'allowed is a JSON object'
     if not isinstance(record, dict):
+        allowed = 'allowed is a JSON object'
         raise _refusal(path, f'record: found {member.dtype} {member.shape}, {allowed}')
-    for field, (kind, kind_name) in _RECORD.items():
-        if not isinstance(record.get(field), kind):
-            allowed = f'allowed is {kind_name}'
-            raise _refusal(path, f'record: {field}: found {record.get(field)!r}, {allowed}')
+    if reason := records.mismatch(record, _RECORD):
+        raise _refusal(path, f'not a transfer set: record: {reason}')
     return record
 
 

@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import config as config_lib
+from ensadv import records
 from ensadv.errors import ConfigError, StorageError, UserError
 
 _CHECKSUM = 'crc32'  # of a JSON file's other fields, without which a flipped digit looks right
@@ -69,11 +70,13 @@ def read_json(path: epath.Path) -> Any:
     """Reads what `write_json` wrote, or any other JSON.
 
     Raises:
-      UserError: if the file is not JSON, or its checksum is another.
+      UserError: if the file cannot be read, is not JSON, or its checksum is another.
     """
     try:
         content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror or error})') from error
+    except (ValueError, RecursionError) as error:  # the latter of what is nested too deeply
         raise UserError(f'{path}: not valid JSON ({error})') from error
     if isinstance(content, dict) and _CHECKSUM in content:
         written = content.pop(_CHECKSUM)
@@ -99,7 +102,8 @@ def write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
 def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
     """Reads an .npz of plain arrays; nothing is unpickled."""
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-        return dict(arrays)
+        # What is no .npy file in it comes as bytes.
+        return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def read_ledger(path: epath.Path) -> dict[str, np.ndarray]:
@@ -120,9 +124,18 @@ def read_ledger(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def read_record(workdir: epath.Path) -> dict[str, Any] | None:
-    """Returns config.json's content ('config', 'dataset', ...), or None where there is none."""
+    """Returns config.json's content ('config', 'dataset', ...), or None where there is none.
+
+    Raises:
+      UserError: if it is damaged, or not a run's.
+    """
     path = workdir / 'config.json'
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if reason := records.not_of_a_run(record):
+        raise UserError(f'{path}: not the config.json of a run ({reason})')
+    return record
 
 
 def check_config(workdir: epath.Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
@@ -239,7 +252,9 @@ def evaluated_steps(workdir: epath.Path) -> list[int]:
     folder = workdir / 'eval'
     if not folder.exists():
         return []
-    return sorted(int(path.stem) for path in folder.glob('*.json') if path.stem.isdecimal())
+    # Not by glob, for which a [ in the workdir's name would be a pattern.
+    found = (path for path in folder.iterdir() if path.suffix == '.json' and path.stem.isdecimal())
+    return sorted(int(path.stem) for path in found)
 
 
 def put_aside(path: epath.Path) -> None:

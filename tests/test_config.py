@@ -131,6 +131,27 @@ def test_sizes_follow_epsilon_unless_set():
         ('study.seeds', (), 'study.seeds'),
         ('study.seeds', (1, 1), 'only once'),
         ('study.systems', ('single adv',), 'not the name of a file'),
+        # What once went on, or ended in a traceback.
+        ('train.steps', 2**31, '<= 2147483647, found 2147483648'),
+        pytest.param(
+            'train.steps', 10**5000, 'found a number of thousands of digits', id='too many digits'
+        ),
+        ('train.learning_rate_steps', (2**31,), '<= 2147483647'),
+        ('train.learning_rate', 1e39, '<= 3.402823466e+38'),
+        ('attack.steps', 10**6 + 1, '<= 1000000'),
+        ('model.depth', 10**9, '<= 1000'),
+        ('model.width', 1001, '<= 1000'),
+        ('ensemble.size', 10**10, '<= 1000'),
+        ('planes.resolution', 10**9, '<= 10000'),
+        ('planes.images', ([1],), 'found ([1],)'),
+        ('blackbox.rounds', 21, '<= 20'),
+        ('blackbox.steps', 10**5, 'last round, which has 3200000'),
+        ('blackbox.sources', (['vgg'],), 'not the name of a file'),
+        ('study.planes', ([1], 2), 'not the name of a file'),
+        ('study.planes', ('a', 'a'), 'only once'),
+        ('eval.attacks', (f'pgd{"9" * 5000}',), 'unknown attack'),
+        ('system', 'a\nb', 'printable'),
+        ('system', '', 'printable'),
     ],
 )
 def test_values_that_are_not_allowed_are_refused_by_name(field, value, told):
@@ -169,6 +190,27 @@ def test_a_stored_config_of_another_version_is_read_or_refused_by_name():
     values['train']['nestrov'] = True
     with pytest.raises(ConfigError, match=r"train\.nestrov \(did you mean 'train\.nesterov'"):
         config_lib.from_dict(values, default.get_config())
+
+
+def test_a_stored_number_that_is_too_large_is_refused_by_name():
+    values = config_lib.to_dict(default.get_config()) | {'epsilon': 10**400}
+    with pytest.raises(ConfigError, match='epsilon: int too large'):
+        config_lib.from_dict(values, default.get_config())
+
+
+def test_fields_have_the_types_of_the_default():
+    config = default.get_config()
+    types = config_lib.field_types(config)
+    assert types.keys() == flat(config).keys()
+    found = types['epsilon'], types['attack.sigma'], types['data.path'], types['eval.attacks']
+    assert found == (float, float, str, tuple)
+    config_lib.check_fields(config, default.get_config())
+    config.epsilon = 1  # as people write
+    config_lib.check_fields(config, default.get_config())
+    with config.ignore_type():
+        config.train.steps = 'many'
+    with pytest.raises(ConfigError, match=r'train\.steps: expected int, found str'):
+        config_lib.check_fields(config, default.get_config())
 
 
 def test_only_fields_that_change_no_step_may_change():

@@ -237,11 +237,11 @@ def damage(path, name: str, content: str) -> None:
     'name, content, reason',
     [
         ('config.json', '{', 'config.json: not valid JSON'),
-        ('config.json', '{"architectures": ["Bert"]}', 'its files are not those of a run'),
-        ('config.json', '[]', 'its files are not those of a run'),
+        ('config.json', '[' * 100_000, 'config.json: not valid JSON'),
+        ('config.json', '{"config": {}}', 'not the config.json of a run (no config.system)'),
         ('eval/20.json', '{"attacks": [', '20.json: not valid JSON'),
-        ('eval/20.json', '{"attacks": [{"name": "clean"}]}', 'its files are not those of a run'),
-        ('eval/20.json', '7', 'its files are not those of a run'),
+        ('eval/20.json', '{"system": "SingleAdv"}', 'eval/20.json is not of a run (no seed)'),
+        ('eval/20.json', '7', 'eval/20.json is not of a run (expected an object, found 7)'),
     ],
 )
 def test_a_damaged_run_is_apart_and_the_others_are_not(tmp_path, name, content, reason):
@@ -250,6 +250,36 @@ def test_a_damaged_run_is_apart_and_the_others_are_not(tmp_path, name, content, 
     found = collected(tmp_path)
     assert names(found) == ['baseline0']
     assert reason in only_reason(tmp_path)
+
+
+@pytest.mark.parametrize('content', ['{"architectures": ["Bert"]}', '[]', '{"config": 3}'])
+def test_another_programs_config_json_hides_no_run_below_it(tmp_path, content):
+    folder = tmp_path / 'downloads'
+    write(folder, 'baseline')
+    damage(folder, 'config.json', content)
+    found = collected(tmp_path)
+    assert names(found) == ['downloads/baseline0']
+    assert not found.apart
+    # Nor in the directory that is reported on.
+    assert names(collected(folder)) == ['baseline0']
+
+
+def test_a_damaged_config_json_hides_no_run_below_it(tmp_path):
+    folder = tmp_path / 'study'
+    write(folder, 'baseline')
+    damage(folder, 'config.json', '{"config": {"sys')
+    found = collected(tmp_path)
+    assert names(found) == ['study/baseline0']
+    ((name, reason),) = found.apart
+    assert name == 'study'
+    assert 'not valid JSON' in reason
+
+
+def test_a_runs_own_config_json_ends_the_search(tmp_path):
+    write(write(tmp_path, 'baseline') / 'backup', 'baseline')
+    found = collected(tmp_path)
+    assert names(found) == ['baseline0']
+    assert not found.apart
 
 
 def test_results_copied_from_another_run_are_no_results(tmp_path):

@@ -11,6 +11,13 @@ from ensadv.errors import UserError
 
 EPSILON = 8 / 255
 MEMBERS = {'images', 'labels', 'indices', 'fooled', 'record'}
+SOURCES = [{'system': 'Baseline', 'seed': 1, 'config': {}}]
+
+
+def edited(**changes) -> np.ndarray:
+    """A record with changes."""
+    record = {'epsilon': EPSILON, 'digest': '', 'fingerprint': '', 'share_fooled': 1, 'sources': []}
+    return np.array(json.dumps(record | changes))
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +45,7 @@ def arrays(dataset: data.Dataset) -> dict[str, np.ndarray]:
 
 
 def made(dataset: data.Dataset, record: dict | None = None, **changes) -> transfer.TransferSet:
-    facts = {'epsilon': EPSILON, 'fingerprint': dataset.fingerprint, 'sources': ('wrn', 'vgg')}
+    facts = {'epsilon': EPSILON, 'fingerprint': dataset.fingerprint, 'sources': SOURCES}
     return transfer.TransferSet(**(arrays(dataset) | changes), record=facts | (record or {}))
 
 
@@ -71,7 +78,7 @@ def test_a_set_comes_back_as_it_was_written(dataset, path):
     assert record['n'] == 5
     assert record['fooled'] == 4
     assert record['share_fooled'] == 0.8
-    assert record['sources'] == ['wrn', 'vgg']  # as JSON has it
+    assert record['sources'] == SOURCES
     assert json.loads(json.dumps(record)) == record
     assert set(stored(path)) == MEMBERS
     for read in (transfer.load(path, dataset, EPSILON), transfer.load(str(path), dataset, EPSILON)):
@@ -183,8 +190,12 @@ def test_missing_members_are_named(dataset, path, name):
         (np.array(['a', 'b']), ['(2,)', 'JSON object']),
         (np.array('{not JSON'), ['JSON object']),
         (np.array('[1]'), ['JSON object']),
-        (np.array('{"epsilon": 1}'), ['digest: found None', 'a text']),
-        (np.array('{"epsilon": "1", "digest": "", "fingerprint": ""}'), ["'1'", 'a number']),
+        (np.array('[' * 100_000), ['JSON object']),
+        (np.array('{"epsilon": 1}'), ['no digest']),
+        (np.array('{"epsilon": "1", "digest": "", "fingerprint": ""}'), ['a number', '"1"']),
+        (edited(epsilon=10**400), ['epsilon: expected a number']),
+        (edited(sources=['wrn']), ['sources[0]: expected an object, found "wrn"']),
+        (edited(sources=[{'system': 'VGG', 'seed': 1}]), ['no sources[0].config']),
     ],
 )
 def test_bad_records_are_refused(dataset, path, record, words):

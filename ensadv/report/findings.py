@@ -174,10 +174,9 @@ def _check_ledger(run: Run, labels: bytes) -> None:
     ledger = run.ledger
     for name, result in run.attacks(run.steps).items():
         correct = ledger.get(f'{name}_correct')
-        if correct is None or (len(correct), int(np.sum(correct))) != (
-            result['n'],
-            result['correct'],
-        ):
+        counts = (result['n'], result['correct'])
+        fits = correct is not None and (len(correct), int(np.sum(correct))) == counts
+        if not fits or len(correct) != len(ledger['label']):
             raise UserError(f'its ledger and its results differ in {name}')
     if _labels(run) != labels:
         raise UserError('its ledger is of other examples')

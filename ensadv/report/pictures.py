@@ -64,7 +64,7 @@ def examples(
     More than four systems are drawn in several blocks, one beneath another.
 
     Args:
-      clean: uint8 [m, H, W, C]; C is 1 or 3.
+      clean: uint8 [m, H, W, C]; grey unless C is 3.
       labels: int [m].
       columns: by system.
       epsilon: the threat model's, for pixels in [0, 1]; perturbations are magnified so that
@@ -138,9 +138,11 @@ def _add_axes(figure: Figure, left: float, top: float, side: float) -> Axes:
 
 
 def _draw_image(axes: Axes, image: np.ndarray) -> None:
-    """Draws an image [H, W, C], uint8 or float in [0, 1]; it is grey if C is 1."""
+    """Draws an image [H, W, C], uint8 or float in [0, 1]; it is grey unless C is 3."""
     if image.dtype == np.uint8:
         image = image / np.float32(255)
+    if image.shape[-1] != 3:
+        image = image.mean(axis=-1, keepdims=True)
     image = np.broadcast_to(image, (*image.shape[:-1], 3))
     axes.imshow(np.clip(image, 0, 1), interpolation='nearest')
     axes.set(xticks=[], yticks=[])

@@ -9,12 +9,8 @@ import numpy as np
 from etils import epath
 
 from ensadv import config as config_lib
-from ensadv import selection, workdir
+from ensadv import records, selection, significance, workdir
 from ensadv.errors import UserError
-
-# What the report reads of a run's data; and of a result, beside its name.
-_OF_DATA = ('name', 'num_classes', 'num_train', 'num_test')
-_OF_A_RESULT = ('n', 'correct', 'accuracy', 'last_iterate_accuracy', 'no_gradient', 'settings')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,21 +97,42 @@ class Run:
         steps, values = zip(*points, strict=True)
         return np.array(steps, float), np.array(values, float)
 
+    def files(self, folder: str, suffix: str) -> list[epath.Path]:
+        """Returns the files in a folder of its workdir whose names end so, by name."""
+        # Not by glob, for which a [ in the workdir's name would be a pattern.
+        found = _entries(self.path / folder) if (self.path / folder).is_dir() else []
+        return [path for path in found if path.suffix == suffix]
+
     @functools.cached_property
     def ledger(self) -> Mapping[str, np.ndarray]:
         """The last step's ledger.
 
         Raises:
-          UserError: if it is missing or damaged.
+          UserError: if it is missing, damaged or no ledger.
         """
-        return workdir.read_ledger(workdir.evaluation_path(self.path, self.steps, '.npz'))
+        path = workdir.evaluation_path(self.path, self.steps, '.npz')
+        ledger = workdir.read_ledger(path)
+        if reason := significance.malformed(ledger):
+            raise UserError(f'{path}: {reason}')
+        return ledger
 
 
 def find(root: epath.Path) -> Iterator[epath.Path]:
-    """Yields the directories at or below `root` that hold a run's config.json, by name."""
-    if (root / 'config.json').exists():
-        yield root
-        return
+    """Yields the directories at or below `root` that hold a run's config.json, by name.
+
+    Of a damaged one it is not known whose it is: its directory is yielded, and so are the runs
+    below it. Another program's is passed over.
+    """
+    file = root / 'config.json'
+    if file.exists():
+        try:
+            content = workdir.read_json(file)
+        except UserError:
+            yield root
+        else:
+            if isinstance(content, dict) and isinstance(content.get('config'), dict):
+                yield root
+                return
     if root.is_dir():
         for path in _entries(root):
             if path.is_dir():
@@ -132,25 +149,38 @@ def _entries(folder: epath.Path) -> list[epath.Path]:
 
 def read(path: epath.Path, name: str) -> Run:
     """Reads a run; raises UserError if one of its files is damaged."""
-    try:
-        run = Run(path, name, workdir.read_record(path), workdir.read_evaluations(path))
-        _ = run.seed, run.steps, run.best, run.record['parameters'], run.record['sessions']
-        dataset = run.record['dataset']
-        _ = run.config['epsilon'], [dataset[key] for key in _OF_DATA]
-        mine = run.system, run.config['seed'], dataset['fingerprint']
-        for step, content in run.evaluations.items():
-            found = content['system'], content['seed'], content['fingerprint']
-            if (*found, content['step']) != (*mine, step):
-                raise UserError(
-                    f'eval/{step}.json is of another run: {found[0]}, seed {found[1]}, step '
-                    f'{content["step"]}'
-                )
-            for attack, result in run.attacks(step).items():
-                config_lib.parse_attack(attack, f'eval/{step}.json')
-                _ = [result[key] for key in _OF_A_RESULT]
-                if not 0 <= result['accuracy'] <= 1:  # NaN is not either
-                    accuracy = result['accuracy']
-                    raise UserError(f'eval/{step}.json: {attack} with accuracy {accuracy}')
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f'its files are not those of a run ({error!r})') from error
+    run = Run(path, name, workdir.read_record(path), workdir.read_evaluations(path))
+    if not run.config['eval']['attacks']:
+        raise UserError('its config.json names no attack')
+    for attack in run.wanted:
+        config_lib.parse_attack(attack, 'its config.json')
+    mine = run.system, run.config['seed'], run.record['dataset']['fingerprint']
+    for step, content in run.evaluations.items():
+        file = f'eval/{step}.json'
+        if reason := records.mismatch(content, records.EVALUATION):
+            raise UserError(f'{file} is not of a run ({reason})')
+        found = content['system'], content['seed'], content['fingerprint']
+        if (*found, content['step']) != (*mine, step):
+            raise UserError(
+                f'{file} is of another run: {found[0]}, seed {found[1]}, step {content["step"]}'
+            )
+        for result in (*content['attacks'], *content['validation']):
+            _check_result(result, file)
     return run
+
+
+def _check_result(result: Mapping[str, Any], file: str) -> None:
+    """Raises UserError if numbers in a result contradict each other."""
+    name = result['name']
+    _, steps = config_lib.parse_attack(name, file)
+    reason = records.mismatch(result['settings'], records.ATTACK_SETTINGS if steps else {})
+    if reason:
+        raise UserError(f'{file}: settings of {name}: {reason}')
+    curve = result.get('curve', {})
+    lengths = {len(values) for values in curve.values() if isinstance(values, list) and values}
+    accuracies = result['accuracy'], *curve.get('accuracy', ())
+    for accuracy in accuracies:
+        if not 0 <= accuracy <= 1:  # NaN is not either
+            raise UserError(f'{file}: {name} with accuracy {accuracy}')
+    if len(lengths) > 1:
+        raise UserError(f'{file}: {name} with a curve of {sorted(lengths)} points')

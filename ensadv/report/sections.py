@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from ensadv import analysis, plane_files, selection, tables, workdir
+from ensadv import analysis, plane_files, records, selection, tables, workdir
 from ensadv.config import parse_attack
 from ensadv.errors import UserError
 from ensadv.report import basis, computation, drawing, figures, findings, page, pictures, table1
@@ -249,19 +249,31 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
     return page.Section('Examples', 'examples', blocks)
 
 
-_OF_EXAMPLES = {
-    'label', 'image', 'adversarial', 'clean_log_probs', 'adversarial_log_probs', 'settings',
-}  # fmt: skip
-
-
 def _stored_examples(run: Run) -> Mapping[str, np.ndarray] | None:
-    """Returns a run's stored examples; None if it has none that can be read."""
+    """Returns a run's stored examples; None if it has none that can be shown."""
     try:
         found = workdir.read_examples(run.path, run.steps)
-        complete = found is not None and found.keys() >= _OF_EXAMPLES
-    except Exception:  # whatever storage, zipfile and NumPy raise; it is only left out
+        return found if found is not None and _are_examples(found, run) else None
+    except Exception:  # whatever storage, zipfile, NumPy and JSON raise; it is only left out
         return None
-    return found if complete else None
+
+
+def _are_examples(found: Mapping[str, np.ndarray], run: Run) -> bool:
+    """Returns whether arrays are what `workdir.read_examples` says, where none is missing."""
+    label, image, classes = found['label'], found['image'], run.record['dataset']['num_classes']
+    settings = json.loads(str(found['settings']))
+    return (
+        records.mismatch(settings, records.ATTACK_SETTINGS) is None
+        and settings['epsilon'] > 0
+        and (image.dtype, image.ndim, image.size > 0) == (np.uint8, 4, True)
+        and (label.dtype.kind, label.shape) == ('i', image.shape[:1])
+        and 0 <= label.min() <= label.max() < classes
+        and (found['adversarial'].dtype.kind, found['adversarial'].shape) == ('f', image.shape)
+        and all(
+            (found[name].dtype.kind, found[name].shape) == ('f', (len(label), classes))
+            for name in ('clean_log_probs', 'adversarial_log_probs')
+        )
+    )
 
 
 def _same_examples(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
@@ -274,7 +286,7 @@ def decision_planes(collection: Collection, writer: Writer) -> page.Section:
     """Figure 4, from the files of --mode=planes in the runs' workdirs."""
     blocks: list[Any] = []
     for run in collection.runs:
-        for path in sorted((run.path / 'planes').glob('*.npz')):
+        for path in run.files('planes', '.npz'):
             try:
                 planes = plane_files.read(path)
             except UserError as error:

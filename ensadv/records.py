@@ -1,0 +1,184 @@
+"""What the program's own JSON files have to hold, checked before anything is made of them.
+
+They may have been damaged or edited, or be another program's: config.json is a common name.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# A schema is str; float, for any number; a range, for whole numbers in it; None; a list with the
+# schema of its elements, however many, or with one for each of them; a dict with those of its
+# entries ('name?' need not be there); or a tuple of schemas, one of which is enough.
+_COUNT = range(1, 2**31)
+_NUMBER = range(2**31)  # from 0
+_LARGE = range(2**63)
+_LARGEST = 2**63  # beyond it a whole number is damage, and cannot always become a float
+
+_CONFIG = {
+    'system': str,
+    'seed': _NUMBER,
+    'epsilon': float,
+    'data': {'name': str},
+    'model': {'name': str, 'depth': _COUNT, 'width': _COUNT, 'dtype': str},
+    'ensemble': {
+        'size': _COUNT,
+        'combine': str,
+        'training': str,
+        'members_snapshot?': str,
+    },
+    'train': {
+        'steps': _COUNT,
+        'batch_size': _COUNT,
+        'adversarial_weight': float,
+        'learning_rate': float,
+        'learning_rate_steps': [_COUNT],
+        'learning_rate_factor': float,
+        'momentum': float,
+        'weight_decay': float,
+    },
+    'attack': {'name': str, 'steps': _COUNT, 'step_size': float, 'start': str, 'sigma': float},
+    'eval': {'attacks': [str], 'blackbox_path': (str, None), 'select_on': str},
+}
+_OPERATIONS = (None, {'forward': float, 'train_step': float})  # older runs have none
+_ENVIRONMENT = {
+    'devices': {'count': _COUNT, 'kind': str},
+    'versions': {'ensadv': str, 'jax': str},
+}
+
+# What a transfer set tells of a run that it was made from.
+SOURCE = {'system': str, 'seed': _NUMBER, 'config': {}}
+
+# What an ensemble of runs tells of a member.
+_MEMBER = {
+    'workdir': str,
+    'system': str,
+    'seed': _NUMBER,
+    'step': _COUNT,
+    'parameters': _LARGE,
+    'operations?': _OPERATIONS,
+    'config': _CONFIG,
+}
+
+# config.json, see `workdir.write_record`.
+_RUN = {
+    'config': _CONFIG,
+    'dataset': {
+        'name': str,
+        'fingerprint': str,
+        'num_classes': _COUNT,
+        'class_names?': (None, [str]),
+        'image_shape': [_COUNT, _COUNT, _COUNT],
+        'mean': [float],
+        'std': [float],
+        'num_train': _COUNT,
+        'num_test': _COUNT,
+    },
+    'parameters': _LARGE,
+    'operations?': _OPERATIONS,
+    'members?': [_MEMBER],
+    'sessions': [_ENVIRONMENT | {'seconds_per_step?': float}],
+}
+
+# eval/<step>.json, see `results.Results`.
+_RESULT = _ENVIRONMENT | {
+    'name': str,
+    'n': _COUNT,
+    'correct': _NUMBER,
+    'accuracy': float,
+    'last_iterate_accuracy': (float, None),
+    'last_iterate_n?': _NUMBER,
+    'no_gradient': _NUMBER,
+    'settings': {},
+    'curve?': {
+        'steps': [_COUNT],
+        'accuracy': [float],
+        'iterate_accuracy': [float],
+        'iterate_n': _NUMBER,
+    },
+}
+# What decides an attack that has steps, as far as it is read.
+ATTACK_SETTINGS = {'attack': str, 'steps': _COUNT, 'restarts': _COUNT, 'epsilon': float}
+
+EVALUATION = {
+    'system': str,
+    'seed': _NUMBER,
+    'step': _NUMBER,
+    'fingerprint': str,
+    'attacks': [_RESULT],
+    'validation': [_RESULT],
+}
+
+
+def not_of_a_run(record: Any) -> str | None:
+    """Returns why JSON is not the content of a run's config.json; None if it is."""
+    if reason := mismatch(record, _RUN):
+        return reason
+    dataset = record['dataset']
+    channels = dataset['image_shape'][-1]
+    if not len(dataset['mean']) == len(dataset['std']) == channels:
+        return f'dataset: expected mean and std of {channels} channels'
+    if record.get('members') and 'members_snapshot' not in record['config']['ensemble']:
+        return 'no config.ensemble.members_snapshot'
+    names = dataset.get('class_names')
+    if names is not None and len(names) != dataset['num_classes']:
+        return f'dataset: expected names of {dataset["num_classes"]} classes, found {len(names)}'
+    return None
+
+
+def mismatch(value: Any, schema: Any, name: str = '') -> str | None:
+    """Returns where a JSON value is not what a schema says, and how; None where it is.
+
+    Args:
+      value: as `json.loads` gives it.
+      schema: see above.
+      name: of the value, as in 'config.train'; '' for the whole file.
+    """
+    if isinstance(schema, tuple):
+        reasons = [mismatch(value, each, name) for each in schema]
+        return None if None in reasons else reasons[0]
+    if isinstance(schema, Mapping):
+        return _entries_mismatch(value, schema, name)
+    if isinstance(schema, list):
+        return _elements_mismatch(value, schema, name)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(schema, range):
+        expected = f'a whole number in {schema.start}..{schema.stop - 1}'
+        return None if whole and value in schema else _found(value, expected, name)
+    if schema is float:
+        fits = isinstance(value, float) or (whole and abs(value) <= _LARGEST)
+        return None if fits else _found(value, 'a number', name)
+    if schema is None:
+        return None if value is None else _found(value, 'null', name)
+    return None if isinstance(value, str) else _found(value, 'a text', name)
+
+
+def _elements_mismatch(value: Any, schema: Sequence[Any], name: str) -> str | None:
+    if not isinstance(value, list):
+        return _found(value, 'a list', name)
+    schemas = schema * len(value) if len(schema) == 1 else schema
+    if len(value) != len(schemas):
+        return _found(value, f'a list of {len(schemas)}', name)
+    each = enumerate(zip(value, schemas, strict=True))
+    reasons = (mismatch(one, of_one, f'{name}[{i}]') for i, (one, of_one) in each)
+    return next(filter(None, reasons), None)
+
+
+def _entries_mismatch(value: Any, schema: Mapping[str, Any], name: str) -> str | None:
+    if not isinstance(value, Mapping):
+        return _found(value, 'an object', name)
+    for key, of_entry in schema.items():
+        entry = key.removesuffix('?')
+        path = f'{name}.{entry}' if name else entry
+        if entry in value:
+            if reason := mismatch(value[entry], of_entry, path):
+                return reason
+        elif entry == key:
+            return f'no {path}'
+    return None
+
+
+def _found(value: Any, expected: str, name: str) -> str:
+    text = json.dumps(value)
+    text = text if len(text) <= 50 else f'{text[:50]}...'
+    return f'{f"{name}: " if name else ""}expected {expected}, found {text}'
