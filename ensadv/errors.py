@@ -4,6 +4,8 @@
 class UserError(Exception):
     """A mistake of the user's: its message is one line, and the program ends with exit code 2."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError):
     """A config field, named in the message, whose value is not allowed."""
@@ -11,3 +13,5 @@ class ConfigError(UserError):
 
 class TrainingError(Exception):
     """A run that cannot go on: the message says where it stopped; exit code 1."""
+
+    exit_code = 1
