@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ensadv import build, checkpoints, costs, data, ensemble, metrics, parallel, steps, workdir
 from ensadv import config as config_lib
-from ensadv.errors import ConfigError, TrainingError, UserError
+from ensadv.errors import ConfigError, TrainingError
 from ensadv.optim import TrainState
 
 
@@ -145,12 +145,7 @@ def check_fits(config: ConfigDict, dataset: data.Dataset) -> None:
 
     Raises:
       ConfigError: naming the field.
-      UserError: if there is more than one process.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f'found {jax.process_count()} processes: several hosts are not supported yet'
-        )
     devices, batch_size = parallel.num_devices(), config.train.batch_size
     if batch_size % devices:
         raise ConfigError(
@@ -250,6 +245,7 @@ def _train(config, workdir_path, step, saved, on_snapshot, label) -> None:
     check_fits(config, dataset)
     description = dataset.describe()
     workdir.check_data(workdir_path, description)
+    parallel.check_same('the data', dataset.fingerprint)
     group = config.model
     model = build.model(config, description, dtype=group.dtype, remat=group.remat)
     keys = learner_keys(config)
@@ -261,7 +257,9 @@ def _train(config, workdir_path, step, saved, on_snapshot, label) -> None:
         'operations': costs.operations(config, description)._asdict(),
     }
     session = {'step': step, **build.environment(), 'command': sys.argv}
-    workdir.write_record(workdir_path, config, facts, session)
+    if parallel.is_main():
+        workdir.write_record(workdir_path, config, facts, session)
+    parallel.check_shared(workdir_path / 'config.json')
 
     state = jax.jit(make_state)(keys)
     if step:
@@ -321,7 +319,7 @@ def _loop(config, workdir_path, state, step, advance, log, saved, on_snapshot) -
             snapshots.save(step, snapshot_of(config, state), wait=True)
         if due['checkpoint']:
             saved.save(step, state)
-            if seconds_per_step:
+            if seconds_per_step and parallel.is_main():
                 timing = {'seconds_per_step': statistics.median(seconds_per_step)}
                 workdir.add_to_session(workdir_path, timing)
         # Evaluation may take long: what training needs is safe by then.
