@@ -1,5 +1,6 @@
 """Checkpoints and snapshots, through Orbax."""
 
+import importlib
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ensadv import parallel
+from ensadv.errors import UserError
 
 _TRIES = 20
 
@@ -23,7 +25,12 @@ class Checkpoints:
         Args:
           directory: where.
           keep: how many of the newest stay; None: all.
+
+        Raises:
+          UserError: for gs:// without the package that Orbax needs there.
         """
+        if str(directory).startswith('gs://'):
+            _require_storage_client(directory)
         # Lightweight: it does not look into the steps when it is made; `steps` does, with care.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=False, lightweight_initialize=True
@@ -39,7 +46,14 @@ class Checkpoints:
         return self._manager
 
     def steps(self) -> list[int]:
-        """Returns the steps there are, ascending, as they stand on disk now."""
+        """Returns the steps there are, ascending, as they stand on disk now.
+
+        As process 0 sees them: others may see a step later on storage that hosts share.
+        """
+        return parallel.agree(self._steps_by_view())
+
+    def _steps_by_view(self) -> list[int]:
+        """Returns the steps by this process's view."""
         manager = self._open(create=False)
         if manager is None:
             return []
@@ -83,6 +97,17 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
             self._manager = None
+
+
+def _require_storage_client(directory: epath.Path) -> None:
+    # Orbax asks with it whether the bucket has folders.
+    try:
+        importlib.import_module('google.cloud.storage')
+    except ImportError as error:
+        raise UserError(
+            f'{directory}: gs:// needs a package that is missing: pip install google-cloud-storage '
+            f'({error})'
+        ) from error
 
 
 def open_checkpoints(workdir: epath.Path, keep: int) -> Checkpoints:
