@@ -374,6 +374,9 @@ def test_a_dead_process_is_missed_by_one_that_waits(dead):
     assert 'Traceback' not in results[1 - dead].stderr
     if dead == 1:
         assert 'process 1 of 2' in results[0].told()[0]
+    else:
+        # JAX ends the others of process 0 itself.
+        assert 'the JAX distributed service detected fatal errors' in results[1].stderr
 
 
 def test_one_process_needs_no_others(monkeypatch):
