@@ -16,8 +16,10 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
+import ensadv
 from configs import default
 from ensadv import command_line, stopping, workdir, xla_flags
+from ensadv import config as config_lib
 from ensadv.command_line import fail
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
 
@@ -48,13 +50,14 @@ def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
 
 def run_study(config: ConfigDict, path: epath.Path) -> None:
     """Makes the study's runs, and a report on them even if some of them fail."""
-    from ensadv import blackbox, study
+    from ensadv import blackbox, parallel, study
 
+    write_report = None
     try:
-        write_report = report_writer()
+        if parallel.is_main():
+            write_report = report_writer()
     except UserError as error:  # training and evaluation do without
         logging.warning('%s; afterwards --mode=report writes it, on any machine', error)
-        write_report = None
 
     # All mistakes in the systems are told before the first source is trained.
     run_configs = dict(study.runs(config, CONFIGS))
@@ -66,9 +69,11 @@ def run_study(config: ConfigDict, path: epath.Path) -> None:
         config.eval.blackbox_path = str(transfer_set)
     finished, failures = study.run(config, path, CONFIGS, run_one)
     pair = study.pair_of_planes(config)
-    if write_report and pair and {path / name for name in pair} <= set(finished):
+    drawn = parallel.agree(bool(write_report and pair))
+    if drawn and {path / name for name in pair} <= set(finished):
         try:
-            draw_planes(run_configs[pair[0]], path, pair)
+            with parallel.failing_together():
+                draw_planes(run_configs[pair[0]], path, pair)
         except UserError as error:  # the report is worth having without them
             logging.error('no decision planes: %s', error)
     if write_report and finished:
@@ -153,10 +158,20 @@ def run(mode: str) -> None:
         return
     if not FLAGS.workdir:
         raise UserError('--workdir: needed, the directory that is written to')
-    from ensadv import compilation_cache
+    from ensadv import compilation_cache, parallel
 
     compilation_cache.enable(FLAGS.compilation_cache)
     path = command_line.workdir_path(to_write=True)
+    parallel.initialize()
+    with parallel.together():
+        command = {'mode': mode, 'workdir': str(path), 'version': ensadv.__version__}
+        resolved = config_lib.to_dict(config.copy_and_resolve_references())
+        parallel.check_same('the command', command | {'config': resolved})
+        compute(mode, config, path)
+
+
+def compute(mode: str, config: ConfigDict, path: epath.Path) -> None:
+    """Does a job that needs JAX, on all processes."""
     if mode == 'study':
         run_study(config, path)
     elif mode == 'blackbox':
@@ -193,7 +208,7 @@ def main(argv: list[str]) -> None:
         logging.debug('', exc_info=True)
         fail(f'{error}. What is on disk is whole: the same command goes on', code=1)
     except stopping.Stopped as stopped:
-        fail(f'{stopped}: stopped; the same command goes on from here', code=stopped.exit_code)
+        fail(str(stopped), code=stopped.exit_code)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, runs, systems, transfer, workdir
+from ensadv import build, parallel, runs, systems, transfer, workdir
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.evaluator import Evaluator
@@ -42,7 +42,7 @@ def make(
         'rounds': _rounds(config),
     }
     path = root / FILE
-    if path.exists():
+    if parallel.agree(path.exists()):
         record = transfer.read_record(path)
         _check_made_alike(path, record, made_by, list(configs.values()))
     else:
@@ -50,7 +50,9 @@ def make(
             run_one(run_config, root / name, f'[source {number}/{len(configs)}] {name}')
         sources = [runs.find(root / name, 'blackbox.sources', config) for name in configs]
         record = _make(config, sources, made_by, path)
-    print(_summary(path, record))
+        parallel.check_shared(path)
+    if parallel.is_main():
+        print(_summary(path, record))
     return path
 
 
@@ -118,10 +120,11 @@ def _check_made_alike(
 def _make(
     config: ConfigDict, sources: list[runs.Run], made_by: dict[str, Any], path: epath.Path
 ) -> dict[str, Any]:
-    """Attacks every test image until every source errs on it, and writes the file."""
+    """Attacks every test image until every source errs on it; process 0 writes the file."""
     dataset = build.dataset(config)
     for source in sources:
         workdir.check_data(source.path, dataset.describe())
+    parallel.check_same('the data', dataset.fingerprint)
     images, labels = build.test_split(config, dataset)
     n = len(labels)
     network, variables = runs.load(sources, combine='logits', dtype=config.eval.dtype)
@@ -168,11 +171,14 @@ def _make(
     fooled = largest_margin(stored, everything) <= 0
     made = transfer.TransferSet(stored, labels, everything.astype(np.int32), fooled, record)
     unverified = path.with_name(f'.{FILE}')
-    record = transfer.write(unverified, made)
-    read = transfer.load(unverified, dataset, config.epsilon)
+    read = made
+    if parallel.is_main():
+        record = transfer.write(unverified, made)
+        read = transfer.load(unverified, dataset, config.epsilon)
     if not np.array_equal(largest_margin(read.images, everything) <= 0, read.fooled):
         raise TrainingError(f'{unverified}: as stored it does not fool the sources as recorded')
-    unverified.replace(path)
+    if parallel.is_main():
+        unverified.replace(path)
     return record
 
 

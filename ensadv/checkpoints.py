@@ -1,5 +1,6 @@
 """Checkpoints and snapshots, through Orbax."""
 
+import importlib
 import zlib
 from typing import Any
 
@@ -10,7 +11,7 @@ from absl import logging
 from etils import epath
 
 from ensadv import parallel, workdir
-from ensadv.errors import TrainingError
+from ensadv.errors import TrainingError, UserError
 
 _TRIES = 20
 _STEP_NAMES = ocp.path.step.standard_name_format()
@@ -35,7 +36,12 @@ class Checkpoints:
           keep: how many of the newest stay; None: all.
           tidy: whether to delete what a killed process left half written. Only for whom no other
             process writes beside.
+
+        Raises:
+          UserError: for gs:// without the package that Orbax needs there.
         """
+        if str(directory).startswith('gs://'):
+            _require_storage_client(directory)
         # Lightweight: it does not look into the steps when it is made; `steps` does, with care.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -54,7 +60,14 @@ class Checkpoints:
         return self._manager
 
     def steps(self) -> list[int]:
-        """Returns the steps there are, damaged ones too, ascending, as they stand on disk now."""
+        """Returns the steps there are, damaged ones too, ascending, as they stand on disk now.
+
+        As process 0 sees them: others may see a step later on storage that hosts share.
+        """
+        return parallel.agree(self._steps_by_view())
+
+    def _steps_by_view(self) -> list[int]:
+        """Returns the steps by this process's view."""
         # Not by the manager, which reads files of each step, and fails where one is damaged.
         for left in reversed(range(_TRIES)):
             try:
@@ -100,21 +113,30 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
         )
-        manager = self._open(create=False)
+        problem = ''
         try:
-            tree = manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            written = manager.metadata(step).custom_metadata[_CHECKSUMS]
+            tree, written = self._read(step, abstract)
         except Exception as error:  # a file that lacks, is empty, or is not what it was
+            problem = _reason(error)
+        else:
+            found = _checksums(jax.device_get(tree))
+            if wrong := sorted(name for name in found if written.get(name) != found[name]):
+                problem = (
+                    f'{len(wrong)} of {len(found)} arrays are not what was written, the first is '
+                    f'{wrong[0]}'
+                )
+        if parallel.any_process(bool(problem)):
             # The manager takes what it found in this step for the form of all.
             self.close()
-            raise DamagedError(f'{self._directory / str(step)}: {_reason(error)}') from error
-        found = _checksums(jax.device_get(tree))
-        if wrong := sorted(name for name in found if written.get(name) != found[name]):
-            raise DamagedError(
-                f'{self._directory / str(step)}: {len(wrong)} of {len(found)} arrays are not what '
-                f'was written, the first is {wrong[0]}'
-            )
+            path = self._directory / str(step)
+            raise DamagedError(f'{path}: {problem or "another process cannot read it"}')
         return tree
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, int]]:
+        """Returns the tree of a step, and the checksums that it was written with."""
+        manager = self._open(create=False)
+        tree = manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return tree, manager.metadata(step).custom_metadata[_CHECKSUMS]
 
     def restore_newest(self, like: Any) -> tuple[int, Any] | None:
         """Reads the newest tree that is whole.
@@ -153,10 +175,12 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> None:
         """Renames a damaged step, so that it is neither found again nor in the way."""
-        aside = self._directory / f'{step}.damaged'
-        if aside.exists():
-            aside.rmtree()
-        (self._directory / str(step)).rename(aside)
+        if parallel.is_main():
+            aside = self._directory / f'{step}.damaged'
+            if aside.exists():
+                aside.rmtree()
+            (self._directory / str(step)).rename(aside)
+        parallel.barrier('put aside')
         # It remembers which steps there are.
         self.close()
 
@@ -194,6 +218,17 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines() or ['']
     return f'{type(error).__name__}: {lines[0][:200]}'
+
+
+def _require_storage_client(directory: epath.Path) -> None:
+    # Orbax asks with it whether the bucket has folders.
+    try:
+        importlib.import_module('google.cloud.storage')
+    except ImportError as error:
+        raise UserError(
+            f'{directory}: gs:// needs a package that is missing: pip install google-cloud-storage '
+            f'({error})'
+        ) from error
 
 
 def open_checkpoints(path: epath.Path, keep: int, *, tidy: bool = False) -> Checkpoints:

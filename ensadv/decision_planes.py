@@ -57,12 +57,20 @@ def run(config: ConfigDict, path: epath.Path) -> epath.Path:
     wanted = _record(config, pair)
     name = 'members' if len(pair) == 1 else '-'.join(run.path.name for run in pair)
     file = path / 'planes' / f'{name}.npz'
-    made = _made_before(file, wanted)
-    if made is None:
+    made = _made_before(file, wanted) if parallel.is_main() else None
+    if parallel.agree(made is None):
         made = _make(config, pair, wanted)
-        plane_files.write(file, made)
+        if parallel.is_main():
+            plane_files.write(file, made)
     else:
         logging.info('%s: made already, of the same snapshots and settings', file)
+    if parallel.is_main():
+        _draw(file, made)
+    return file
+
+
+def _draw(file: epath.Path, made: Planes) -> None:
+    """Draws the planes beside their file, and tells the user."""
     from ensadv.report import drawing, pictures  # Matplotlib takes its time
 
     drawing.save(pictures.planes(made), file.with_suffix(''))
@@ -71,7 +79,6 @@ def run(config: ConfigDict, path: epath.Path) -> epath.Path:
             print(f'image {place}: {note}')
     for suffix in ('.npz', '.png', '.pdf'):
         print(file.with_suffix(suffix))
-    return file
 
 
 def _find(config: ConfigDict, path: epath.Path) -> list[runs.Run]:
@@ -167,6 +174,7 @@ def _made_before(file: epath.Path, wanted: dict[str, Any]) -> Planes | None:
 def _make(config: ConfigDict, pair: Sequence[runs.Run], record: dict[str, Any]) -> Planes:
     dataset = build.dataset(config)
     workdir.check_data(pair[0].path, dataset.describe())
+    parallel.check_same('the data', dataset.fingerprint)
     attacked, rows = _models(config, pair)
     spanned, images, labels = _span(config, dataset, attacked, record['settings'])
     classes, point_classes = classify(rows, spanned, images, config.planes.resolution)

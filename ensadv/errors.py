@@ -4,6 +4,8 @@
 class UserError(Exception):
     """A mistake of the user's: its message is one line, and the program ends with exit code 2."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError):
     """A config field, named in the message, whose value is not allowed."""
@@ -12,6 +14,10 @@ class ConfigError(UserError):
 class TrainingError(Exception):
     """A run that cannot go on: the message says where it stopped; exit code 1."""
 
+    exit_code = 1
+
 
 class StorageError(Exception):
     """What cannot be written: full disk, no permission, lost storage; exit code 1."""
+
+    exit_code = 1

@@ -1,15 +1,16 @@
 """The evaluation job: every snapshot of a run, or an ensemble of runs, under every attack."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, checkpoints, claims, runs, selection, workdir
+from ensadv import build, checkpoints, claims, parallel, runs, selection, workdir
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.results import Results, Unit
 
@@ -19,7 +20,10 @@ POLL_SECONDS = 5  # between two looks at what another process does
 class Job:
     """Evaluates a run's snapshots, each once, and keeps those worth keeping.
 
-    Any number of processes may do this in one workdir: they claim what they are at.
+    Any number of commands may do this in one workdir: they claim what they are at. The processes
+    of one command do it together, and process 0 claims for them. Methods that say "by this
+    process's view" read the workdir, whose files others may see later: what comes of it is agreed
+    on before it decides anything.
     """
 
     def __init__(self, config: ConfigDict, workdir_path: epath.Path, label: str = 'evaluate'):
@@ -80,13 +84,14 @@ class Job:
         seen, since = None, time.monotonic()
         while True:
             self.evaluate_pending()
-            if self._has_last() or self._goal() in self._damaged:
+            if parallel.agree(self._has_last() or self._goal() in self._damaged):
                 break
             signs = self._signs_of_life()
+            late = time.monotonic() - since > self._config.eval.follow_timeout
             # What is still pending is what another process is at, be it for hours.
             if signs != seen or self._is_pending():
                 seen, since = signs, time.monotonic()
-            elif time.monotonic() - since > self._config.eval.follow_timeout:
+            elif parallel.agree(late):
                 reached = max((step for steps in signs[:2] for step in steps), default=0)
                 raise TrainingError(
                     f'no new checkpoint or snapshot in {self._workdir} for '
@@ -112,20 +117,25 @@ class Job:
 
     def _pending(self, snapshots: checkpoints.Checkpoints) -> list[tuple[int, list[Unit]]]:
         """Returns the snapshots with something to do, and what they should have."""
-        steps = [step for step in snapshots.steps() if step not in self._damaged]
-        units = self._results.units
-        pending = [(step, units) for step in steps if self._results.missing(step, units)]
-        final = self._results.final_units
+        units, final = self._results.units, self._results.final_units
+        pending, is_final = parallel.agree(self._pending_by_view(snapshots.steps()))
+        return [(step, final if is_final else units) for step in pending]
+
+    def _pending_by_view(self, steps: Sequence[int]) -> tuple[list[int], bool]:
+        """Returns, by this process's view, which steps have something to do, and if the last."""
+        units, final = self._results.units, self._results.final_units
+        steps = [step for step in steps if step not in self._damaged]
+        pending = [step for step in steps if self._results.missing(step, units)]
         if pending or not final or not self._has_last():
-            return pending
+            return pending, False
         wanted = [step for step in self._worth_keeping() if step in steps]
-        return [(step, final) for step in wanted if self._results.missing(step, final)]
+        return [step for step in wanted if self._results.missing(step, final)], True
 
     def _evaluate(
         self, step: int, units: Sequence[Unit], snapshots: checkpoints.Checkpoints
     ) -> bool:
         """Evaluates a snapshot; returns False if another process is at it."""
-        with self._claims.taken(str(step)) as mine:
+        with self._taken(step) as mine:
             # It may have been done, and even deleted, since it was found to be pending.
             if mine and step in snapshots.steps():
                 try:
@@ -139,20 +149,33 @@ class Job:
 
     def _put_aside_damaged(self, snapshots: Sequence[int]) -> None:
         """Has damaged results made again, once: it reads them all."""
-        for step in workdir.evaluated_steps(self._workdir):
-            with self._claims.taken(str(step)) as mine:
-                if mine:
+        for step in parallel.agree(workdir.evaluated_steps(self._workdir)):
+            with self._taken(step) as mine:
+                if mine and parallel.is_main():
                     self._results.put_aside_damaged(step, again=step in snapshots)
         self._looked_for_damage = True
 
+    @contextlib.contextmanager
+    def _taken(self, step: int) -> Iterator[bool]:
+        """Claims a snapshot for all processes, and gives whether it was got."""
+        with contextlib.ExitStack() as stack:
+            main = parallel.is_main()
+            yield parallel.agree(main and stack.enter_context(self._claims.taken(str(step))))
+
     def _goal(self) -> int:
-        """Returns the run's last step, by its own config or by this one, whichever is later."""
+        """Returns the run's last step, by its own config or by this one, whichever is later.
+
+        By this process's view.
+        """
         record = workdir.read_record(self._workdir)
         mine = self._config.train.steps
         return max(mine, record['config']['train']['steps']) if record else mine
 
     def _has_last(self) -> bool:
-        """Returns whether the snapshot of the run's last step has all attacks but the long ones."""
+        """Returns whether the snapshot of the run's last step has all attacks but the long ones.
+
+        By this process's view.
+        """
         return not self._results.missing(self._goal(), self._results.units)
 
     def _is_pending(self) -> bool:
@@ -171,12 +194,12 @@ class Job:
             folders.append(tuple(opened.steps()))
             opened.close()
         record = workdir.read_record(self._workdir)
-        return *folders, len(record['sessions']) if record else None
+        return *folders, parallel.agree(len(record['sessions']) if record else None)
 
     def _worth_keeping(self) -> set[int]:
         """Returns the best and the last of the steps that have all attacks as they are set now.
 
-        What has others is no rival: another process may be at it.
+        What has others is no rival: another process may be at it. By this process's view.
         """
         evaluations = {
             step: content
@@ -198,7 +221,10 @@ class Job:
         return (*names, 'blackbox') if judged else names
 
     def _is_done(self, step: int) -> bool:
-        """Returns whether nobody needs the snapshot for an attack on every snapshot any more."""
+        """Returns whether nobody needs the snapshot for an attack on every snapshot any more.
+
+        By this process's view.
+        """
         wanted = [Unit(name, 'test') for name in self._wanted_by_run()]
         if self._config.eval.select_on == 'validation':
             wanted.append(Unit(selection.selection_attack(self._wanted_by_run()), 'validation'))
@@ -206,14 +232,14 @@ class Job:
 
     def _prune(self, snapshots: checkpoints.Checkpoints) -> None:
         """Deletes snapshots that have all attacks, the run's own too, but for the last and best."""
-        keep = self._worth_keeping()
+        keep = parallel.agree(sorted(self._worth_keeping()))
         for step in snapshots.steps():
             if step in keep:
                 continue
-            with self._claims.taken(str(step)) as mine:
+            with self._taken(step) as mine:
                 # Another process may have finished it just now, and found it to be the best.
-                done = mine and self._is_done(step)
-                if done and step not in self._worth_keeping() and step in snapshots.steps():
+                done = mine and self._is_done(step) and step not in self._worth_keeping()
+                if parallel.agree(done) and step in snapshots.steps():
                     snapshots.delete(step)
 
 
@@ -264,6 +290,7 @@ def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
     dataset = build.dataset(config)
     for member in members:
         workdir.check_data(member.path, dataset.describe())
+    parallel.check_same('the data', dataset.fingerprint)
     facts = {
         'dataset': dataset.describe(),
         'parameters': sum(member.record['parameters'] for member in members),
@@ -277,12 +304,14 @@ def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
     results = Results(config, workdir_path, config.system, lambda _: network)
     # An ensemble of runs has this one snapshot, its best and its last.
     units = [*results.units, *results.final_units]
-    with claims.Claims(workdir_path / 'claims').taken(str(step)) as mine:
-        if not mine:
+    with contextlib.ExitStack() as stack:
+        claim = claims.Claims(workdir_path / 'claims').taken(str(step))
+        if not parallel.agree(parallel.is_main() and stack.enter_context(claim)):
             raise UserError(f'--workdir={workdir_path}: another process is evaluating this')
-        if results.missing(step, units):
+        if parallel.is_main() and results.missing(step, units):
             session = {'step': step, **build.environment(), 'command': sys.argv}
             workdir.write_record(workdir_path, config, facts, session)
+        parallel.check_shared(workdir_path / 'config.json')
         try:
             results.evaluate(step, units, lambda _: variables)
         finally:
@@ -303,8 +332,8 @@ def _check_members(workdir_path: epath.Path, members: Sequence[Mapping[str, Any]
 
 def show(workdir_path: epath.Path) -> bool:
     """Prints a run's accuracies, a line for each evaluated step, and returns if there are any."""
-    evaluations = workdir.read_evaluations(workdir_path)
+    evaluations = workdir.read_evaluations(workdir_path) if parallel.is_main() else {}
     for step, content in evaluations.items():
         shown = '  '.join(f'{r["name"]} {r["accuracy"]:.4f}' for r in content['attacks'])
         print(f'step {step}  n {content["attacks"][0]["n"]}  {shown}')
-    return bool(evaluations)
+    return parallel.agree(bool(evaluations))

@@ -10,6 +10,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from ensadv import parallel
 from ensadv.tf_import import import_tensorflow
 
 LOG_SECONDS = 30  # between two lines of progress where there is no terminal
@@ -28,8 +29,13 @@ class _LogStream:
 
 
 def progress(*, total: int, initial: int = 0, label: str, unit: str) -> tqdm.tqdm:
-    """Returns a tqdm with rate and time left: a bar on a terminal, lines in the log elsewhere."""
+    """Returns a tqdm with rate and time left: a bar on a terminal, lines in the log elsewhere.
+
+    Only process 0 shows it.
+    """
     settings = {'total': total, 'initial': initial, 'desc': label, 'unit': unit}
+    if not parallel.is_main():
+        return tqdm.tqdm(**settings, disable=True)
     if sys.stderr.isatty():
         return tqdm.tqdm(**settings, dynamic_ncols=True, leave=False)
     line = '{desc}: {percentage:.0f}% ({n_fmt}/{total_fmt}), {rate_fmt}, {remaining} left{postfix}'
@@ -68,8 +74,11 @@ def _import_clu() -> tuple[ModuleType, ModuleType] | None:
 
 
 def open_writer(directory: epath.Path) -> Any:
-    """Returns CLU's writer to the log and to TensorBoard; to the log alone without TensorFlow."""
-    clu = _import_clu()
+    """Returns CLU's writer to the log and to TensorBoard; to the log alone without TensorFlow.
+
+    Only process 0 writes TensorBoard's files.
+    """
+    clu = _import_clu() if parallel.is_main() else None
     return clu[0].create_default_writer(directory) if clu else _LogWriter()
 
 
@@ -92,7 +101,7 @@ class TrainingLog:
         """
         self._writer = open_writer(workdir)
         self._actions = []
-        if clu := _import_clu():
+        if parallel.is_main() and (clu := _import_clu()):
             _, periodic_actions = clu
             self._actions.append(
                 periodic_actions.ReportProgress(

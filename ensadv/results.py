@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, data, ensemble, metrics, runs, selection, transfer, workdir
+from ensadv import build, data, ensemble, metrics, parallel, runs, selection, transfer, workdir
 from ensadv import config as config_lib
 from ensadv.errors import UserError
 from ensadv.evaluator import Evaluator, LongVerdicts, Verdicts
@@ -89,18 +89,21 @@ class Results:
     def evaluate(
         self, step: int, units: Sequence[Unit], restore: Callable[[ensemble.Network], Any]
     ) -> None:
-        """Evaluates what is missing of `units`, and writes it.
+        """Evaluates what is missing of `units` on all processes; process 0 writes it.
 
         Args:
           step: of the weights.
           units: what is wanted.
           restore: gives the network's weights, replicated.
         """
-        if not self.missing(step, units):
+        missing = self.missing(step, units)
+        places = [place for place, unit in enumerate(units) if unit in missing]
+        missing = [units[place] for place in parallel.agree(places)]
+        if not missing:
             return
         self._open()
         variables = restore(self._evaluator.network)
-        for unit in self.missing(step, units):
+        for unit in missing:
             if unit.split == 'examples':
                 self._write_examples(step, unit, variables)
                 continue
@@ -108,7 +111,8 @@ class Results:
             verdicts = self._verdicts(unit, variables, f'{self.label} step {step} {unit.key}')
             result = self._result(unit, verdicts)
             result['seconds'] = round(time.monotonic() - start, 3)
-            self._add(step, unit, result, self._ledger(unit, verdicts))
+            if parallel.is_main():
+                self._add(step, unit, result, self._ledger(unit, verdicts))
             self._writer.write_scalars(step, {f'accuracy/{unit.key}': result['accuracy']})
         done = self._finished(step)
         shown = ', '.join(
@@ -177,6 +181,7 @@ class Results:
             *(judged['config'] for judged in (record, *record.get('members', ())))
         )
         workdir.check_data(self._workdir, dataset.describe())
+        parallel.check_same('the data', dataset.fingerprint)
         self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
         self._environment = build.environment()
         self._writer = metrics.open_writer(self._workdir / 'eval')
@@ -292,7 +297,8 @@ class Results:
             'adversarial_log_probs': log_probs[count:],
             'settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
         }
-        workdir.write_examples(self._workdir, step, arrays)
+        if parallel.is_main():
+            workdir.write_examples(self._workdir, step, arrays)
 
     def _read(self, step: int) -> dict[Unit, dict[str, Any]]:
         """Returns all of a step's results."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, checkpoints, ensemble, selection, workdir
+from ensadv import build, checkpoints, ensemble, parallel, selection, workdir
 from ensadv import config as config_lib
 from ensadv.errors import UserError
 
@@ -68,7 +68,8 @@ def find(path: epath.Path, field: str, base: ConfigDict, snapshot: str = 'last')
     step = config.train.steps
     if snapshot == 'best':
         chosen = selection.selection_attack(build.attack_names(config))
-        step = selection.best_step(workdir.read_evaluations(path), chosen, config.eval.select_on)
+        evaluations = workdir.read_evaluations(path)
+        step = parallel.agree(selection.best_step(evaluations, chosen, config.eval.select_on))
         if step not in steps:
             which = 'was never evaluated' if step is None else f'is of step {step}'
             raise UserError(

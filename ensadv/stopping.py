@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from absl import logging
 
@@ -28,7 +29,8 @@ class Stopped(BaseException):
     """
 
     def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
+        name = signal.Signals(signum).name
+        super().__init__(f'{name}: stopped; the same command goes on from here')
         self.signum = signum
 
     @property
@@ -85,6 +87,15 @@ def _handle(signum: int, frame: object) -> None:
 def requested() -> bool:
     """Returns whether the program was asked to end."""
     return _requested is not None
+
+
+def stop() -> NoReturn:
+    """Ends the program, as this process or another that works with it was asked to.
+
+    Raises:
+      Stopped: always.
+    """
+    raise Stopped(signal.SIGTERM if _requested is None else _requested)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import systems
+from ensadv import parallel, systems
 from ensadv.errors import ConfigError, TrainingError
 
 
@@ -64,7 +64,8 @@ def run(
         label = f'[{number}/{len(todo)}] {name}'
         logging.info('%s', label)
         try:
-            run_one(run_config, root / name, label)
+            with parallel.failing_together():
+                run_one(run_config, root / name, label)
         except TrainingError as error:
             # The others are worth having, and this one would stop at the same place again.
             logging.error('%s: %s', label, error)

@@ -167,12 +167,7 @@ def check_fits(config: ConfigDict, dataset: data.Dataset) -> None:
 
     Raises:
       ConfigError: naming the field.
-      UserError: if there is more than one process.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f'found {jax.process_count()} processes: several hosts are not supported yet'
-        )
     devices, batch_size = parallel.num_devices(), config.train.batch_size
     if batch_size % devices:
         raise ConfigError(
@@ -285,7 +280,7 @@ def run(
     if not is_finished:
         lock = claims.Claims(workdir_path / 'claims')
         try:
-            if holder := lock.take_over(LOCK):
+            if holder := parallel.agree(lock.take_over(LOCK) if parallel.is_main() else None):
                 raise UserError(f'--workdir={workdir_path}: is being trained in by {holder}')
             _train(config, workdir_path, lock, on_snapshot, label)
         finally:
@@ -300,6 +295,7 @@ def _train(config, workdir_path, lock, on_snapshot, label) -> None:
     check_fits(config, dataset)
     description = dataset.describe()
     workdir.check_data(workdir_path, description)
+    parallel.check_same('the data', dataset.fingerprint)
     group = config.model
     model = build.model(config, description, dtype=group.dtype, remat=group.remat)
     keys = learner_keys(config)
@@ -319,7 +315,9 @@ def _train(config, workdir_path, lock, on_snapshot, label) -> None:
         stack.callback(snapshots.close)
         step, state = saved.restore_newest(abstract) or (0, None)
         session = {'step': step, **build.environment(), 'command': sys.argv}
-        workdir.write_record(workdir_path, config, facts, session)
+        if parallel.is_main():
+            workdir.write_record(workdir_path, config, facts, session)
+        parallel.check_shared(workdir_path / 'config.json')
         if state is None:
             state = jax.jit(make_state)(keys)
             _log_parameters(abstract.params)
@@ -377,7 +375,8 @@ class _Writer:
         # Evaluation may take long, and be interrupted: what training needs is safe by then.
         evaluated = snapshot and self._on_snapshot is not None
         checkpoint = checkpoint or (evaluated and step not in self._saved.steps())
-        if (snapshot or checkpoint) and not self._lock.still_held(LOCK):
+        lost = parallel.is_main() and not self._lock.still_held(LOCK)
+        if (snapshot or checkpoint) and parallel.agree(lost):
             raise TrainingError(
                 f'{self._workdir}: another process trains here since this one was paused, or cut '
                 f'off from its storage, for long; ended at step {step}'
@@ -386,7 +385,7 @@ class _Writer:
             self._snapshots.save(step, snapshot_of(self._config, state), wait=True)
         if checkpoint:
             self._saved.save(step, state)
-            if seconds_per_step:
+            if seconds_per_step and parallel.is_main():
                 timing = {'seconds_per_step': statistics.median(seconds_per_step)}
                 workdir.add_to_session(self._workdir, timing)
         if evaluated:
@@ -406,12 +405,14 @@ def _loop(config, state, step, advance, log, writer) -> None:
         writer.write(step, state, snapshot=True, checkpoint=False, seconds_per_step=[])
     with stopping.deferred():
         while step < train.steps:
-            stop, start = next_stop(step, config, length.most), time.monotonic()
+            stop = next_stop(step, config, parallel.agree(length.most))
+            start = time.monotonic()
             state, sums = advance(state, stop - step)
             length.add(stop - step, time.monotonic() - start)
             step = stop
             interval.add(sums)
-            last, stops = step == train.steps, stopping.requested()
+            last = step == train.steps
+            stops = parallel.any_process(stopping.requested())
             due = {
                 name: last or step % train[f'{name}_every'] == 0
                 for name in ('log', 'snapshot', 'checkpoint')
@@ -429,7 +430,7 @@ def _loop(config, state, step, advance, log, writer) -> None:
                 seconds_per_step=seconds_per_step,
             )  # fmt: skip
             if stops:
-                break
+                stopping.stop()
             if any(due.values()):
                 interval = _Interval(step)
 

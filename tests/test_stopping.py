@@ -20,10 +20,11 @@ print('ready', flush=True)
 try:
 {body}
 except stopping.Stopped as stopped:
-    print('stopped', stopped, flush=True)
+    print(stopped, flush=True)
     sys.exit(stopped.exit_code)
 print('not stopped', flush=True)
 """
+STOPPED = ': stopped; the same command goes on from here\n'
 WAIT = 'time.sleep(60)'
 DEFER = """
 with stopping.deferred():
@@ -68,11 +69,11 @@ def stop(body, *signals, grace=30.0, pause=0.0):
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize('body', [WAIT, INTERRUPTIBLE_WITHIN])
 def test_a_signal_interrupts(signum, code, body):
-    assert stop(body, signum)[:2] == (code, f'stopped {signum.name}\n')
+    assert stop(body, signum)[:2] == (code, f'{signum.name}{STOPPED}')
 
 
 def test_a_signal_waits_where_it_must():
-    assert stop(DEFER, signal.SIGTERM)[:2] == (143, 'saving\nstopped SIGTERM\n')
+    assert stop(DEFER, signal.SIGTERM)[:2] == (143, f'saving\nSIGTERM{STOPPED}')
 
 
 def test_what_does_not_end_in_time_is_cut_off():
@@ -89,7 +90,7 @@ def test_a_second_signal_ends_at_once():
 def test_the_same_signal_twice_in_a_moment_is_one():
     """As `timeout` sends it, to the process and to its group."""
     code, output, _ = stop(DEFER, signal.SIGTERM, signal.SIGTERM)
-    assert (code, output) == (143, 'saving\nstopped SIGTERM\n')
+    assert (code, output) == (143, f'saving\nSIGTERM{STOPPED}')
 
 
 @pytest.fixture
