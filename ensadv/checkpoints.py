@@ -186,6 +186,8 @@ class Checkpoints:
 
     def delete(self, step: int) -> None:
         """Removes the tree of `step`."""
+        # The manager knows the steps that there were when it was made.
+        self.close()
         self._open(create=False).delete(step)
 
     def close(self) -> None:

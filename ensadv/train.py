@@ -278,18 +278,12 @@ def run(
     # A finished run is looked at on any machine, whatever type it would train in there.
     workdir.check_config(workdir_path, config, ('model.dtype',) if is_finished else ())
     if not is_finished:
-        lock = claims.Claims(workdir_path / 'claims')
-        try:
-            if holder := parallel.agree(lock.take_over(LOCK) if parallel.is_main() else None):
-                raise UserError(f'--workdir={workdir_path}: is being trained in by {holder}')
-            _train(config, workdir_path, lock, on_snapshot, label)
-        finally:
-            lock.close()
+        _train(config, workdir_path, on_snapshot, label)
     if on_snapshot:
         on_snapshot()
 
 
-def _train(config, workdir_path, lock, on_snapshot, label) -> None:
+def _train(config, workdir_path, on_snapshot, label) -> None:
     """Trains from the newest checkpoint, or from step 0, to the last step."""
     dataset = build.dataset(config)
     check_fits(config, dataset)
@@ -306,11 +300,15 @@ def _train(config, workdir_path, lock, on_snapshot, label) -> None:
         'parameters': costs.size(abstract.params),
         'operations': costs.operations(config, description)._asdict(),
     }
-    # What a killed process left half written is nobody's, for this one has the lock.
     keep = config.train.checkpoints_to_keep
-    saved = checkpoints.open_checkpoints(workdir_path, keep, tidy=True)
-    snapshots = checkpoints.open_snapshots(workdir_path, tidy=True)
+    lock = claims.Claims(workdir_path / 'claims')
     with contextlib.ExitStack() as stack:
+        stack.callback(lock.close)
+        if holder := parallel.agree(lock.take_over(LOCK) if parallel.is_main() else None):
+            raise UserError(f'--workdir={workdir_path}: is being trained in by {holder}')
+        # So what a killed process left half written is nobody's any more.
+        saved = checkpoints.open_checkpoints(workdir_path, keep, tidy=True)
+        snapshots = checkpoints.open_snapshots(workdir_path, tidy=True)
         stack.callback(saved.close)
         stack.callback(snapshots.close)
         step, state = saved.restore_newest(abstract) or (0, None)

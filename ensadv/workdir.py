@@ -62,6 +62,7 @@ def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
     Raises:
       StorageError: if it cannot be written.
     """
+    content = {name: value for name, value in content.items() if name != _CHECKSUM}
     text = json.dumps({**content, _CHECKSUM: _checksum(content)}, indent=1)
     write_bytes(path, f'{text}\n'.encode())
 

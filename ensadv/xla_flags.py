@@ -6,7 +6,7 @@ import os
 
 # By default this XLA gives convolutions to a library, YNN, that keeps 1.35 of two cores busy in an
 # adversarial step of a WRN-10-2. Its own kernels keep 1.94 busy, and take 0.90 s instead of 1.34 s
-# (medians of 5; AMD EPYC, jaxlib 0.10.2, benchmarks/adversarial_step.py --members=1).
+# (medians of 5; AMD EPYC, jaxlib 0.10.2; measured before conv.py had convolutions of its own).
 _FLAG = '--xla_cpu_experimental_ynn_fusion_type'
 # XLA ends a process that names a flag it does not know.
 _KNOWN_TO = ('0.10.',)

@@ -137,7 +137,9 @@ def test_overrides(program, fields, apart):
     args = [f'--config.{name}={value}' for name, value in fields]
     if apart:
         args = [part for name, value in fields for part in (f'--config.{name}', value)]
-    assert_told_or_fine(program.run(*DESCRIBE, *args), *FIELDS, '--')
+    # A flag of True or False takes no value that stands apart: the value is then what is named.
+    values = [value for _, value in fields if value]
+    assert_told_or_fine(program.run(*DESCRIBE, *args), *FIELDS, '--', *values)
 
 
 @pytest.mark.parametrize('mode', ['train', 'study', 'blackbox'])

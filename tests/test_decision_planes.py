@@ -318,7 +318,7 @@ def test_mistakes_are_one_line_on_the_command_line(root):
         ('images', (-1,), r'found \(-1,\)'),
         ('attack', 'clean', 'clean has no steps; expected one of ifgsm, pgd with'),
         ('attack', 'pdg20', "unknown attack 'pdg20' .did you mean 'pgd20'"),
-        ('resolution', 1, '>= 2, found 1'),
+        ('resolution', 1, '>= 2 and <= 10000, found 1'),
     ],
 )
 def test_settings_that_are_not_allowed(field, value, told):

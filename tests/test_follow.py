@@ -88,7 +88,8 @@ def make_run(config, path, steps=(2, 4, 6)):
     """Writes what training leaves behind, with weights of chance."""
     dataset = build.dataset(config)
     facts = {'dataset': dataset.describe(), 'parameters': 0}
-    workdir_lib.write_record(path, build.resolve(config), facts, {'step': 0})
+    session = {'step': 0, **build.environment(), 'command': ['main.py']}
+    workdir_lib.write_record(path, build.resolve(config), facts, session)
     for step in steps:
         write_snapshot(config, path, step)
 

@@ -183,7 +183,7 @@ def test_a_file_gives_back_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     'change, told',
     [
-        ({'record': np.array('[1]')}, 'record: expected a JSON object'),
+        ({'record': np.array('[1]')}, 'record: expected an object'),
         ({'record': np.array('{')}, 'expected a file of --mode=planes'),
         ({'record': None}, 'expected a file of --mode=planes'),
         ({'labels': None}, 'expected an array labels, found names, attacked'),

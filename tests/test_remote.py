@@ -132,9 +132,9 @@ def ram(monkeypatch):
 def test_files_through_tensorflows_file_systems(ram):
     assert workdir_lib.read_record(ram) is None
     assert workdir_lib.read_evaluations(ram) == {}
-    workdir_lib.write_json(ram / 'config.json', {'a': 1})
-    workdir_lib.write_json(ram / 'config.json', {'a': 2})
-    assert workdir_lib.read_record(ram) == {'a': 2}
+    workdir_lib.write_json(ram / 'a.json', {'a': 1})
+    workdir_lib.write_json(ram / 'a.json', {'a': 2})
+    assert workdir_lib.read_json(ram / 'a.json') == {'a': 2}
     for step in (10, 9):
         workdir_lib.write_json(workdir_lib.evaluation_path(ram, step, '.json'), {'step': step})
     assert list(workdir_lib.read_evaluations(ram)) == [9, 10]
