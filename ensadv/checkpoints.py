@@ -1,5 +1,6 @@
 """Checkpoints and snapshots, through Orbax."""
 
+import contextlib
 import importlib
 import zlib
 from typing import Any
@@ -69,14 +70,12 @@ class Checkpoints:
     def _steps_by_view(self) -> list[int]:
         """Returns the steps by this process's view."""
         # Not by the manager, which reads files of each step, and fails where one is damaged.
-        for left in reversed(range(_TRIES)):
-            try:
-                return sorted(found.step for found in _STEP_NAMES.find_all(self._directory))
-            except (FileNotFoundError, NotADirectoryError):
-                # It listed a step that another process deleted before it looked into it.
-                if not left:
-                    raise
-        raise AssertionError('not reached')
+        listed = lambda: sorted(found.step for found in _STEP_NAMES.find_all(self._directory))
+        for _ in range(_TRIES):
+            # It may list a step that another process deletes before it looks into it.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return listed()
+        return listed()
 
     def save(self, step: int, tree: Any, *, wait: bool = False) -> None:
         """Writes a tree, in the background unless `wait`; its arrays may be donated right away.

@@ -185,16 +185,16 @@ def check_fits(config: ConfigDict, dataset: data.Dataset) -> None:
         )
 
 
-def next_stop(step: int, config: ConfigDict, most: int | None = None) -> int:
+def next_stop(step: int, config: ConfigDict, most: int) -> int:
     """Returns the step at which the call that starts at `step` has to end.
 
     Args:
       step: where it starts.
       config: the run's.
-      most: steps that it may have; None: train.steps_per_call.
+      most: steps that it may have.
     """
     train = config.train
-    stops = [train.steps, step + (train.steps_per_call if most is None else most)]
+    stops = [train.steps, step + most]
     for period in (train.log_every, train.checkpoint_every, train.snapshot_every):
         stops.append((step // period + 1) * period)
     if step < train.profile_step:

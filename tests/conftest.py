@@ -53,6 +53,17 @@ TINY = {
     'eval.num_examples': 30,
     'eval.batch_size': 16,
 }
+# What makes a study of two systems small; for their own fields see TINY.
+TINY_STUDY = {
+    'planes.attack': 'pgd2',
+    'planes.images': (0,),
+    'planes.resolution': 8,
+    'eval.attacks': ('clean', 'ifgsm2', 'blackbox'),
+    'eval.examples': 2,
+    'blackbox.sources': ('baseline',),
+    'blackbox.steps': 2,
+    'blackbox.rounds': 1,
+}
 
 
 def overrides(fields: dict) -> list[str]:

@@ -421,3 +421,14 @@ def test_a_mistake_on_the_command_line_is_told_before_anything_is_measured(args,
     assert done.returncode == 2
     assert words in done.stderr.splitlines()[-1]
     assert not done.stdout
+
+
+def test_layers_are_the_convolutions_of_the_network():
+    pytest.importorskip('torch')
+    layers = importlib.import_module('benchmarks.speed_layers').layers(16, 2)
+    images = {'image_shape': [32, 32, 3], 'num_classes': 10, 'mean': [0.5] * 3, 'std': [0.2] * 3}
+    network = build.network(tiny_config(model__depth=16, model__width=2), images)
+    weights = network.variables['params']
+    found = sorted(leaf.shape[1:] for leaf in jax.tree.leaves(weights) if leaf.ndim == 5)
+    expected = [((side, side, *io),) * n for (_, *io, side, _), n in layers.items()]
+    assert sorted(shape for shapes in expected for shape in shapes) == found

@@ -488,3 +488,47 @@ def test_contending_processes_do_everything_once(tmp_path):
     done = [int(name) for output in outputs for name in output.split()]
     assert sorted(done) == list(range(30))
     assert names(epath.Path(tmp_path) / 'claims') == []
+
+
+def elsewhere(folder, beat=0):
+    """Writes the claim of a process on another machine."""
+    process = claims_lib.Process('far', 1, 'another machine', '1')
+    content = json.dumps(dataclasses.asdict(process) | {'beat': beat}).encode()
+    workdir_lib.write_bytes(folder / STRAY, content)
+
+
+def test_a_silent_holder_elsewhere_is_waited_for_and_then_succeeded(
+    new_claims, folder, monkeypatch, caplog
+):
+    clock = Clock()
+    monkeypatch.setattr(
+        claims_lib.time, 'sleep', lambda seconds: setattr(clock, 'now', clock.now + seconds)
+    )
+    elsewhere(folder)
+    claims = new_claims(clock=clock)
+    assert claims.take_over('4000') is None
+    assert claims.still_held('4000')
+    assert names(folder) != [STRAY]
+    assert STALE <= clock.now - 1000 < STALE + 10
+    assert caplog.text.count('held by far pid 1, which may be gone') == 1
+
+
+def test_a_holder_elsewhere_that_beats_is_left_alone(new_claims, folder, monkeypatch):
+    clock = Clock()
+
+    def sleep(seconds):
+        clock.now += seconds
+        elsewhere(folder, beat=int(clock.now > 1030))
+
+    monkeypatch.setattr(claims_lib.time, 'sleep', sleep)
+    elsewhere(folder)
+    assert new_claims(clock=clock).take_over('4000') == 'far pid 1'
+    assert clock.now < 1030 + STALE / 10
+    assert names(folder) == [STRAY]
+
+
+@needs_proc
+def test_a_holder_on_this_machine_need_not_be_waited_for(new_claims, monkeypatch):
+    assert new_claims().take('4000')
+    monkeypatch.setattr(claims_lib, '_LOOK_SECONDS', 1e6)
+    assert new_claims().take_over('4000').endswith(f' pid {os.getpid()}')

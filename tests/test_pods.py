@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILE, ROOT, TINY, overrides, tiny_config, variables_like
+from conftest import QUICK_COMPILE, ROOT, TINY, TINY_STUDY, overrides, tiny_config, variables_like
 from etils import epath
 
 from ensadv import checkpoints, parallel, train
@@ -219,19 +219,15 @@ def test_only_process_0_writes_and_tells(runs):
     assert 'step' not in second.stderr
 
 
-STUDY = TINY | {
-    'study.systems': ('baseline', 'singleadv'),
-    'study.planes': ('baseline', 'singleadv'),
-    'planes.attack': 'pgd2',
-    'planes.images': (0,),
-    'planes.resolution': 8,
-    'train.steps': 2,
-    'eval.attacks': ('clean', 'ifgsm2', 'blackbox'),
-    'eval.examples': 2,
-    'blackbox.sources': ('baseline',),
-    'blackbox.steps': 2,
-    'blackbox.rounds': 2,
-}
+STUDY = (
+    TINY
+    | TINY_STUDY
+    | {
+        'study.systems': ('baseline', 'singleadv'),
+        'study.planes': ('baseline', 'singleadv'),
+        'train.steps': 2,
+    }
+)
 
 
 def test_a_study(tmp_path):

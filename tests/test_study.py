@@ -5,7 +5,16 @@ import sys
 
 import jax
 import pytest
-from conftest import CIFAR10, QUICK_COMPILE, ROOT, TINY, overrides, run_main, tiny_config
+from conftest import (
+    CIFAR10,
+    QUICK_COMPILE,
+    ROOT,
+    TINY,
+    TINY_STUDY,
+    overrides,
+    run_main,
+    tiny_config,
+)
 from etils import epath
 
 import ensadv
@@ -131,19 +140,15 @@ def test_a_study_without_matplotlib_trains_and_says_what_is_missing(monkeypatch,
         main.report_writer()
 
 
-FIELDS = TINY | {
-    'study.systems': ('baseline', 'separate2adv'),
-    'study.planes': ('baseline', 'separate2adv'),
-    'planes.attack': 'pgd2',
-    'planes.images': (0,),
-    'planes.resolution': 8,
-    'train.snapshot_every': 4,
-    'eval.attacks': ('clean', 'ifgsm2', 'blackbox'),
-    'eval.examples': 2,
-    'blackbox.sources': ('baseline',),
-    'blackbox.steps': 2,
-    'blackbox.rounds': 1,
-}
+FIELDS = (
+    TINY
+    | TINY_STUDY
+    | {
+        'study.systems': ('baseline', 'separate2adv'),
+        'study.planes': ('baseline', 'separate2adv'),
+        'train.snapshot_every': 4,
+    }
+)
 
 
 def test_a_study_trains_reports_and_goes_on(tmp_path):

@@ -1,12 +1,12 @@
 """The training loop: what it computes, what it writes, and that it goes on as if never stopped."""
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 
 import jax
@@ -107,64 +107,71 @@ def test_calls_of_any_length_give_the_same_bits(workdir):
     assert results[0] == results[1]
 
 
-def test_killed_and_started_again_gives_the_same_bits(workdir):
-    """SIGKILL in the middle of real work, and the same command once more."""
-    fields = TINY | {
-        'train.steps': 120, 'train.checkpoint_every': 10, 'train.snapshot_every': 1000,
-        'train.log_every': 10, 'eval.inline': False,
-    }  # fmt: skip
-    command = ['--config=configs/singleadv.py', *overrides(fields)]
-    killed = workdir / 'killed'
-    process = subprocess.Popen(
-        [sys.executable, 'main.py', *command, f'--workdir={killed}'],
-        cwd=ROOT, env=run_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (killed / 'checkpoints' / '20').exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / 'snapshots' / '120').exists(), 'it was killed too late to test anything'
-    reached = max(int(path.name) for path in (killed / 'checkpoints').glob('[0-9]*'))
-    assert 20 <= reached < 120
-    again = run_main(*command, f'--workdir={killed}')
-    assert again.returncode == 0, again.stderr
-    assert f'going on from the checkpoint of step {reached}' in again.stderr
-    whole = run_main(*command, f'--workdir={workdir}/whole')
+LONG_RUN = TINY | {
+    'train.steps': 120, 'train.checkpoint_every': 10, 'train.snapshot_every': 1000,
+    'train.log_every': 10, 'train.steps_per_call': 10, 'eval.inline': False,
+}  # fmt: skip
+COMMAND = ['--config=configs/singleadv.py', *overrides(LONG_RUN)]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory) -> list[bytes]:
+    """The last weights of a long run that nothing interrupts."""
+    path = tmp_path_factory.mktemp('long') / 'whole'
+    whole = run_main(*COMMAND, f'--workdir={path}')
     assert whole.returncode == 0, whole.stderr
-    config = tiny_config('singleadv')
-    assert snapshot_bytes(config, killed, 120) == snapshot_bytes(config, workdir / 'whole', 120)
+    return snapshot_bytes(tiny_config('singleadv'), path, 120)
 
 
-def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(workdir):
-    fields = TINY | {
-        'train.steps': 90, 'train.checkpoint_every': 1000, 'train.snapshot_every': 1000,
-        'train.log_every': 10, 'train.steps_per_call': 10, 'eval.inline': False,
-    }  # fmt: skip
-    command = ['--config=configs/singleadv.py', *overrides(fields)]
-    stopped = workdir / 'stopped'
+@contextlib.contextmanager
+def long_run(path, *more):
+    """Starts the long run, and gives its process, which does not outlive the test."""
     process = subprocess.Popen(
-        [sys.executable, 'main.py', *command, f'--workdir={stopped}'],
+        [sys.executable, 'main.py', *COMMAND, f'--workdir={path}', *more],
         cwd=ROOT, env=run_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    for line in process.stderr:
-        if '] [10] ' in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert errors.splitlines()[-1].startswith('error: SIGTERM: stopped')
-    (reached,) = checkpoints.open_checkpoints(stopped, 3).steps()
-    assert 10 < reached < 90, 'it was stopped too late to test anything'
-    assert not list((stopped / 'claims').iterdir())
-    again = run_main(*command, f'--workdir={stopped}')
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def goes_on(path, reached):
+    """Runs the same command again, and returns the last weights."""
+    again = run_main(*COMMAND, f'--workdir={path}')
     assert again.returncode == 0, again.stderr
     assert f'going on from the checkpoint of step {reached}' in again.stderr
-    whole = run_main(*command, f'--workdir={workdir}/whole')
-    assert whole.returncode == 0, whole.stderr
-    config = tiny_config('singleadv')
-    assert snapshot_bytes(config, stopped, 90) == snapshot_bytes(config, workdir / 'whole', 90)
+    return snapshot_bytes(tiny_config('singleadv'), path, 120)
+
+
+def test_killed_and_started_again_gives_the_same_bits(workdir, undisturbed):
+    """SIGKILL in the middle of real work, and the same command once more."""
+    with long_run(workdir) as process:
+        for line in process.stderr:
+            if (workdir / 'checkpoints' / '20').exists() or '] [60] ' in line:
+                break
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (workdir / 'snapshots' / '120').exists(), 'it was killed too late to test anything'
+    reached = max(checkpoints.open_checkpoints(workdir, 3).steps())
+    assert 20 <= reached < 120
+    assert goes_on(workdir, reached) == undisturbed
+
+
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(workdir, undisturbed):
+    with long_run(workdir, '--config.train.checkpoint_every=1000') as process:
+        for line in process.stderr:
+            if '] [10] ' in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert errors.splitlines()[-1].startswith('error: SIGTERM: stopped')
+    (reached,) = checkpoints.open_checkpoints(workdir, 3).steps()
+    assert 10 < reached < 120, 'it was stopped too late to test anything'
+    assert not list((workdir / 'claims').iterdir())
+    assert goes_on(workdir, reached) == undisturbed
 
 
 def test_a_signal_while_a_snapshot_is_evaluated(workdir, monkeypatch):
@@ -388,10 +395,10 @@ def test_other_data_in_the_same_workdir_are_refused(workdir):
     'step, expected', [(0, 10), (10, 20), (90, 97), (97, 100), (100, 110), (200, 203)]
 )
 def test_calls_stop_where_something_is_due(step, expected):
-    fields = {'steps': 203, 'steps_per_call': 10, 'log_every': 50, 'checkpoint_every': 100,
+    fields = {'steps': 203, 'log_every': 50, 'checkpoint_every': 100,
               'snapshot_every': 150, 'profile_step': 97}  # fmt: skip
     config = tiny_config('baseline', **{f'train__{k}': v for k, v in fields.items()})
-    assert train.next_stop(step, config) == expected
+    assert train.next_stop(step, config, 10) == expected
 
 
 def test_a_profile_is_written_when_asked_for(workdir):
