@@ -30,7 +30,7 @@ ADVICE = (
 
 
 class NotFiniteError(TrainingError):
-    """The loss, its gradient or the weights became NaN or infinite.
+    """The loss, its gradient, the weights or the running averages became NaN or infinite.
 
     Attributes:
       first, last: it was between these steps.
@@ -38,8 +38,8 @@ class NotFiniteError(TrainingError):
 
     def __init__(self, first: int, last: int):
         super().__init__(
-            'the loss, its gradient or the weights are not finite between steps '
-            f'{first} and {last}; the checkpoints before that are good. {ADVICE}'
+            'the loss, its gradient, the weights or the running averages are not finite between '
+            f'steps {first} and {last}; the checkpoints before that are good. {ADVICE}'
         )
         self.first, self.last = first, last
 
@@ -91,7 +91,8 @@ def _named(start: int) -> str:
 
 
 @jax.jit
-def _all_finite(tree: Any) -> Array:
+def all_finite(tree: Any) -> Array:
+    """Returns whether every value of every array is finite, bool []."""
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
 
 
@@ -112,13 +113,13 @@ def replay(
     Returns:
       The step that begins there, and the state before it; None if all steps to `last` are finite.
     """
-    finite = bool(_all_finite(state))
+    finite = bool(all_finite(state))
     with metrics.progress(total=last - first, label='replay', unit='step') as progress:
         for step in range(first, last):
             before = jax.tree.map(jnp.copy, state)  # advancing reuses the state's memory
             state, sums = advance(state, 1)
             finite &= all(map(np.isfinite, jax.device_get(sums).values()))
-            if not finite or not _all_finite(state):
+            if not finite or not all_finite(state):
                 return step, before
             progress.update()
     return None

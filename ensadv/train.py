@@ -416,9 +416,11 @@ def _loop(config, state, step, advance, log, writer) -> None:
                 for name in ('log', 'snapshot', 'checkpoint')
             }
             due['checkpoint'] |= stops
-            # Before anything is saved the metrics are looked at, so that no NaN is ever saved.
             if any(due.values()):
                 means = interval.means(step, train.batch_size)
+                # A running variance may be infinite where no metric is: that layer's outputs are 0.
+                if not nans.all_finite(state):
+                    raise nans.NotFiniteError(interval.first_step, step)
                 log.scalars(step, means | {'learning_rate': float(schedule(step - 1))})
                 if interval.first_step > first_step:
                     seconds_per_step.append(train.batch_size / means['examples_per_second'])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILE, TINY, overrides, run_main, tiny_config
+from conftest import TINY, overrides, run_main, tiny_config
 
 from ensadv import build, checkpoints, ensemble, inspection, losses, nans, parallel, train
 from ensadv import config as config_lib
@@ -414,7 +414,7 @@ def test_the_command_line_on_two_devices(tmp_path):
     }
     result = run_main(
         '--config=configs/singleadv.py', *overrides(fields), f'--workdir={tmp_path}/run',
-        devices=2, xla_flags=QUICK_COMPILE,
+        devices=2,
     )  # fmt: skip
     assert result.returncode == 1
     assert 'Traceback' not in result.stderr
@@ -461,6 +461,26 @@ def test_a_weight_that_is_not_finite_stops_training_although_the_loss_is(
     config = tiny_config('ensemble2', train__steps=1, train__learning_rate=1e38)
     config.debug.nans = True
     found = r'from 0 to 1 .* update, members 0 and 1, linear, its new kernel: .* before it at most'
+    with pytest.raises(TrainingError, match=found):
+        train.run(config, workdir)
+    assert checkpoints.open_checkpoints(workdir, 3).steps() == []
+    assert checkpoints.open_snapshots(workdir).steps() == []
+
+
+# Of one output channel of four.
+LARGE = np.float32([5e18, 0, 0, 0])
+
+
+def test_an_infinite_running_variance_is_not_saved_although_loss_and_weights_are_finite(
+    workdir, monkeypatch, small
+):
+    """The sum of nine squared weights is a float32 number, the squares of their outputs are not."""
+    init_state = train.init_state
+    monkeypatch.setattr(
+        train, 'init_state', lambda *args: planted(init_state(*args), 'first/kernel', 1, LARGE)
+    )
+    config = tiny_config('ensemble2', train__steps=1, debug__nans=True)
+    found = 'from 0 to 1 is the first .* member 1, norm, its running var: 0 NaN and 1 infinite of 4'
     with pytest.raises(TrainingError, match=found):
         train.run(config, workdir)
     assert checkpoints.open_checkpoints(workdir, 3).steps() == []
