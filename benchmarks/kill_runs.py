@@ -29,6 +29,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from benchmarks import machine
 from benchmarks.machine import ROOT
 
 FIELDS = {
@@ -229,7 +230,12 @@ def main():
     )
     args = parser.parse_args()
     rng = random.Random(args.seed)
+    load = os.getloadavg()[0]
     lines = [
+        '# Runs killed at random moments',
+        '',
+        *machine.describe(load, ('jax', 'jaxlib', 'flax', 'orbax-checkpoint')),
+        '',
         '| work | length, s | kills | workdirs | kills in each | equal to the undisturbed work |',
         '| --- | --- | --- | --- | --- | --- |',
     ]

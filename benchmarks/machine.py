@@ -49,9 +49,9 @@ def missing_packages():
     return missing
 
 
-def describe(load):
+def describe(load, packages=PACKAGES):
     """Returns the Markdown lines that say it; `load` is the load average before."""
-    versions = [f'{name} {importlib.metadata.version(name)}' for name in PACKAGES]
+    versions = [f'{name} {importlib.metadata.version(name)}' for name in packages]
     variables = [
         f'{name}: {os.environ.get(name) or "(not set)"}'
         for name in ('XLA_FLAGS', 'OMP_WAIT_POLICY')
