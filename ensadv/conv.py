@@ -14,7 +14,8 @@ into the convolution: the gradient of the weights then takes a hundred times as 
 `optimization_barrier`, which keeps the transposed operand an array of its own.
 
 Two kinds of convolution are matrix multiplications on the CPU instead, in 'separate': large ones
-with 3x3 kernels (`winograd`), and those of few input channels, as a network's first.
+with 3x3 kernels (`winograd`), and those of few input channels, as a network's first. So are the
+gradients of 1x1 kernels.
 """
 
 import itertools
@@ -158,6 +159,8 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred):
             if unit and inputs <= _FEW_INPUTS and outputs >= _TIMES_AS_MANY_OUTPUTS * inputs:
                 forward = lambda x, w: _conv_of_patches(x, w, padding)
                 input_gradient = lambda g, w: _sum_of_patches(g, w, size, padding)
+            if is_float32 and window == (1, 1) and not any(map(any, padding)):
+                weight_gradient = lambda x, g: _product_of_pixels(x, g, strides)
 
     conv = _differentiable(_batched(forward, 1), lambda x, w, g: (dx(g, w), dw(x, g)))
     dx = _differentiable(_batched(input_gradient, 1), lambda g, w, x: (conv(x, w), dw(x, g)))
@@ -254,6 +257,16 @@ def _pad(x, pads):
     none = (0, 0, 0)
     spatial = [(low, high, 0) for low, high in pads]
     return lax.pad(x, jnp.zeros((), x.dtype), (none, *spatial, *[none] * (x.ndim - 3)))
+
+
+def _product_of_pixels(x, g, strides):
+    """d/dw of conv(x, w) . g for a 1x1 kernel without padding, [1, 1, I, O].
+
+    Convolved (see `_weight_gradient`) it took three times as long: 32 to 64 channels, stride 2,
+    32x32, batch 64: 4.0 ms and 1.4; 16 to 160, stride 1: 20.8 and 3.6.
+    """
+    x = lax.optimization_barrier(x[:, :: strides[0], :: strides[1]])
+    return jnp.einsum('nhwi,nhwo->io', x, g)[None, None]
 
 
 def _weight_gradient(conv_of, x, g, window, strides, padding):

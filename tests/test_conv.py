@@ -23,6 +23,7 @@ CASES = [
     ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1))),
     ((7, 5), (1, 1), (2, 2), ((0, 0), (0, 0))),
     ((5, 5), (1, 1), (1, 1), 'VALID'),
+    ((6, 5), (1, 1), (2, 1), ((1, 0), (-1, 2))),
     ((7, 8), (2, 4), (1, 2), ((0, 3), (2, 1))),
     ((9, 8), (3, 2), (3, 3), ((2, 0), (-1, 1))),
     ((6, 6), (5, 5), (2, 2), 'SAME_LOWER'),
@@ -131,6 +132,17 @@ def test_few_channels_in(size, window, padding, inputs):
     ours, theirs = both(padding=padding)
     x, w = arrays(size, window, channels=(inputs, 16))
     assert ' convolution(' not in jax.jit(ours).lower(x, w).compile().as_text()
+    assert_same(ours, theirs, x, w)
+
+
+@pytest.mark.parametrize('padding, is_product', [('VALID', True), (((0, 0), (0, 1)), False)])
+def test_gradients_of_1x1_kernels_are_products(padding, is_product):
+    ours, theirs = both((2, 2), padding)
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.tanh(ours(x, w)))))
+    x, w = arrays((5, 6), (1, 1))
+    # One convolution is the value's.
+    found = gradient.lower(w, x).compile().as_text().count(' convolution(')
+    assert found == (1 if is_product else 2)
     assert_same(ours, theirs, x, w)
 
 
