@@ -129,6 +129,9 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
                 if field not in known:
                     hint = config_lib.nearest(field, known)
                     raise ConfigError(f'{arg}: unknown config field {field}{hint}')
+                # ml_collections would join the two; of other fields the last one counts.
+                if known[field] is tuple and sum(field == other for _, other in overrides) > 1:
+                    raise ConfigError(f'{arg}: {field} is given more than once')
             # From here on --config is the config itself.
             del FLAGS.config
             config_flags.DEFINE_config_dict('config', found, sys_argv=rest)

@@ -12,8 +12,8 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
-# Compiles in a fraction of the time. What users get is compiled in the processes that `run_main`
-# starts.
+# Compiles in a fraction of the time, here and in the processes that are started. What users get is
+# compiled where a test asks for no flags.
 QUICK_COMPILE = (
     '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
     '--xla_cpu_use_fusion_emitters=false'
@@ -26,8 +26,11 @@ xla_flags.set_for_cpu()
 
 import jax
 import pytest
+import small_network as small
 from etils import epath
 from ml_collections import ConfigDict
+
+from ensadv import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / 'shared' / 'tfds'
@@ -66,6 +69,19 @@ TINY_STUDY = {
 }
 
 
+# Runs main.py without TensorFlow; argv[1] says whether with small networks.
+DRIVER = """
+import runpy, sys
+sys.modules['tensorflow'] = None
+sys.path[:0] = ['.', 'tests']
+if sys.argv.pop(1) == 'small':
+    import small_network
+    small_network.install()
+sys.argv[0] = 'main.py'
+runpy.run_path('main.py', run_name='__main__')
+"""
+
+
 def overrides(fields: dict) -> list[str]:
     """Returns the command line's form of {'train.steps': 4, ...}."""
     return [f'--config.{field}={value}' for field, value in fields.items()]
@@ -85,16 +101,28 @@ def tiny_config(system: str = 'singleadv', **changes) -> ConfigDict:
     return config.copy_and_resolve_references()
 
 
-def run_environment(devices: int = 1, xla_flags: str = '') -> dict[str, str]:
-    """Returns the environment of a process with so many CPU devices, compiled as users' are."""
+def run_environment(devices: int = 1, xla_flags: str = QUICK_COMPILE) -> dict[str, str]:
+    """Returns the environment of a process with so many CPU devices."""
     flags = f'--xla_force_host_platform_device_count={devices} {xla_flags}'
     return os.environ | {'XLA_FLAGS': flags}
 
 
-def run_main(*args: str, devices: int = 1, xla_flags: str = '') -> subprocess.CompletedProcess:
-    """Runs main.py to its end on so many CPU devices."""
+def main_command(*args: str, small: bool = False) -> list[str]:
+    """Returns the command that runs main.py without TensorFlow, whose import takes seconds."""
+    return [sys.executable, '-c', DRIVER, 'small' if small else '', *map(str, args)]
+
+
+def run_main(
+    *args: str,
+    devices: int = 1,
+    xla_flags: str = QUICK_COMPILE,
+    small: bool = False,
+    tensorflow: bool = False,
+) -> subprocess.CompletedProcess:
+    """Runs main.py to its end on so many CPU devices; with `tensorflow` it is main.py itself."""
+    itself = [sys.executable, 'main.py', *map(str, args)]
     return subprocess.run(
-        [sys.executable, 'main.py', *map(str, args)],
+        itself if tensorflow else main_command(*args, small=small),
         cwd=ROOT,
         env=run_environment(devices, xla_flags),
         capture_output=True,
@@ -126,6 +154,14 @@ def variables_like(config: ConfigDict):
     from ensadv import build
 
     return build.network(config, build.dataset(config).describe()).variables
+
+
+@pytest.fixture(scope='module')
+def small_network():
+    """Makes every Wide ResNet of this process small, see small_network.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(build.MODELS, 'wide_resnet', small.SmallNetwork)
+        yield
 
 
 @pytest.fixture(autouse=True)

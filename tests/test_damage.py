@@ -15,6 +15,8 @@ __all__ = ['fake']  # a fixture
 # Orbax leaves coroutines and threads behind when one of its files is damaged.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
+pytestmark = pytest.mark.usefixtures('small_network')
+
 
 @pytest.fixture
 def finished(workdir, fake):

@@ -17,6 +17,8 @@ from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluator import Evaluator
 
+pytestmark = pytest.mark.usefixtures('small_network')
+
 ASKED = {'planes__images': (7, 2), 'planes__attack': 'ifgsm2', 'planes__resolution': 12}
 
 
@@ -230,7 +232,7 @@ def test_what_is_made_is_not_made_again(root, two_runs, tmp_path, monkeypatch):
     result = run_main(
         '--mode=planes', f'--workdir={one}', f'--config.planes.other={root / "two"}',
         '--config.planes.images=(7, 2)', '--config.planes.attack=ifgsm2',
-        '--config.planes.resolution=12',
+        '--config.planes.resolution=12', small=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [
@@ -304,7 +306,7 @@ def test_the_runs_own_data_are_those_that_are_there_now(root, tmp_path):
 
 
 def test_mistakes_are_one_line_on_the_command_line(root):
-    result = run_main('--mode=planes', f'--workdir={root / "one"}')
+    result = run_main('--mode=planes', f'--workdir={root / "one"}', small=True)
     assert result.returncode == 2
     assert result.stderr.startswith('error: planes.other: needed for')
     assert len(result.stderr.strip().splitlines()) == 1

@@ -5,16 +5,17 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILE, TINY, overrides, run_main, tiny_config, variables_like
+from conftest import TINY, overrides, run_main, tiny_config, variables_like
 from etils import epath
 
 from ensadv import checkpoints, workdir
+
+pytestmark = pytest.mark.usefixtures('small_network')
 
 FIELDS = TINY | {
     'batch_norm.sync': True,
     'train.steps': 3,
     'train.snapshot_every': 3,
-    'eval.inline': False,
     'eval.long_attacks': ('pgd6',),
     'eval.iterate_examples': 7,
 }
@@ -24,10 +25,9 @@ FIELDS = TINY | {
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp('devices')
     for devices in (1, 2, 4):
-        command = ['--config=configs/ensemble2adv.py', *overrides(FIELDS)]
-        result = run_main(
-            *command, f'--workdir={root}/{devices}', devices=devices, xla_flags=QUICK_COMPILE
-        )
+        fields = FIELDS | {'eval.inline': devices == 1}
+        command = ['--config=configs/ensemble2adv.py', *overrides(fields)]
+        result = run_main(*command, f'--workdir={root}/{devices}', devices=devices, small=True)
         assert result.returncode == 0, result.stderr
     return epath.Path(root)
 
@@ -51,18 +51,19 @@ def test_the_trajectory_is_the_same(runs):
 @pytest.fixture(scope='module')
 def ledgers(runs):
     """What one snapshot's evaluation comes to on 1, 2 and 4 devices."""
-    ledgers = []
-    for devices in (1, 2, 4):
-        copy = runs / f'evaluated_on_{devices}'
+    evaluated = {1: runs / '1'}
+    for devices in (2, 4):
+        evaluated[devices] = copy = runs / f'evaluated_on_{devices}'
         shutil.copytree(runs / '1', copy)
-        result = run_main(
-            '--mode=evaluate', f'--workdir={copy}', devices=devices, xla_flags=QUICK_COMPILE
-        )
+        (copy / 'eval').rmtree()
+        result = run_main('--mode=evaluate', f'--workdir={copy}', devices=devices, small=True)
         assert result.returncode == 0, result.stderr
-        results = workdir.read_evaluations(copy)[3]['attacks']
+    for devices, path in evaluated.items():
+        results = workdir.read_evaluations(path)[3]['attacks']
         assert {result['devices']['count'] for result in results} == {devices}
-        ledgers.append(workdir.read_arrays(workdir.evaluation_path(copy, 3, '.npz')))
-    return ledgers
+    return [
+        workdir.read_arrays(workdir.evaluation_path(path, 3, '.npz')) for path in evaluated.values()
+    ]
 
 
 @pytest.mark.parametrize('name', ['clean', 'ifgsm2', 'pgd6'])

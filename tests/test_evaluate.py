@@ -10,6 +10,8 @@ from ensadv import build, checkpoints, evaluate, evaluator, selection, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('small_network')
+
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):

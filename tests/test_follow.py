@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import QUICK_COMPILE, ROOT, TINY, overrides, tiny_config
+from conftest import ROOT, TINY, overrides, run_environment, tiny_config
 
 import main
 from ensadv import (
@@ -33,13 +33,20 @@ from ensadv import (
 from ensadv import workdir as workdir_lib
 from ensadv.errors import TrainingError
 
+pytestmark = pytest.mark.usefixtures('small_network')
+
 UNITS = ['clean', 'ifgsm2']
 SECONDS = 120  # no test waits longer for another thread or process
 
-# main.py with short waits and no TensorFlow; argv[1] names the attack that never ends, if any.
+# main.py with short waits, small networks and no TensorFlow; argv[1] names the attack that never
+# ends, if any.
 DRIVER = """
 import runpy, sys, time
+sys.path.append('tests')
+import small_network
 from ensadv import evaluate, evaluator, metrics
+
+small_network.install()
 
 evaluate.POLL_SECONDS = 0.1
 metrics._import_clu = lambda: None
@@ -57,12 +64,12 @@ runpy.run_path('main.py', run_name='__main__')
 
 
 @contextlib.contextmanager
-def main_process(*args, hang_at='', xla_flags=''):
+def main_process(*args, hang_at=''):
     """Starts main.py, and gives the process, which does not outlive the test."""
     process = subprocess.Popen(
         [sys.executable, '-c', DRIVER, hang_at, *map(str, args)],
         cwd=ROOT,
-        env=os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count=1 {xla_flags}'},
+        env=run_environment(),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -201,7 +208,7 @@ def test_a_follower_started_before_the_trainer_evaluates_each_snapshot_once(work
     fields = TINY | {'train.steps': 6, 'eval.inline': False, 'eval.long_attacks': ('pgd3',)}
     command = ['--config=configs/singleadv.py', *overrides(fields), f'--workdir={workdir}']
     follow = ['--mode=evaluate', '--config.eval.follow=True']
-    with main_process(*command, *follow, xla_flags=QUICK_COMPILE) as process:
+    with main_process(*command, *follow) as process:
 
         def while_training():
             # Training is still going on when its first snapshot is evaluated.
@@ -298,7 +305,7 @@ def test_a_killed_evaluator_goes_on_and_gives_the_same_results(workdir, monkeypa
         make_run(config, path)
     evaluate.run(config, whole)
     command = ['--mode=evaluate', f'--workdir={killed}']
-    with main_process(*command, hang_at='step 4 ifgsm2', xla_flags=QUICK_COMPILE) as process:
+    with main_process(*command, hang_at='step 4 ifgsm2') as process:
         wait_until(lambda: evaluated(killed, 4) or process.poll() is not None)
         assert process.poll() is None, process.stderr.read()
         os.kill(process.pid, signal.SIGKILL)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -45,6 +43,8 @@ def last_error(result, code=2):
         ([SINGLE, '--config.attack.stpes=3'], "did you mean 'attack.steps'?"),
         ([SINGLE, '--config.atack.steps=3'], "did you mean 'attack.steps'?"),
         ([SINGLE, '--config.train=3'], '--config.train=3'),
+        ([SINGLE, "--config.eval.attacks=('clean',)", "--config.eval.attacks=('pgd5',)"],
+         'eval.attacks is given more than once'),
         ([SINGLE, '--mode=trian'], 'train|evaluate|study|blackbox|compare|report|planes|describe'),
         ([SINGLE, '--wrkdir=x'], 'wrkdir'),
         ([SINGLE, 'extra'], "'extra'"),
@@ -106,7 +106,8 @@ def test_mistakes_in_the_data(tmp_path, change, told):
 
 
 def test_missing_data_say_how_to_get_them(tmp_path):
-    result = run_main(SINGLE, f'--config.data.data_dir={tmp_path}', f'--workdir={tmp_path}/run')
+    command = [SINGLE, f'--config.data.data_dir={tmp_path}', f'--workdir={tmp_path}/run']
+    result = run_main(*command, tensorflow=True)
     message = last_error(result)
     assert '--config.data.data_dir=DIR' in message
     assert '--config.data.download=True' in message
@@ -116,7 +117,8 @@ def test_trains_evaluates_describes_and_guards_its_workdir(tmp_path):
     # Relative, as users give it, though Orbax takes only absolute paths.
     workdir = f'--workdir={os.path.relpath(tmp_path, ROOT)}/run'
     fields = overrides(TINY | {'eval.inline': False})
-    trained = run_main(SINGLE, *fields, workdir)
+    # As users have it, with TensorFlow, and compiled at length.
+    trained = run_main(SINGLE, *fields, workdir, xla_flags='', tensorflow=True)
     assert trained.returncode == 0, trained.stderr
     assert not (tmp_path / 'run' / 'eval').exists()
     # From here on the workdir is enough.
@@ -179,28 +181,14 @@ def test_describe_counts_operations_right():
     assert 9 < float(line.split()[1]) < 10.6
 
 
-WITHOUT_TENSORFLOW = """
-import runpy, sys
-sys.modules['tensorflow'] = None
-sys.argv[0] = 'main.py'
-sys.path.insert(0, '.')
-runpy.run_path('main.py', run_name='__main__')
-"""
-
-
-@pytest.mark.parametrize('name', ['digits', 'npz'])
-def test_trains_and_evaluates_without_tensorflow(tmp_path, name):
-    fields = dict(TINY)
-    if name == 'npz':
-        rng = np.random.default_rng(0)
-        images = {k: rng.integers(0, 256, ARRAYS[k].shape, np.uint8) for k in ARRAYS if 'im' in k}
-        np.savez(tmp_path / 'mine.npz', **(ARRAYS | images))
-        fields |= {'data.name': 'npz', 'data.path': tmp_path / 'mine.npz', 'eval.num_examples': 4}
-    result = subprocess.run(
-        [sys.executable, '-c', WITHOUT_TENSORFLOW, SINGLE, *overrides(fields),
-         f'--workdir={tmp_path}/run'],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+def test_trains_and_evaluates_without_tensorflow(tmp_path):
+    rng = np.random.default_rng(0)
+    images = {k: rng.integers(0, 256, ARRAYS[k].shape, np.uint8) for k in ARRAYS if 'im' in k}
+    np.savez(tmp_path / 'mine.npz', **(ARRAYS | images))
+    fields = TINY | {
+        'data.name': 'npz', 'data.path': tmp_path / 'mine.npz', 'eval.num_examples': 4
+    }  # fmt: skip
+    result = run_main(SINGLE, *overrides(fields), f'--workdir={tmp_path}/run')
     assert result.returncode == 0, result.stderr
     assert result.stderr.count('metrics go to the log only') == 1
     assert '[4] ' in result.stderr
@@ -209,8 +197,5 @@ def test_trains_and_evaluates_without_tensorflow(tmp_path, name):
 
 
 def test_tfds_data_without_tensorflow_say_so(tmp_path):
-    result = subprocess.run(
-        [sys.executable, '-c', WITHOUT_TENSORFLOW, SINGLE, f'--workdir={tmp_path}/run'],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    result = run_main(SINGLE, f'--workdir={tmp_path}/run')
     assert 'needs TensorFlow Datasets' in last_error(result)

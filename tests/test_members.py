@@ -11,6 +11,8 @@ from ensadv import build, checkpoints, evaluate
 from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, UserError
 
+pytestmark = pytest.mark.usefixtures('small_network')
+
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):

@@ -1,7 +1,7 @@
 """Several processes of one command, as on a pod: here all on this machine, over gloo."""
 
 import contextlib
-import os
+import re
 import shutil
 import signal
 import socket
@@ -14,17 +14,28 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILE, ROOT, TINY, TINY_STUDY, overrides, tiny_config, variables_like
+from conftest import (
+    ROOT,
+    TINY,
+    TINY_STUDY,
+    overrides,
+    run_environment,
+    tiny_config,
+    variables_like,
+)
 from etils import epath
 
 from ensadv import checkpoints, parallel, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('small_network')
+
 SECONDS = 280  # no test waits longer
 SINGLE = '--config=configs/singleadv.py'
 
-# main.py without TensorFlow, whose import takes long; it lists what it opens for writing.
+# main.py with small networks and without TensorFlow, whose import takes long; it lists the files
+# that it writes.
 DRIVER = """
 import os, runpy, sys
 
@@ -45,7 +56,9 @@ def watch(event, args):
 
 sys.addaudithook(watch)
 sys.argv[0] = 'main.py'
-sys.path.insert(0, '.')
+sys.path[:0] = ['.', 'tests']
+import small_network
+small_network.install()
 runpy.run_path('main.py', run_name='__main__')
 """
 
@@ -55,9 +68,9 @@ class Result(NamedTuple):
     stdout: str
     stderr: str
 
-    def shown(self) -> list[str]:
-        """Returns the lines on stdout that are ours."""
-        return [line for line in self.stdout.splitlines() if not line.startswith('[Gloo]')]
+    def said(self) -> list[str]:
+        """Returns what a script said, between the pieces of lines that gloo's threads write."""
+        return re.findall('SAID (.*)', self.stdout)
 
     def told(self) -> list[str]:
         return [line for line in self.stderr.splitlines() if line.startswith('error: ')]
@@ -74,13 +87,12 @@ class Pod:
 
     def __init__(self, command, *, processes=2, devices=1):
         address = f'127.0.0.1:{free_port()}'
-        flags = f'--xla_force_host_platform_device_count={devices} {QUICK_COMPILE}'
         common = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': f'{processes}'}
         self.processes = [
             subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | common | {'JAX_PROCESS_ID': f'{index}', 'XLA_FLAGS': flags},
+                env=run_environment(devices) | common | {'JAX_PROCESS_ID': f'{index}'},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -233,8 +245,9 @@ STUDY = (
 def test_a_study(tmp_path):
     command = ['--mode=study', '--config=configs/quickstart.py', *overrides(STUDY)]
     first, second = run_pod(*command, f'--workdir={tmp_path}', watched=tmp_path, tensorflow='yes')
-    assert first.shown()[-1] == f'The report: {tmp_path}/report/report.html'
-    assert not [line for line in second.shown() if 'orbax-checkpoint-tmp' not in line]
+    assert f'The report: {tmp_path}/report/report.html\n' in first.stdout
+    assert not written(second)
+    assert 'report' not in second.stdout
     page = (tmp_path / 'report' / 'report.html').read_text()
     assert 'figure4_baseline_seed0-singleadv_seed0' in page
     table = (tmp_path / 'report' / 'table1.md').read_text()
@@ -248,16 +261,34 @@ def test_a_study(tmp_path):
         assert not list((path / 'claims').glob('*'))
 
 
-def test_a_process_that_dies_ends_the_other(tmp_path):
-    path = epath.Path(tmp_path) / 'run'
-    fields = TINY | {'train.steps': 10**6, 'eval.inline': False}
-    command = [SINGLE, *overrides(fields), f'--workdir={path}']
-    with pod(*command) as started:
+@contextlib.contextmanager
+def training(path):
+    """Starts a run without an end, which has written a checkpoint."""
+    fields = TINY | {'train.steps': 10**6, 'train.checkpoint_every': 20, 'eval.inline': False}
+    with pod(SINGLE, *overrides(fields), f'--workdir={path}') as started:
         deadline = time.monotonic() + SECONDS
         while not checkpoints.open_checkpoints(path, 3).steps():
             assert time.monotonic() < deadline
             assert all(process.poll() is None for process in started.processes)
             time.sleep(0.1)
+        yield started
+
+
+def test_one_process_asked_to_end_ends_all_with_a_checkpoint(tmp_path):
+    path = epath.Path(tmp_path) / 'run'
+    with training(path) as started:
+        # A host that is taken away tells only its own process.
+        started.processes[1].send_signal(signal.SIGTERM)
+        results = started.results()
+    assert [result.code for result in results] == [143, 143], results
+    told = ['error: SIGTERM: stopped; the same command goes on from here']
+    assert [result.told() for result in results] == [told, []]
+    [*_, step] = [line for line in results[0].stderr.splitlines() if 'adversarial_loss' in line]
+    assert f'[{checkpoints.open_checkpoints(path, 3).steps()[-1]}]' in step
+
+
+def test_a_process_that_dies_ends_the_other(tmp_path):
+    with training(epath.Path(tmp_path) / 'run') as started:
         started.processes[1].kill()
         survivor, _ = started.results()
     assert survivor.code == 1, survivor.stderr
@@ -273,6 +304,9 @@ import numpy as np
 import jax
 from ensadv import parallel, peers
 from ensadv.errors import TrainingError, UserError
+
+def say(words):
+    print('\\nSAID', words, flush=True)
 
 peers.Peers.__init__.__kwdefaults__.update(sign_seconds=0.2, patience=15)
 parallel.initialize()
@@ -300,12 +334,12 @@ parallel.check_same('the weather', 'fine')
 try:
     parallel.check_same('the weather', index)
 except UserError as error:
-    print(error)
+    say(error)
 try:
     with parallel.failing_together():
         raise TrainingError('both')
 except TrainingError as error:
-    print(error)
+    say(error)
 
 tree = {'key': jax.random.split(jax.random.key(3), 2), 'x': np.arange(3.0)}
 tree = parallel.replicate(tree | {'y': jax.numpy.ones((2, 2))})
@@ -332,13 +366,13 @@ scale = parallel.replicate(np.float32(2))
 one, two = double(scale, (np.arange(8, dtype=np.float32).reshape(8, 1), np.arange(8)))
 assert one.tolist() == [[2.0 * i] for i in range(8)], one
 assert two.tolist() == [False] * 4 + [True] * 4, two
-print('all is well')
+say('all is well')
 """,
         devices=2,
     )
     for result in results:
         assert result.code == 0, result.stderr
-        assert result.shown() == [
+        assert result.said() == [
             'the weather: found another on process 1 than on process 0', 'both', 'all is well'
         ]  # fmt: skip
 

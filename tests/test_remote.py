@@ -17,6 +17,8 @@ from ensadv import checkpoints, claims, metrics, report
 from ensadv import workdir as workdir_lib
 from ensadv.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('small_network')
+
 
 @pytest.fixture(scope='module')
 def bucket():

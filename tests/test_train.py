@@ -1,33 +1,22 @@
 """The training loop: what it computes, what it writes, and that it goes on as if never stopped."""
 
-import contextlib
 import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from conftest import (
-    ROOT,
-    TINY,
-    empty_files,
-    overrides,
-    run_environment,
-    run_main,
-    snapshot_bytes,
-    tiny_config,
-    variables_like,
-)
+from conftest import empty_files, snapshot_bytes, tiny_config, variables_like
 from etils import epath
 
 from ensadv import build, checkpoints, claims, ensemble, parallel, stopping, train
 from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
+
+pytestmark = pytest.mark.usefixtures('small_network')
 
 
 def snapshot(config, path, step):
@@ -105,73 +94,6 @@ def test_calls_of_any_length_give_the_same_bits(workdir):
         train.run(config, workdir / str(steps_per_call))
         results.append(snapshot_bytes(config, workdir / str(steps_per_call), 4))
     assert results[0] == results[1]
-
-
-LONG_RUN = TINY | {
-    'train.steps': 120, 'train.checkpoint_every': 10, 'train.snapshot_every': 1000,
-    'train.log_every': 10, 'train.steps_per_call': 10, 'eval.inline': False,
-}  # fmt: skip
-COMMAND = ['--config=configs/singleadv.py', *overrides(LONG_RUN)]
-
-
-@pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory) -> list[bytes]:
-    """The last weights of a long run that nothing interrupts."""
-    path = tmp_path_factory.mktemp('long') / 'whole'
-    whole = run_main(*COMMAND, f'--workdir={path}')
-    assert whole.returncode == 0, whole.stderr
-    return snapshot_bytes(tiny_config('singleadv'), path, 120)
-
-
-@contextlib.contextmanager
-def long_run(path, *more):
-    """Starts the long run, and gives its process, which does not outlive the test."""
-    process = subprocess.Popen(
-        [sys.executable, 'main.py', *COMMAND, f'--workdir={path}', *more],
-        cwd=ROOT, env=run_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def goes_on(path, reached):
-    """Runs the same command again, and returns the last weights."""
-    again = run_main(*COMMAND, f'--workdir={path}')
-    assert again.returncode == 0, again.stderr
-    assert f'going on from the checkpoint of step {reached}' in again.stderr
-    return snapshot_bytes(tiny_config('singleadv'), path, 120)
-
-
-def test_killed_and_started_again_gives_the_same_bits(workdir, undisturbed):
-    """SIGKILL in the middle of real work, and the same command once more."""
-    with long_run(workdir) as process:
-        for line in process.stderr:
-            if (workdir / 'checkpoints' / '20').exists() or '] [60] ' in line:
-                break
-        os.kill(process.pid, signal.SIGKILL)
-    assert not (workdir / 'snapshots' / '120').exists(), 'it was killed too late to test anything'
-    reached = max(checkpoints.open_checkpoints(workdir, 3).steps())
-    assert 20 <= reached < 120
-    assert goes_on(workdir, reached) == undisturbed
-
-
-def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(workdir, undisturbed):
-    with long_run(workdir, '--config.train.checkpoint_every=1000') as process:
-        for line in process.stderr:
-            if '] [10] ' in line:
-                break
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert errors.splitlines()[-1].startswith('error: SIGTERM: stopped')
-    (reached,) = checkpoints.open_checkpoints(workdir, 3).steps()
-    assert 10 < reached < 120, 'it was stopped too late to test anything'
-    assert not list((workdir / 'claims').iterdir())
-    assert goes_on(workdir, reached) == undisturbed
 
 
 def test_a_signal_while_a_snapshot_is_evaluated(workdir, monkeypatch):
@@ -253,23 +175,6 @@ def test_the_last_snapshot_is_made_again_from_its_checkpoint(workdir):
     assert len(calls) == 2
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(workdir):
-    fields = TINY | {'eval.inline': False}
-    command = ['--config=configs/singleadv.py', *overrides(fields), f'--workdir={workdir}']
-    limited = subprocess.run(
-        ['bash', '-c', 'ulimit -f 60; exec "$@"', 'bash', sys.executable, 'main.py', *command],
-        cwd=ROOT, env=run_environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert limited.returncode == 1, limited.stderr
-    assert 'Traceback' not in limited.stderr
-    errors = [line for line in limited.stderr.splitlines() if line.startswith('error: ')]
-    assert len(errors) == 1, limited.stderr
-    assert 'cannot be written' in errors[0]
-    again = run_main(*command)
-    assert again.returncode == 0, again.stderr
-    assert (workdir / 'snapshots' / '4').exists()
-
-
 def test_a_finished_run_is_left_alone(workdir, monkeypatch):
     config = tiny_config('baseline')
     train.run(config, workdir)
@@ -294,7 +199,7 @@ def test_separate_training_equals_single_runs(workdir):
     for i, alone in enumerate(members):
         for ours, expected in zip(*map(jax.tree.leaves, (both, alone)), strict=True):
             np.testing.assert_allclose(ours[i], expected[0], rtol=1e-3, atol=1e-4)
-    kernels = [member['params']['conv_0']['kernel'] for member in members]
+    kernels = [member['params']['conv']['kernel'] for member in members]
     assert np.max(np.abs(kernels[0] - kernels[1])) > 0.01
 
 
