@@ -64,7 +64,7 @@ class Plan:
       train_steps: of the network on digits.
       base: whose settings are varied in table 3.
       members, attack_steps, batches, devices: its values.
-      main, log_every: of table 4: the network, and how often metrics are written (of 6 times).
+      main, log_every: of table 4: the network, and how often metrics are written (of 12 times).
       memory: networks of table 5.
     """
 
@@ -198,7 +198,7 @@ def measure_main(plan):
         'ensemble.size': plan.main['members'],
         'attack.steps': plan.main['attack_steps'],
         'train.batch_size': plan.main['batch'],
-        'train.steps': 6 * plan.log_every,
+        'train.steps': 12 * plan.log_every,
         'train.steps_per_call': plan.log_every,
         'train.log_every': plan.log_every,
         'eval.inline': False,

@@ -57,6 +57,20 @@ def times_in_a_step(layer):
     return ATTACK_STEPS + 2, ATTACK_STEPS + (0 if of_images else 2), 2
 
 
+def operations(layer, batch):
+    """Returns the floating-point operations of one of PASSES."""
+    side, channels, features, kernel, stride = layer
+    return 2 * batch * (side // stride) ** 2 * kernel**2 * channels * features
+
+
+def operations_in_a_step(depth, width, batch):
+    """Returns the floating-point operations of all convolutions in a step of one member."""
+    return sum(
+        count * sum(times_in_a_step(layer)) * operations(layer, batch)
+        for layer, count in layers(depth, width).items()
+    )
+
+
 def functions(layer, batch, rng):
     """Returns ({pass: ours}, {pass: PyTorch's}) of a layer: functions without arguments."""
     side, channels, features, kernel, stride = layer
@@ -139,8 +153,9 @@ def matrix_products(repeats):
             repeats,
         )
         inner = left.shape[0] if transposed else left.shape[1]
-        operations = 2 * inner * right.shape[1] * (left.shape[1] if transposed else left.shape[0])
-        rows.append([name, *(f'{operations / s / 1e9:.0f}' for s in seconds)])
+        rows_out = left.shape[1] if transposed else left.shape[0]
+        num_operations = 2 * inner * right.shape[1] * rows_out
+        rows.append([name, *(f'{num_operations / s / 1e9:.0f}' for s in seconds)])
     return rows
 
 
@@ -160,10 +175,9 @@ def main():
     torch.set_num_threads(os.cpu_count())
     torch.set_grad_enabled(False)
     rng = np.random.default_rng(0)
-    rows, totals, operations_of_all = [], np.zeros((len(PASSES), 2)), 0.0
+    rows, totals = [], np.zeros((len(PASSES), 2))
     for layer, count in sorted(layers(args.depth, args.width).items(), reverse=True):
         side, channels, features, kernel, stride = layer
-        operations = 2 * args.batch * (side // stride) ** 2 * kernel**2 * channels * features
         cells = [
             f'{channels} -> {features}, {side} x {side}, {kernel} x {kernel} / {stride}',
             count,
@@ -173,10 +187,9 @@ def main():
             seconds = seconds_of([ours[name], theirs[name]], args.repeats)
             times = count * times_in_a_step(layer)[number]
             totals[number] += times * np.array(seconds)
-            operations_of_all += times * operations
             cells += [
                 ' / '.join(f'{1e3 * s:.2f}' for s in seconds),
-                ' / '.join(f'{operations / s / 1e9:.0f}' for s in seconds),
+                ' / '.join(f'{operations(layer, args.batch) / s / 1e9:.0f}' for s in seconds),
             ]
         rows.append(cells)
     columns = ['convolution', 'layers']
@@ -193,8 +206,9 @@ def main():
             for name, (ours, theirs) in zip((*PASSES, 'all'), whole, strict=True)
         ],
     )))  # fmt: skip
-    rates = ' and '.join(f'{operations_of_all / s / 1e9:.0f}' for s in whole[-1])
-    print(f'\n{operations_of_all / 1e9:.0f} GFLOP, done at {rates} GFLOP/s.\n')
+    of_all = operations_in_a_step(args.depth, args.width, args.batch)
+    rates = ' and '.join(f'{of_all / s / 1e9:.0f}' for s in whole[-1])
+    print(f'\n{of_all / 1e9:.0f} GFLOP, done at {rates} GFLOP/s.\n')
     columns = ['matrix product', 'ensadv (XLA), GFLOP/s', 'PyTorch, GFLOP/s']
     print('\n'.join(markdown(columns, matrix_products(args.repeats))))
 
