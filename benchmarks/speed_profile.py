@@ -122,7 +122,7 @@ def main():
     )
     product, *_ = speed_layers.matrix_products(10)
     print('\n'.join(machine.describe(load)))
-    print(f'\nWRN-{args.depth}-{args.width}, {args.members} members, batch {args.batch}, '
+    print(f'\nWRN-{args.depth}-{args.width}, members: {args.members}, batch {args.batch}, '
           f'{args.steps} steps of each side; CPU seconds per step\n')  # fmt: skip
     rows = [
         [kind, *(f'{found[side].get(kind, 0.0):.3f}' for side in steps)] for kind in (*KINDS, REST)
