@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ensadv import workdir
 from ensadv.errors import UserError
 from ensadv.tf_import import import_tensorflow
 
@@ -270,8 +271,10 @@ def _read_npz(path: str | None) -> list[np.ndarray]:
     """The four arrays of a user's file, checked."""
     _require(bool(path), 'data.path: needed for data.name=npz, as in --config.data.path=my.npz')
     with _explained(f'data.path: cannot read {path}'):
+        file = epath.Path(path).expanduser()
+        workdir.check_is_file(file)
         # Whole, since a zip file is read in many small pieces, each a request where it is remote.
-        content = io.BytesIO(epath.Path(path).expanduser().read_bytes())
+        content = io.BytesIO(file.read_bytes())
     with _explained(f'{path}: not an .npz file, or damaged'):
         file = np.load(content, allow_pickle=False)
     _require(isinstance(file, Mapping), f'{path}: found one array, allowed is an .npz file')

@@ -145,6 +145,7 @@ def _refusal(path: epath.PathLike, reason: str) -> UserError:
 def _read(path: epath.PathLike, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Returns these members of the file, and reads no others; nothing is unpickled."""
     try:
+        workdir.check_is_file(_expanded(path))
         with _expanded(path).open('rb') as file:
             stored = np.load(file, allow_pickle=False)
             there = stored.files

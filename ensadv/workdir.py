@@ -100,8 +100,15 @@ def write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def check_is_file(path: epath.Path) -> None:
+    """Raises OSError for what is there but no file: to read a pipe or a device might never end."""
+    if os.path.exists(path) and not os.path.isfile(path):  # epath takes all but directories
+        raise OSError('is no file')
+
+
 def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
     """Reads an .npz of plain arrays; nothing is unpickled."""
+    check_is_file(path)
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
         # What is no .npy file in it comes as bytes.
         return {name: np.asarray(array) for name, array in arrays.items()}

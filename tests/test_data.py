@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -262,6 +263,10 @@ def test_bad_npz_files_are_named(tmp_path):
     assert 'data.path' in message('npz')
     assert f'{path}' in message('npz', path=str(path))  # missing
     assert 'data.path' in message('npz', path=str(tmp_path))  # a directory
+    os.mkfifo(tmp_path / 'pipe')
+    # To read either would never end.
+    for endless in (f'{tmp_path}/pipe', '/dev/zero'):
+        assert f'cannot read {endless} (OSError: is no file)' in message('npz', path=endless)
     for content in (b'', b'garbage', b'PK\x03\x04garbage', pickle.dumps({'a': 1})):
         path.write_bytes(content)
         assert 'not an .npz file' in message('npz', path=str(path))

@@ -4,6 +4,7 @@ import pathlib
 import resource
 
 import pytest
+from etils import epath
 
 from ensadv import workdir as workdir_lib
 from ensadv.errors import StorageError, UserError
@@ -73,3 +74,8 @@ def test_put_aside(workdir):
     workdir_lib.put_aside(path)
     workdir_lib.put_aside(path)  # another process was faster
     assert [path.name for path in pathlib.Path(workdir).iterdir()] == ['a.json.damaged']
+
+
+def test_a_ledger_is_a_file():
+    with pytest.raises(UserError, match=r'/dev/zero: expected an undamaged .npz .*is no file'):
+        workdir_lib.read_ledger(epath.Path('/dev/zero'))
