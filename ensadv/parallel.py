@@ -118,16 +118,15 @@ def together() -> Iterator[None]:
         _peers.close(timeout=60)
         raise
     except BaseException as error:
-        code = getattr(error, 'exit_code', None)
-        if code is not None:
+        if not isinstance(error, (UserError, TrainingError)) and isinstance(error, Exception):
+            # Whatever JAX, Orbax and the storage raise where another process is gone.
+            _peers.end_if_one_died()
+        if (code := getattr(error, 'exit_code', None)) is not None:
             _peers.end(str(error), code)
-        lines = f'{error}'.strip().splitlines() or ['']
-        message = f'process {_peers.index}: {type(error).__name__}: {lines[0][:300]}'
-        if isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in message:
-            # A device that does not answer: most often another process is gone.
-            _peers.end_after(f'{message}. {peers.GO_ON}', 1)
         traceback.print_exc()
         sys.stderr.flush()
+        lines = f'{error}'.strip().splitlines() or ['']
+        message = f'process {_peers.index}: {type(error).__name__}: {lines[0][:300]}'
         _peers.end(message, 130 if isinstance(error, KeyboardInterrupt) else 1)
     _peers.close()
 

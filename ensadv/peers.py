@@ -109,21 +109,22 @@ class Peers:
         # The thread ends the process, unless the store is gone.
         self._exit(message, code)
 
-    def end_after(self, message: str, code: int) -> NoReturn:
-        """As `end`, for an error that the death of another process may have caused.
+    def end_if_one_died(self) -> None:
+        """After an error that another process's death may have caused: ends all if it did.
 
-        Then the line tells which one died.
+        The line then tells which one died. Returns once all have had the time to give signs of
+        life.
         """
         self._patience = min(self._patience, 4)
         self._thread.join(10 * self._sign_seconds)
-        self.end(message, code)
 
     def close(self, timeout: float = _DAY_MS / 1000) -> None:
         """Waits until all processes are here, and stops the thread; ends all if they are not."""
         try:
             self.barrier('close', timeout)
         except Exception as error:  # whatever the client raises
-            self.end_after(f'process {self.index} stopped alone ({error}). {GO_ON}', 1)
+            self.end_if_one_died()
+            self.end(f'process {self.index} stopped alone ({error}). {GO_ON}', 1)
         self._closed.set()
         self._thread.join()
 

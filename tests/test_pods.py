@@ -14,15 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from conftest import (
-    ROOT,
-    TINY,
-    TINY_STUDY,
-    overrides,
-    run_environment,
-    tiny_config,
-    variables_like,
-)
+from conftest import ROOT, TINY, TINY_STUDY, overrides, run_environment, tiny_config, variables_like
 from etils import epath
 
 from ensadv import checkpoints, parallel, train
@@ -303,7 +295,7 @@ import os, signal, sys, time
 import numpy as np
 import jax
 from ensadv import parallel, peers
-from ensadv.errors import TrainingError, UserError
+from ensadv.errors import StorageError, TrainingError, UserError
 
 def say(words):
     print('\\nSAID', words, flush=True)
@@ -385,6 +377,8 @@ say('all is well')
         ("raise UserError('of all')", 2, 'error: of all'),
         ("if index: raise ValueError('a fault')\nparallel.any_process(False)", 1,
          'error: process 1: ValueError: a fault'),
+        ("if index: raise StorageError('no space')\nparallel.barrier('never')", 1,
+         'error: no space'),
     ],
 )  # fmt: skip
 def test_what_fails_on_one_ends_all_with_one_line(job, code, told):
@@ -407,6 +401,27 @@ def test_a_dead_process_is_missed_by_one_that_waits(dead):
     else:
         # JAX ends the others of process 0 itself.
         assert 'the JAX distributed service detected fatal errors' in results[1].stderr
+
+
+def test_a_dead_process_is_not_taken_for_bad_storage(tmp_path):
+    """Orbax asks the others whenever it writes."""
+    results = talk(
+        f"""
+from etils import epath
+from ensadv import checkpoints
+store = checkpoints.open_checkpoints(epath.Path({str(tmp_path)!r}), 3)
+tree = parallel.replicate({{'x': np.arange(4.0)}})
+store.save(1, tree, wait=True)
+parallel.barrier('saved')
+if index: os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.5)
+store.save(2, tree, wait=True)
+"""
+    )
+    assert results[0].code == 1
+    [told] = results[0].told()
+    assert 'process 1 of 2' in told
+    assert 'cannot be written' not in told
 
 
 def test_one_process_needs_no_others(monkeypatch):
