@@ -5,10 +5,11 @@
 
 Steps of IFGSM-7, ours and then PyTorch's (by torch.compile), each side by itself. Every sample
 belongs to a kind of code, by the names of functions: what multiplies matrices and convolves, what
-puts matrices in the order in which they are multiplied, the operating system (mostly new memory),
-threads without work, and all else, which XLA and PyTorch compile. The share of samples times the
-CPU seconds per step are a kind's CPU seconds per step. Also how many operations the convolutions of
-a step are, and how fast a large matrix product is, which is the limit of any direct convolution.
+puts matrices in the order in which they are multiplied, the operating system (new memory, threads
+that sleep and wake), threads without work, and all else, nearly all of it what XLA and PyTorch
+compile. The share of samples times the CPU seconds per step are a kind's CPU seconds per step. Also
+how many operations the convolutions of a step are, and how fast a large matrix product is, which is
+the limit of any direct convolution.
 
 Needs `perf` and the right to use it (kernel.perf_event_paranoid at most 2).
 """
@@ -66,7 +67,7 @@ def shares(report):
 
 
 def profiled(step, num_steps):
-    """Makes steps while perf looks.
+    """Makes steps while perf looks; of ours they are one call, as training makes them.
 
     Returns:
       {kind: CPU seconds per step}, and seconds per step.
@@ -81,8 +82,7 @@ def profiled(step, num_steps):
         if perf.poll() is not None:
             sys.exit('perf does not run here')
         wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(num_steps):
-            step()
+        step(num_steps)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         perf.send_signal(signal.SIGINT)
         perf.wait()
@@ -91,9 +91,8 @@ def profiled(step, num_steps):
              'overhead,dso,symbol'],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-    return {kind: share * cpu / num_steps for kind, share in shares(report).items()}, (
-        wall / num_steps
-    )
+    seconds = {kind: share * cpu / num_steps for kind, share in shares(report).items()}
+    return seconds, wall / num_steps
 
 
 def main():

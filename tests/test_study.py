@@ -5,15 +5,7 @@ import sys
 
 import jax
 import pytest
-from conftest import (
-    CIFAR10,
-    ROOT,
-    TINY,
-    TINY_STUDY,
-    overrides,
-    run_main,
-    tiny_config,
-)
+from conftest import CIFAR10, ROOT, TINY, TINY_STUDY, overrides, run_main, tiny_config
 from etils import epath
 
 import ensadv
