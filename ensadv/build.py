@@ -14,7 +14,7 @@ import optax
 from ml_collections import ConfigDict
 
 import ensadv
-from ensadv import attacks, data, ensemble, optim, parallel, transfer
+from ensadv import attacks, data, ensemble, optim, parallel, parts, transfer
 from ensadv.config import parse_attack
 from ensadv.errors import ConfigError
 from ensadv.models.gated import Gated
@@ -137,7 +137,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
     """Returns the attack inside training, `attack(log_prob_fn, rng, x, y) -> x_adv`."""
     attack = config.attack
-    return partial(
+    of_batch = partial(
         attacks.attack,
         step=attacks.STEPS[attack.name](attack.step_size),
         num_steps=attack.steps,
@@ -146,6 +146,13 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
         sigma=attack.sigma,
         loss=attack.loss,
     )
+    if attack.batch_norm == 'batch':  # the images' statistics are of all of them
+        return of_batch
+
+    def in_parts(log_prob_fn, rng, x, y, **settings):
+        return parts.by_network(partial(of_batch, log_prob_fn, **settings), rng, x, y)
+
+    return in_parts
 
 
 def step_settings(config: ConfigDict, model: nn.Module) -> dict[str, Any]:

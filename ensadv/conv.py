@@ -15,7 +15,7 @@ into the convolution: the gradient of the weights then takes a hundred times as 
 
 Two kinds of convolution are matrix multiplications on the CPU instead, in 'separate': large ones
 with 3x3 kernels (`winograd`), and those of few input channels, as a network's first. So are the
-gradients of 1x1 kernels.
+weight gradients of 1x1 kernels, and the input gradients where there is a stride.
 """
 
 import itertools
@@ -156,9 +156,11 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred):
                 x = x.astype(g.dtype)
                 return _weight_gradient(conv_of, x, g, window, strides, padding).astype(dtype)
 
-            if unit and inputs <= _FEW_INPUTS and outputs >= _TIMES_AS_MANY_OUTPUTS * inputs:
+            few = unit and inputs <= _FEW_INPUTS and outputs >= _TIMES_AS_MANY_OUTPUTS * inputs
+            if few:
                 forward = lambda x, w: _conv_of_patches(x, w, padding)
-                input_gradient = lambda g, w: _sum_of_patches(g, w, size, padding)
+            if few or (is_float32 and not unit):
+                input_gradient = lambda g, w: _sum_of_patches(g, w, size, strides, padding)
             if is_float32 and window == (1, 1) and not any(map(any, padding)):
                 weight_gradient = lambda x, g: _product_of_pixels(x, g, strides)
 
@@ -195,32 +197,42 @@ def _batched(function, weights):
 
 
 def _input_gradient(conv_of, g, w, size, strides, padding):
-    """d/dx of conv(x, w) . g, [N, *size, I]: x[s m + a - pad] sees g[m - t] through w[s t + a].
+    """d/dx of conv(x, w) . g, [N, *size, I]: a convolution of g for each phase of the stride."""
 
-    So each phase a of the stride is a convolution of stride 1, which wastes no work on the zeros
-    that dilating g would put in.
+    def phase(part, pads):
+        kernel = lax.optimization_barrier(jnp.flip(w[part], (0, 1)).swapaxes(2, 3))
+        return conv_of(g, kernel, (1, 1), pads)
+
+    return _of_phases(phase, g, w, size, strides, padding)
+
+
+def _of_phases(phase, g, w, size, strides, padding):
+    """Returns d/dx of conv(x, w) . g, put together from the phases of the stride.
+
+    x[s m + a - pad] sees g[m - t] through w[s t + a]. So each phase of x, every s-th value of it,
+    is a convolution of stride 1, which wastes no work on the zeros that dilating g would put in:
+    phase(part, pads) is that of g, with these pads, and w[part], backwards.
     """
-    first = [low // s for (low, _), s in zip(padding, strides, strict=True)]
-    last = [(low + n - 1) // s for (low, _), n, s in zip(padding, size, strides, strict=True)]
-    count = [b - a + 1 for a, b in zip(first, last, strict=True)]
+    count = [math.ceil(n / s) for n, s in zip(size, strides, strict=True)]
     phases = []
-    for a, b in itertools.product(*map(range, strides)):
-        kernel = w[a :: strides[0], b :: strides[1]]
-        if kernel.size == 0:
+    for start in itertools.product(*map(range, strides)):
+        first = [divmod(q + low, s) for q, (low, _), s in zip(start, padding, strides, strict=True)]
+        part = tuple(slice(a, None, s) for (_, a), s in zip(first, strides, strict=True))
+        if w[part].size == 0:
             phases.append(jnp.zeros((g.shape[0], *count, w.shape[2]), g.dtype))
             continue
         pads = [
-            (taps - 1 - low, high + 1 - n)
-            for taps, low, high, n in zip(kernel.shape[:2], first, last, g.shape[1:3], strict=True)
+            (taps - 1 - m, m + n - extent)
+            for taps, (m, _), n, extent in zip(
+                w[part].shape, first, count, g.shape[1:3], strict=False
+            )
         ]
-        kernel = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
-        phases.append(conv_of(g, kernel, (1, 1), pads))
+        phases.append(phase(part, pads))
     if math.prod(strides) == 1:
         return phases[0]
     x = jnp.stack(phases).reshape(*strides, *phases[0].shape).transpose(2, 3, 0, 4, 1, 5)
     x = x.reshape(g.shape[0], count[0] * strides[0], count[1] * strides[1], w.shape[2])
-    top, left = (low - f * s for (low, _), f, s in zip(padding, first, strides, strict=True))
-    return x[:, top : top + size[0], left : left + size[1]]
+    return x[:, : size[0], : size[1]]
 
 
 def _conv_of_patches(x, w, padding):
@@ -236,20 +248,27 @@ def _conv_of_patches(x, w, padding):
     return sum(patches[:, a : a + rows] @ kernel for a, kernel in enumerate(kernels))
 
 
-def _sum_of_patches(g, w, size, padding):
-    """d/dx of conv(x, w) . g for stride 1: g's part of every window's gradient, added up."""
+def _sum_of_patches(g, w, size, strides, padding):
+    """d/dx of conv(x, w) . g: g's part of every window's gradient, added up.
+
+    Of stride 2 this takes 0.69 to 0.85 of `_input_gradient`'s CPU time (3x3 kernels, 8 images: 32
+    to 64 channels, 32x32; 64 to 128, 16x16; 160 to 320, 32x32).
+    """
     patches = lax.optimization_barrier(jnp.einsum('nhwo,abio->nhwabi', g, w))
-    pads = [
-        (taps - 1 - low, low + n - extent)
-        for taps, (low, _), n, extent in zip(w.shape, padding, size, g.shape[1:3], strict=False)
-    ]
-    patches = _pad(patches, pads)
-    rows, columns = size
-    places = itertools.product(range(w.shape[0]), range(w.shape[1]))
-    return sum(
-        patches[:, a : a + rows, b : b + columns, w.shape[0] - 1 - a, w.shape[1] - 1 - b]
-        for a, b in places
-    )
+
+    def phase(part, pads):
+        seen = patches[:, :, :, *part]
+        rows, columns = seen.shape[3:5]
+        total = 0
+        for a, b in itertools.product(range(rows), range(columns)):
+            ahead = [
+                (low - taps + 1 + tap, high - tap)
+                for (low, high), taps, tap in zip(pads, (rows, columns), (a, b), strict=True)
+            ]
+            total += _pad(seen[:, :, :, a, b], ahead)
+        return total
+
+    return _of_phases(phase, g, w, size, strides, padding)
 
 
 def _pad(x, pads):

@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
+
+from ensadv.parts import in_parts
 
 # Input values of the images that are transformed at a time. The transforms hold eight times as
 # many, which is to stay in a processor's cache: 2^18 x 4 bytes x 8 = 8 MiB.
@@ -35,7 +37,7 @@ def conv(x: Array, w: Array) -> Array:
         y = y.reshape(len(x), 2 * rows, 2 * columns, w.shape[3])
         return y[:, : x.shape[1], : x.shape[2]]
 
-    return jnp.concatenate(_in_parts(images, x))
+    return in_parts(images, _images(x), x)
 
 
 def weight_gradient(x: Array, g: Array) -> Array:
@@ -52,7 +54,12 @@ def weight_gradient(x: Array, g: Array) -> Array:
         ]
         return jnp.stack([jnp.stack(row) for row in _both_axes(_filter_t, products)])[None]
 
-    return sum(jnp.sum(part, axis=0) for part in _in_parts(images, x, g))
+    return jnp.sum(in_parts(images, _images(x), x, g), axis=0)
+
+
+def _images(x: Array) -> int:
+    """Returns how many images are transformed at a time, such that few are left for the last."""
+    return math.ceil(len(x) / max(1, round(x.size / _VALUES)))
 
 
 def _tiles(x: Array) -> tuple[int, int]:
@@ -100,19 +107,3 @@ def _both_axes(transform: Callable[[_Vector], _Vector], matrix: Sequence[_Vector
     """Transforms the columns, then the rows, of a matrix of arrays."""
     columns = [transform(column) for column in zip(*matrix, strict=True)]
     return [transform(row) for row in zip(*columns, strict=True)]
-
-
-def _in_parts(f: Callable[..., Array], x: Array, *more: Array) -> list[Array]:
-    """Returns f's results, arrays with a leading axis, for parts of the images, in order."""
-    n = len(x)
-    size = max(1, min(n, _VALUES * n // x.size))
-    whole = n - n % size
-    if whole == size:
-        results = [f(*(array[:size] for array in (x, *more)))]
-    else:
-        parts = [array[:whole].reshape(-1, size, *array.shape[1:]) for array in (x, *more)]
-        result = lax.map(lambda part: f(*part), parts)
-        results = [result.reshape(-1, *result.shape[2:])]
-    if whole < n:
-        results.append(f(*(array[whole:] for array in (x, *more))))
-    return results

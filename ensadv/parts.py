@@ -1,0 +1,50 @@
+"""Batches taken in parts, which a processor's cache holds where it would not hold the whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Of a network on a CPU. The time of a whole step of IFGSM-7 whose attack takes so many images at a
+# time, over that with all at once (two cores of an AMD EPYC, medians of 5 to 7 turns): WRN-10-2,
+# batch 64: 4 images 1.11, 8 0.95, 16 0.95, 32 0.97; WRN-16-4, batch 32: 4 1.01, 8 0.97, 16 0.98.
+# IFGSM-20 of 180 images takes 0.86 of the time with 9.
+_FEWEST_IMAGES, _MOST_IMAGES = 8, 32
+
+
+def in_parts(f: Callable[..., Any], size: int, *batch: Any) -> Any:
+    """Returns f(*batch), computed for `size` examples after `size` examples, joined.
+
+    Args:
+      f: takes trees whose leaves are [n, ...], for any n, and returns such a tree (with an n of its
+        own). What it does with an example does not depend on the others.
+      size: examples at a time, >= 1; the last ones may be fewer.
+      batch: trees whose leaves are [B, ...].
+    """
+    n = len(jax.tree.leaves(batch)[0])
+    whole = n - n % size
+    if whole <= size:
+        results = [f(*jax.tree.map(lambda leaf: leaf[:size], batch))]
+    else:
+        split = lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:])
+        result = jax.lax.map(lambda part: f(*part), jax.tree.map(split, batch))
+        results = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)]
+    if size < n and whole < n:
+        results.append(f(*jax.tree.map(lambda leaf: leaf[whole:], batch)))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
+
+
+def by_network(f: Callable[..., Any], *batch: Any) -> Any:
+    """Returns f(*batch) for an f that runs a network: on a CPU for few images at a time.
+
+    In parts of one size only, or the network would be compiled for each.
+
+    Args:
+      f, batch: as for `in_parts`.
+    """
+    n = len(jax.tree.leaves(batch)[0])
+    sizes = [size for size in range(_FEWEST_IMAGES, _MOST_IMAGES + 1) if n % size == 0]
+    if jax.default_backend() != 'cpu' or not sizes:
+        return f(*batch)
+    return in_parts(f, sizes[0], *batch)

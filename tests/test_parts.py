@@ -1,0 +1,74 @@
+"""Batches in parts: the same as whole, and what a network takes at a time."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from ensadv import build, parts
+
+
+def rows(n):
+    return {'x': np.arange(2.0 * n).reshape(n, 2), 'y': np.arange(n)}
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 5, 6, 7])
+def test_parts_are_joined_in_order(size):
+    seen = []
+
+    def f(tree, more):
+        seen.append(len(more))
+        return {'sum': tree['x'].sum(axis=1) + more, 'y': tree['y']}
+
+    result = jax.jit(lambda *batch: parts.in_parts(f, size, *batch))(rows(6), 10.0 * np.arange(6))
+    np.testing.assert_array_equal(result['sum'], [1, 15, 29, 43, 57, 71])
+    np.testing.assert_array_equal(result['y'], range(6))
+    # A part's program is made once, and another one for the last where that is smaller.
+    assert seen == [min(size, 6)] + [6 % size] * (size < 6 and 6 % size > 0)
+
+
+def test_what_a_part_adds_up_is_joined_too():
+    totals = parts.in_parts(lambda x: x.sum(axis=0, keepdims=True), 4, rows(10)['x'])
+    np.testing.assert_array_equal(totals, [[12, 16], [44, 48], [34, 36]])
+
+
+def test_keys_are_split_as_well():
+    keys = jax.random.split(jax.random.key(0), 6)
+    draw = jax.vmap(lambda key: jax.random.normal(key))
+    # Compiled otherwise, and so rounded otherwise.
+    np.testing.assert_allclose(parts.in_parts(draw, 4, keys), draw(keys), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'n, at_a_time', [(1, 1), (7, 7), (8, 8), (50, 10), (61, 61), (62, 31), (64, 8), (360, 8)]
+)
+def test_a_network_takes_a_few_images_of_one_number(n, at_a_time):
+    seen = []
+
+    def f(batch):
+        seen.append(len(batch['y']))
+        return batch['x']
+
+    np.testing.assert_array_equal(parts.by_network(f, rows(n)), rows(n)['x'])
+    assert seen == [at_a_time]
+
+
+def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert parts.by_network(lambda batch: [len(batch['y'])], rows(64)) == [64]
+
+
+@pytest.mark.parametrize('batch_norm, at_a_time', [('running', 8), ('batch', 16)])
+def test_training_attacks_a_few_images_unless_they_share_statistics(batch_norm, at_a_time):
+    config = tiny_config(**{'attack.batch_norm': batch_norm, 'attack.steps': 1})
+    seen = []
+
+    def log_probs(images):
+        seen.append(len(images))
+        return jax.nn.log_softmax(images.reshape(len(images), -1)[:, :3])
+
+    x, y = np.full((16, 2, 2, 1), 0.5, np.float32), np.zeros(16, np.int32)
+    keys = jax.random.split(jax.random.key(0), 16)
+    x_adv = build.training_attack(config)(log_probs, keys, x, y)
+    assert x_adv.shape == x.shape
+    assert set(seen) == {at_a_time}
