@@ -80,6 +80,9 @@ class Checkpoints:
     def save(self, step: int, tree: Any, *, wait: bool = False) -> None:
         """Writes a tree, in the background unless `wait`; its arrays may be donated right away.
 
+        Among several processes always as with `wait`: Orbax's threads of two savings at a time
+        would meet at the same barrier, which JAX refuses.
+
         Raises:
           StorageError: if this cannot be written, or what was written in the background could not.
         """
@@ -93,7 +96,7 @@ class Checkpoints:
                 custom_metadata={_CHECKSUMS: _checksums(arrays)},
                 force=True,
             )
-            if wait:
+            if wait or parallel.num_processes() > 1:
                 manager.wait_until_finished()
         except Exception as error:  # whatever Orbax, TensorStore and the storage raise
             raise workdir.storage_error(self._directory, _reason(error)) from error

@@ -424,6 +424,29 @@ store.save(2, tree, wait=True)
     assert 'cannot be written' not in told
 
 
+def test_saves_in_two_places_do_not_meet(tmp_path):
+    """Orbax's threads of two savings would wait at the same barrier, which is an error."""
+    results = talk(
+        f"""
+from etils import epath
+from ensadv import checkpoints
+path = epath.Path({str(tmp_path)!r})
+stores = [checkpoints.open_checkpoints(path, 3), checkpoints.open_snapshots(path)]
+tree = parallel.replicate({{'x': np.arange(4.0)}})
+for step in range(20):
+    for store in stores:
+        store.save(step, tree)
+        time.sleep(0.002 * (7 * step % 11))
+for store in stores:
+    store.close()
+say(len(stores[1].steps()))
+"""
+    )
+    for result in results:
+        assert result.code == 0, result.stderr
+        assert result.said() == ['20']
+
+
 def test_one_process_needs_no_others(monkeypatch):
     monkeypatch.delenv('JAX_NUM_PROCESSES', raising=False)
     joined = []
