@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ensadv import attacks, build, data, ensemble, losses, metrics, parallel
+from ensadv import attacks, build, data, ensemble, losses, metrics, parallel, parts
 
 REPACK_STEPS = 25  # steps after which, at the latest, fooled examples leave a long attack
 
@@ -308,10 +309,13 @@ class Evaluator:
         varied = ('steps', 'restarts', 'iterate_examples')
         rest = {key: value for key, value in settings.items() if key not in varied}
         kind = f'{name} {rest}'
+
+        def of_batch(*args):
+            *shared, batch = args
+            return parts.by_network(partial(f, self.network, rest, *shared), batch)
+
         if kind not in self._compiled:
-            self._compiled[kind] = parallel.map_examples(
-                lambda *args: f(self.network, rest, *args), num_shared
-            )
+            self._compiled[kind] = parallel.map_examples(of_batch, num_shared)
         return self._compiled[kind]
 
 

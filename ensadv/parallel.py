@@ -17,7 +17,7 @@ from etils import epath
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ensadv import parts, peers
+from ensadv import peers
 from ensadv.errors import TrainingError, UserError
 
 AXIS = 'devices'
@@ -308,9 +308,8 @@ def map_examples(f: Callable[..., Any], num_shared: int) -> Callable[..., Any]:
     """Compiles f(*shared, batch) so that every device computes its share of the batch's examples.
 
     Args:
-      f: runs a network (`parts.by_network`). It takes `num_shared` replicated trees, then one whose
-        leaves are [B, ...]; returns another such. An example's result may depend on that example
-        alone.
+      f: takes `num_shared` replicated trees, then one whose leaves are [B, ...]; returns another
+        such. An example's result may depend on that example alone.
       num_shared: how many.
 
     Returns:
@@ -320,7 +319,7 @@ def map_examples(f: Callable[..., Any], num_shared: int) -> Callable[..., Any]:
     several = num_processes() > 1
 
     def gathered(*args):
-        result = parts.by_network(lambda batch: f(*args[:-1], batch), args[-1])
+        result = f(*args)
         if not several:
             return result
         return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, AXIS), result)

@@ -20,17 +20,18 @@ def in_parts(f: Callable[..., Any], size: int, *batch: Any) -> Any:
       f: takes trees whose leaves are [n, ...], for any n, and returns such a tree (with an n of its
         own). What it does with an example does not depend on the others.
       size: examples at a time, >= 1; the last ones may be fewer.
-      batch: trees whose leaves are [B, ...].
+      batch: trees whose leaves are [B, ...], B >= 1.
     """
     n = len(jax.tree.leaves(batch)[0])
+    size = min(size, n)
     whole = n - n % size
-    if whole <= size:
+    if whole == size:
         results = [f(*jax.tree.map(lambda leaf: leaf[:size], batch))]
     else:
         split = lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:])
         result = jax.lax.map(lambda part: f(*part), jax.tree.map(split, batch))
         results = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)]
-    if size < n and whole < n:
+    if whole < n:
         results.append(f(*jax.tree.map(lambda leaf: leaf[whole:], batch)))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
