@@ -92,26 +92,26 @@ class Evaluator:
           label: of the progress.
         """
         judge = self._attack_batch if 'steps' in settings else self._clean_batch
-        columns = []
+        n, columns = len(labels), []
         robust = seen = 0
-        with metrics.progress(total=len(labels), label=label, unit='image') as bar:
-            for places, valid in self._batches(np.arange(len(labels)), len(labels)):
-                verdicts = judge(variables, settings, (places, images[places], labels[places]))
-                columns.append([leaf[:valid] for leaf in verdicts])
-                robust += int(np.sum(columns[-1][0] > 0))
-                seen += valid
+        with metrics.progress(total=n, label=label, unit='image') as bar:
+            for places in self._batches(np.arange(n), n):
+                batch = places, images[places], labels[places]
+                columns.append(judge(variables, settings, n, batch))
+                robust += int(np.sum(columns[-1].margin > 0))
+                seen += len(places)
                 bar.set_postfix(accuracy=f'{robust / seen:.3f}', refresh=False)
-                bar.update(valid)
+                bar.update(len(places))
         return Verdicts(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
-    def _clean_batch(self, variables, settings, batch) -> Verdicts:
+    def _clean_batch(self, variables, settings, n, batch) -> Verdicts:
         del settings
-        margin = self._compile('clean', {}, _clean_batch, 1)(variables, batch)
+        margin = self._compile(n, 'clean', {}, _clean_batch, 1)(variables, batch)
         return Verdicts(margin, margin, np.ones(len(margin), bool))
 
-    def _attack_batch(self, variables, settings, batch) -> Verdicts:
+    def _attack_batch(self, variables, settings, n, batch) -> Verdicts:
         """Attacks a batch by the parts of `long_attack`, so that they are compiled once."""
-        begin, restart, advance = self._compile_attack(settings)
+        begin, restart, advance = self._compile_attack(n, settings)
         num_steps = np.int32(settings['steps'])
         progress = begin(variables, batch)
         last_margin = np.full(len(progress.margin), np.inf, np.float32)
@@ -121,11 +121,11 @@ class Evaluator:
             last_margin = np.minimum(last_margin, progress.last_margin)
         return Verdicts(progress.margin, last_margin, progress.has_gradient)
 
-    def _compile_attack(self, settings: Mapping[str, Any]) -> tuple[Callable[..., Any], ...]:
+    def _compile_attack(self, n: int, settings: Mapping[str, Any]):
         return (
-            self._compile('begin', settings, _begin_batch, 1),
-            self._compile('restart', settings, _restart_batch, 1),
-            self._compile('advance', settings, _advance_batch, 3),
+            self._compile(n, 'begin', settings, _begin_batch, 1),
+            self._compile(n, 'restart', settings, _restart_batch, 1),
+            self._compile(n, 'advance', settings, _advance_batch, 3),
         )
 
     def long_attack(
@@ -147,7 +147,7 @@ class Evaluator:
           variables, settings, images, labels, label: as in `evaluate`.
         """
         n, num_steps, restarts = len(labels), settings['steps'], settings['restarts']
-        begin, restart, advance = self._compile_attack(settings)
+        begin, restart, advance = self._compile_attack(n, settings)
         points = curve_steps(num_steps)
         stops = sorted({0, *points, *range(REPACK_STEPS, num_steps, REPACK_STEPS)})
         stay = np.arange(n) < settings['iterate_examples']
@@ -156,14 +156,14 @@ class Evaluator:
         bar = metrics.progress(total=n * num_steps * restarts, label=label, unit='image step')
 
         def over(places, count, f, *shared):
-            for batch, valid in self._batches(places, n):
+            for batch in self._batches(places, n):
                 examples = batch, images[batch], labels[batch], packed.take(batch)
-                packed.put(batch, valid, f(*shared, examples))
-                bar.update(valid * count)
+                packed.put(batch, f(*shared, examples))
+                bar.update(len(batch) * count)
 
         with bar:
-            for batch, valid in self._batches(np.arange(n), n):
-                packed.put(batch, valid, begin(variables, (batch, images[batch], labels[batch])))
+            for batch in self._batches(np.arange(n), n):
+                packed.put(batch, begin(variables, (batch, images[batch], labels[batch])))
             for number in range(restarts):
                 active = np.flatnonzero(packed.stands) if number else np.arange(n)
                 over(active, 0, restart, np.int32(number))
@@ -209,16 +209,15 @@ class Evaluator:
         # One compilation serves every round.
         varied = ('steps', 'restarts', 'seed')
         same = {name: value for name, value in settings.items() if name not in varied}
-        step = self._compile('transfer', same, _transfer_batch, 2)
         numbers = {name: np.int32(settings[name]) for name in varied}
         # Few examples are left in the end: powers of two are few sizes to compile.
-        size = 1 << (len(places) - 1).bit_length()
+        n = 1 << (len(places) - 1).bit_length()
+        step = self._compile(n, 'transfer', same, _transfer_batch, 2)
         results = []
         with metrics.progress(total=len(places), label=label, unit='image') as bar:
-            for batch, valid in self._batches(places, size):
-                x_adv = step(variables, numbers, (batch, images[batch], labels[batch]))
-                results.append(x_adv[:valid])
-                bar.update(valid)
+            for batch in self._batches(places, n):
+                results.append(step(variables, numbers, (batch, images[batch], labels[batch])))
+                bar.update(len(batch))
         return np.concatenate(results)
 
     def worst_points(
@@ -241,14 +240,15 @@ class Evaluator:
           settings: as in `evaluate`, of an attack with steps.
           places: int [m], the examples that are attacked; None: all.
         """
-        begin, restart, advance = self._compile_attack(settings)
-        places = np.arange(len(labels)) if places is None else np.asarray(places)
+        # Compiled for the batches of `evaluate`, however few places: nothing is compiled anew.
+        n = len(labels)
+        begin, restart, advance = self._compile_attack(n, settings)
+        places = np.arange(n) if places is None else np.asarray(places)
         num_steps, restarts = settings['steps'], settings['restarts']
         results = []
         total = len(places) * num_steps * restarts
         with metrics.progress(total=total, label=label, unit='image step') as bar:
-            # Batches of the size of `evaluate`, however few places: nothing is compiled anew.
-            for batch, valid in self._batches(places, len(labels)):
+            for batch in self._batches(places, n):
                 examples = batch, images[batch], labels[batch]
                 x_worst = images[batch] / np.float32(255)
                 progress = begin(variables, examples)
@@ -263,8 +263,8 @@ class Evaluator:
                     lower = progress.last_margin < margin
                     x_worst[lower] = progress.x_adv[lower]
                     margin = np.where(lower, progress.last_margin, margin)
-                    bar.update(valid * int(count))
-                results.append(x_worst[:valid])
+                    bar.update(len(batch) * int(count))
+                results.append(x_worst)
         return np.concatenate(results)
 
     def log_probs(self, variables: Any, x: np.ndarray, label: str) -> np.ndarray:
@@ -276,47 +276,69 @@ class Evaluator:
             array for x[int [B]], so that images need not be there all at once.
           label: of the progress.
         """
-        step = self._compile('log_probs', {}, _log_probs_batch, 1)
         n = len(x)
+        step = self._compile(n, 'log_probs', {}, _log_probs_batch, 1)
         results = []
         with metrics.progress(total=n, label=label, unit='image') as bar:
-            for batch, valid in self._batches(np.arange(n), n):
-                results.append(step(variables, x[batch])[:valid])
-                bar.update(valid)
+            for batch in self._batches(np.arange(n), n):
+                results.append(step(variables, x[batch]))
+                bar.update(len(batch))
         return np.concatenate(results)
 
     def member_margins(self, variables: Any, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Returns each member's margin on each image, float32 [n, k], for uint8 images [n, ...]."""
-        step = self._compile('members', {}, _member_batch, 1)
         n = len(labels)
-        results = []
-        for batch, valid in self._batches(np.arange(n), n):
-            results.append(step(variables, (batch, images[batch], labels[batch]))[:valid])
-        return np.concatenate(results)
+        step = self._compile(n, 'members', {}, _member_batch, 1)
+        batches = self._batches(np.arange(n), n)
+        return np.concatenate(
+            [step(variables, (batch, images[batch], labels[batch])) for batch in batches]
+        )
 
-    def _batches(self, places: np.ndarray, n: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields `places` in batches of one size, the last one padded, and how many are valid."""
+    def _size(self, n: int) -> int:
+        """Returns how many examples a call over all devices takes, where there are n in all."""
         devices = parallel.num_devices()
-        size = -(-min(self._batch_size, n) // devices) * devices
+        return -(-min(self._batch_size, n) // devices) * devices
+
+    def _batches(self, places: np.ndarray, n: int) -> Iterator[np.ndarray]:
+        """Yields `places`, some of n, in batches; all but the last are of one size."""
+        size = self._size(n)
         for first in range(0, len(places), size):
-            batch = places[first : first + size].astype(np.int32)
-            yield np.pad(batch, (0, size - len(batch)), mode='edge'), len(batch)
+            yield places[first : first + size].astype(np.int32)
 
     def _compile(
-        self, name: str, settings: Mapping[str, Any], f: Callable[..., Any], num_shared: int
+        self, n: int, name: str, settings: Mapping[str, Any], f: Callable[..., Any], num_shared: int
     ) -> Callable[..., Any]:
-        """Returns f(network, settings, ...) compiled; one serves every number of steps."""
+        """Returns f(network, settings, ...) compiled; one serves every number of steps.
+
+        Its last argument is a batch, of n examples in all. It is padded to the size that f is
+        compiled for, of which the result shows nothing.
+        """
         varied = ('steps', 'restarts', 'iterate_examples')
         rest = {key: value for key, value in settings.items() if key not in varied}
         kind = f'{name} {rest}'
 
         def of_batch(*args):
-            *shared, batch = args
-            return parts.by_network(partial(f, self.network, rest, *shared), batch)
+            *shared, (is_example, batch) = args
+            of_part = partial(f, self.network, rest, *shared)
+            return parts.by_network(of_part, batch, wanted=is_example)
 
         if kind not in self._compiled:
             self._compiled[kind] = parallel.map_examples(of_batch, num_shared)
-        return self._compiled[kind]
+        compiled, size = self._compiled[kind], self._size(n)
+
+        def call(*args):
+            *shared, batch = args
+            count = len(jax.tree.leaves(batch)[0])
+
+            def pad(leaf):
+                # The last one again and again, since zeros might be no example.
+                widths = [(0, size - count), *[(0, 0)] * (leaf.ndim - 1)]
+                return np.pad(leaf, widths, mode='edge')
+
+            given = np.arange(size) < count, jax.tree.map(pad, batch)
+            return jax.tree.map(lambda leaf: leaf[:count], compiled(*shared, given))
+
+        return call
 
 
 class _Packed:
@@ -334,15 +356,15 @@ class _Packed:
     def take(self, places: np.ndarray) -> attacks.Progress:
         return jax.tree.map(lambda leaf: leaf[places], self.progress)
 
-    def put(self, places: np.ndarray, valid: int, progress: attacks.Progress) -> None:
-        """Takes in a batch's progress; what comes after the first `valid` examples is padding."""
+    def put(self, places: np.ndarray, progress: attacks.Progress) -> None:
+        """Takes in the progress of the examples at these places."""
         if self.progress is None:
             self.progress = jax.tree.map(
                 lambda leaf: np.zeros((self._n, *leaf.shape[1:]), leaf.dtype), progress
             )
 
         def put_leaf(everyone, some):
-            everyone[places[:valid]] = some[:valid]
+            everyone[places] = some
 
         jax.tree.map(put_leaf, self.progress, progress)
 

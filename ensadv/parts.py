@@ -36,16 +36,32 @@ def in_parts(f: Callable[..., Any], size: int, *batch: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
 
-def by_network(f: Callable[..., Any], *batch: Any) -> Any:
+def by_network(f: Callable[..., Any], *batch: Any, wanted: Any = None) -> Any:
     """Returns f(*batch) for an f that runs a network: on a CPU for few images at a time.
 
     In parts of one size only, or the network would be compiled for each.
 
     Args:
       f, batch: as for `in_parts`.
+      wanted: bool [n], which examples' results are wanted; None: all. Parts without any are not
+        computed on a CPU, and their results are zeros there.
     """
     n = len(jax.tree.leaves(batch)[0])
     sizes = [size for size in range(_FEWEST_IMAGES, _MOST_IMAGES + 1) if n % size == 0]
     if jax.default_backend() != 'cpu' or not sizes:
         return f(*batch)
-    return in_parts(f, sizes[0], *batch)
+    if wanted is None:
+        return in_parts(f, sizes[0], *batch)
+    return in_parts(_where_wanted(f), sizes[0], wanted, *batch)
+
+
+def _where_wanted(f):
+    """Returns g(wanted, *part): f(*part), or zeros where none is wanted."""
+    f = jax.jit(f)  # its trace is kept, so that it is traced once and not twice
+
+    def g(wanted, *part):
+        results = jax.eval_shape(f, *part)
+        zeros = lambda *_: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
+        return jax.lax.cond(jnp.any(wanted), f, zeros, *part)
+
+    return g

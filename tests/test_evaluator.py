@@ -134,8 +134,9 @@ def test_a_model_whose_worst_case_is_known():
 
 
 def test_results_do_not_depend_on_the_batch_size():
-    results = [evaluate(Ripples(), 'pgd5', batch_size=b, epsilon=0.05) for b in (3, 17)]
-    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+    results = [evaluate(Ripples(), 'pgd5', batch_size=b, epsilon=0.05) for b in (17, 3, 16)]
+    for result in results[1:]:
+        np.testing.assert_allclose(results[0], result, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +208,9 @@ def test_an_attack_in_batches_is_the_attack_as_a_whole(name):
 
 @pytest.mark.parametrize('restarts', [1, 3])
 @pytest.mark.parametrize('stay', [0, 20, 1000])
-@pytest.mark.parametrize('name', ['ifgsm60', 'pgd60'])
-def test_packing_changes_no_verdict(name, stay, restarts):
+# 16 are two parts, one of which is not computed where 8 or fewer are left.
+@pytest.mark.parametrize('name, batch_size', [('ifgsm60', 16), ('pgd60', 7)])
+def test_packing_changes_no_verdict(name, batch_size, stay, restarts):
     images, labels = ripples()
     changes = RIPPLES | {
         'eval__iterate_examples': stay,
@@ -217,7 +219,7 @@ def test_packing_changes_no_verdict(name, stay, restarts):
     }
     settings = settings_of(name, **changes)
     whole = worst_case(Ripples(), settings, images, labels)
-    packed = evaluate(Ripples(), name, images, labels, batch_size=7, long=True, **changes)
+    packed = evaluate(Ripples(), name, images, labels, batch_size=batch_size, long=True, **changes)
     stands = whole.margin > 0
     # The case is one where something can go wrong.
     assert 5 < stands.sum() < 50

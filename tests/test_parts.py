@@ -53,6 +53,19 @@ def test_a_network_takes_a_few_images_of_one_number(n, at_a_time):
     assert seen == [at_a_time]
 
 
+def test_parts_that_nobody_wants_are_not_computed():
+    def f(batch):
+        return {'twice': 2 * batch['x'] + 1, 'y': batch['y'] > 3}
+
+    result = jax.jit(lambda wanted, batch: parts.by_network(f, batch, wanted=wanted))(
+        np.arange(24) == 8, rows(24)
+    )
+    expected = np.where((np.arange(24) // 8 == 1)[:, None], 2 * rows(24)['x'] + 1, 0)
+    np.testing.assert_array_equal(result['twice'], expected)
+    np.testing.assert_array_equal(result['y'], np.arange(24) // 8 == 1)
+    assert result['y'].dtype == bool
+
+
 def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     assert parts.by_network(lambda batch: [len(batch['y'])], rows(64)) == [64]
