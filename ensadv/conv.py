@@ -236,16 +236,18 @@ def _of_phases(phase, g, w, size, strides, padding):
 
 
 def _conv_of_patches(x, w, padding):
-    """conv(x, w) of stride 1: for each of the kernel's rows a matrix multiplication.
+    """conv(x, w) of stride 1: a matrix multiplication, for all of the kernel's rows at once.
 
-    Its left operand are the values that the row of a window sees.
+    Its left operand are the values that the row of a window sees; what the kernel's rows give is
+    added up, each a row further on.
     """
     x = _pad(x, padding)
     rows, columns = (n - taps + 1 for n, taps in zip(x.shape[1:3], w.shape, strict=False))
     windows = [x[:, :, b : b + columns] for b in range(w.shape[1])]
     patches = lax.optimization_barrier(jnp.concatenate(windows, axis=-1))
-    kernels = w.reshape(w.shape[0], -1, w.shape[3])
-    return sum(patches[:, a : a + rows] @ kernel for a, kernel in enumerate(kernels))
+    kernel = lax.optimization_barrier(w.reshape(w.shape[0], -1, w.shape[3]).swapaxes(0, 1))
+    products = lax.optimization_barrier(jnp.einsum('nhwp,pao->nhwao', patches, kernel))
+    return sum(products[:, a : a + rows, :, a] for a in range(w.shape[0]))
 
 
 def _sum_of_patches(g, w, size, strides, padding):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ensadv.parts import in_parts
 
@@ -25,6 +25,8 @@ _Vector = Sequence[Array]
 def conv(x: Array, w: Array) -> Array:
     """Convolves x [N, H, W, I] with w [3, 3, I, O], stride 1, zeros around x: [N, H, W, O]."""
     filters = _both_axes(_filter, [[w[a, b] for b in range(3)] for a in range(3)])
+    # Or XLA would cut some of them out of w in every turn of a loop.
+    filters = lax.optimization_barrier(filters)
 
     def images(x):
         products = [
