@@ -121,7 +121,9 @@ class Evaluator:
             last_margin = np.minimum(last_margin, progress.last_margin)
         return Verdicts(progress.margin, last_margin, progress.has_gradient)
 
-    def _compile_attack(self, n: int, settings: Mapping[str, Any]):
+    def _compile_attack(
+        self, n: int, settings: Mapping[str, Any]
+    ) -> tuple[Callable[..., Any], ...]:
         return (
             self._compile(n, 'begin', settings, _begin_batch, 1),
             self._compile(n, 'restart', settings, _restart_batch, 1),
