@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import attacks, build, conv, ensemble, evaluator, parallel
+from ensadv import attacks, build, conv, ensemble, evaluator, parallel, parts
 
 # 17 test images, which divides by nothing: labels 0, 1, 2 come 5, 8 and 4 times.
 LABELS = np.array([0, 1, 2, 1, 1, 0, 2, 1, 0, 1, 1, 2, 0, 1, 2, 1, 0], np.int32)
@@ -133,7 +133,8 @@ def test_a_model_whose_worst_case_is_known():
     np.testing.assert_allclose(margin[known], expected[known], atol=1e-4)
 
 
-def test_results_do_not_depend_on_the_batch_size():
+def test_results_do_not_depend_on_the_batch_size(monkeypatch):
+    monkeypatch.setattr(parts, '_VALUES', 1)  # or such small images were not taken in parts
     results = [evaluate(Ripples(), 'pgd5', batch_size=b, epsilon=0.05) for b in (17, 3, 16)]
     for result in results[1:]:
         np.testing.assert_allclose(results[0], result, atol=1e-4)
@@ -210,7 +211,8 @@ def test_an_attack_in_batches_is_the_attack_as_a_whole(name):
 @pytest.mark.parametrize('stay', [0, 20, 1000])
 # 16 are two parts, one of which is not computed where 8 or fewer are left.
 @pytest.mark.parametrize('name, batch_size', [('ifgsm60', 16), ('pgd60', 7)])
-def test_packing_changes_no_verdict(name, batch_size, stay, restarts):
+def test_packing_changes_no_verdict(name, batch_size, stay, restarts, monkeypatch):
+    monkeypatch.setattr(parts, '_VALUES', 1)
     images, labels = ripples()
     changes = RIPPLES | {
         'eval__iterate_examples': stay,

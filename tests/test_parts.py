@@ -12,6 +12,11 @@ def rows(n):
     return {'x': np.arange(2.0 * n).reshape(n, 2), 'y': np.arange(n)}
 
 
+def pictures(n, side=32):
+    return {'x': np.arange(n, dtype=np.float32)[:, None, None, None] + np.zeros((side, side, 3)),
+            'y': np.arange(n)}  # fmt: skip
+
+
 @pytest.mark.parametrize('size', [1, 2, 3, 5, 6, 7])
 def test_parts_are_joined_in_order(size):
     seen = []
@@ -40,16 +45,20 @@ def test_keys_are_split_as_well():
 
 
 @pytest.mark.parametrize(
-    'n, at_a_time', [(1, 1), (7, 7), (8, 8), (50, 10), (61, 61), (62, 31), (64, 8), (360, 8)]
-)
-def test_a_network_takes_a_few_images_of_one_number(n, at_a_time):
+    'n, side, at_a_time',
+    [(1, 32, 1), (7, 32, 7), (8, 32, 8), (50, 32, 10), (61, 32, 61), (62, 32, 31), (64, 32, 8),
+     (360, 32, 8), (16, 64, 8),
+     # Small images are taken as many at a time as have so many values.
+     (64, 16, 32), (360, 8, 180), (64, 8, 64), (100, 16, 50)],
+)  # fmt: skip
+def test_a_network_takes_a_few_images_of_one_number(n, side, at_a_time):
     seen = []
 
     def f(batch):
         seen.append(len(batch['y']))
         return batch['x']
 
-    np.testing.assert_array_equal(parts.by_network(f, rows(n)), rows(n)['x'])
+    np.testing.assert_array_equal(parts.by_network(f, pictures(n, side)), pictures(n, side)['x'])
     assert seen == [at_a_time]
 
 
@@ -58,17 +67,18 @@ def test_parts_that_nobody_wants_are_not_computed():
         return {'twice': 2 * batch['x'] + 1, 'y': batch['y'] > 3}
 
     result = jax.jit(lambda wanted, batch: parts.by_network(f, batch, wanted=wanted))(
-        np.arange(24) == 8, rows(24)
+        np.arange(24) == 8, pictures(24)
     )
-    expected = np.where((np.arange(24) // 8 == 1)[:, None], 2 * rows(24)['x'] + 1, 0)
+    second = np.arange(24) // 8 == 1
+    expected = np.where(second[:, None, None, None], 2 * pictures(24)['x'] + 1, 0)
     np.testing.assert_array_equal(result['twice'], expected)
-    np.testing.assert_array_equal(result['y'], np.arange(24) // 8 == 1)
+    np.testing.assert_array_equal(result['y'], second)
     assert result['y'].dtype == bool
 
 
 def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert parts.by_network(lambda batch: [len(batch['y'])], rows(64)) == [64]
+    assert parts.by_network(lambda batch: [len(batch['y'])], pictures(64)) == [64]
 
 
 @pytest.mark.parametrize('batch_norm, at_a_time', [('running', 8), ('batch', 16)])
@@ -80,7 +90,7 @@ def test_training_attacks_a_few_images_unless_they_share_statistics(batch_norm, 
         seen.append(len(images))
         return jax.nn.log_softmax(images.reshape(len(images), -1)[:, :3])
 
-    x, y = np.full((16, 2, 2, 1), 0.5, np.float32), np.zeros(16, np.int32)
+    x, y = np.full((16, 32, 32, 3), 0.5, np.float32), np.zeros(16, np.int32)
     keys = jax.random.split(jax.random.key(0), 16)
     x_adv = build.training_attack(config)(log_probs, keys, x, y)
     assert x_adv.shape == x.shape
