@@ -41,6 +41,16 @@ def in_parts(f: Callable[..., Any], size: int, *batch: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
 
+def size_of_parts(values: int, *arrays: jax.Array) -> int:
+    """Returns how many examples at a time have about `values` values in the largest array.
+
+    Such that few are left for the last part of these arrays [B, ...].
+    """
+    n = len(arrays[0])
+    largest = max(array.size for array in arrays)
+    return math.ceil(n / max(1, round(largest / values)))
+
+
 def by_network(f: Callable[..., Any], *batch: Any, wanted: Any = None) -> Any:
     """Returns f(*batch) for an f that runs a network: on a CPU for few images at a time.
 

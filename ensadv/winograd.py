@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ensadv.parts import in_parts
+from ensadv.parts import in_parts, size_of_parts
 
 # Input values of the images that are transformed at a time. The transforms hold eight times as
 # many, which is to stay in a processor's cache: 2^18 x 4 bytes x 8 = 8 MiB.
@@ -39,29 +39,26 @@ def conv(x: Array, w: Array) -> Array:
         y = y.reshape(len(x), 2 * rows, 2 * columns, w.shape[3])
         return y[:, : x.shape[1], : x.shape[2]]
 
-    return in_parts(images, _images(x), x)
+    return in_parts(images, size_of_parts(_VALUES, x), x)
 
 
 def weight_gradient(x: Array, g: Array) -> Array:
     """Returns d/dw of conv(x, w) . g, [3, 3, I, O], for x [N, H, W, I] and g [N, H, W, O]."""
 
     def images(x, g):
-        rows, columns = _tiles(x)
-        g = jnp.pad(g, ((0, 0), (0, 2 * rows - g.shape[1]), (0, 2 * columns - g.shape[2]), (0, 0)))
-        outputs = [[g[:, a::2, b::2] for b in range(2)] for a in range(2)]
+        height, width = (2 * tiles for tiles in _tiles(x))
+        # One more than needed, so that it is an array of its own: XLA would cut each of the 16
+        # transforms out of all images, which takes longer.
+        g = jnp.pad(g, ((0, 0), (0, height + 1 - g.shape[1]), (0, width + 1 - g.shape[2]), (0, 0)))
+        outputs = [[g[:, a:height:2, b:width:2] for b in range(2)] for a in range(2)]
         flat = lambda array: array.reshape(-1, array.shape[3])
         products = [
-            [flat(tile).T @ flat(output) for tile, output in zip(*rows, strict=True)]
+            [(flat(output).T @ flat(tile)).T for tile, output in zip(*rows, strict=True)]
             for rows in zip(_input_tiles(x), _both_axes(_output_t, outputs), strict=True)
         ]
         return jnp.stack([jnp.stack(row) for row in _both_axes(_filter_t, products)])[None]
 
-    return jnp.sum(in_parts(images, _images(x), x, g), axis=0)
-
-
-def _images(x: Array) -> int:
-    """Returns how many images are transformed at a time, such that few are left for the last."""
-    return math.ceil(len(x) / max(1, round(x.size / _VALUES)))
+    return jnp.sum(in_parts(images, size_of_parts(_VALUES, x), x, g), axis=0)
 
 
 def _tiles(x: Array) -> tuple[int, int]:
