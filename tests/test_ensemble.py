@@ -1,3 +1,6 @@
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +100,33 @@ def test_gradients_and_running_averages_equal_a_loop_over_members(variables):
     ]
     for ours, expected in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_on_a_cpu_a_member_waits_for_the_one_before(monkeypatch):
+    """Without this XLA runs two members at a time, and nothing but time would tell."""
+    names = ['one', 'two', 'three']
+    linear = lambda v, x: x @ v
+    networks = [ensemble.Network(lambda v, x: linear(v, x)[None], 'logits', None) for _ in names]
+    network = ensemble.of_networks(networks, 'probs')
+    rng = np.random.default_rng(0)
+    v = [jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in names]
+    x = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+
+    logits = network.member_logits
+    gradient = lambda v, x: jax.grad(lambda x: jnp.sum(logits(v, x) ** 2))(x)
+
+    def comparisons(function):
+        # Of a new function, or JAX would find what it has compiled.
+        compiled = jax.jit(lambda *args: function(*args)).lower(v, x).compile()
+        return len(re.findall(r'compare\(.*direction=GT', compiled.as_text())), compiled(v, x)
+
+    found, waited = zip(comparisons(logits), comparisons(gradient), strict=True)
+    assert found[0] >= 2  # two members wait
+    assert found[1] > found[0]  # and their gradients
+    monkeypatch.setattr(ensemble, 'stacks_members', lambda: True)
+    found, at_once = zip(comparisons(logits), comparisons(gradient), strict=True)
+    assert found == (0, 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), waited, at_once)
 
 
 def test_members_differ_and_do_not_depend_on_their_number():
