@@ -15,7 +15,8 @@ into the convolution: the gradient of the weights then takes a hundred times as 
 
 Two kinds of convolution are matrix multiplications on the CPU instead, in 'separate': large ones
 with 3x3 kernels (`winograd`), and those of few input channels, as a network's first. So are, in
-float32, the input gradients where there is a stride, and the weight gradients of all but those few.
+float32, the input gradients where there is a stride, and the weight gradients of all convolutions
+but those of few input channels.
 """
 
 import itertools

@@ -44,7 +44,7 @@ def in_parts(f: Callable[..., Any], size: int, *batch: Any) -> Any:
 def size_of_parts(values: int, *arrays: jax.Array) -> int:
     """Returns how many examples at a time have about `values` values in the largest array.
 
-    Such that few are left for the last part of these arrays [B, ...].
+    It is B over a whole number of parts, rounded up, for arrays [B, ...].
     """
     n = len(arrays[0])
     largest = max(array.size for array in arrays)

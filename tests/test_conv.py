@@ -136,16 +136,19 @@ def test_few_channels_in(size, window, padding, inputs):
 
 
 @pytest.mark.parametrize('size, window, strides, padding', CASES)
-@pytest.mark.parametrize('images_at_a_time', [4, 3, 1])
+@pytest.mark.parametrize('images_at_a_time', [4, 1])
 def test_gradients_of_weights_are_products(
     monkeypatch, size, window, strides, padding, images_at_a_time
 ):
     x, w = arrays(size, window, channels=(8, 5))
     monkeypatch.setattr(conv, '_VALUES', images_at_a_time * math.prod(size) * 8)
     ours, theirs = both(strides, padding)
-    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.tanh(ours(x, w)))))
-    # The one convolution is the value's.
-    assert gradient.lower(w, x).compile().as_text().count(' convolution(') <= 1
+    loss = lambda w, x: jnp.sum(jnp.tanh(ours(x, w)))
+    of_loss, of_both = (
+        jax.jit(f).lower(w, x).compile().as_text().count(' convolution(')
+        for f in (loss, jax.value_and_grad(loss))
+    )
+    assert of_loss == of_both
     assert_same(ours, theirs, x, w)
 
 

@@ -104,12 +104,10 @@ def test_gradients_and_running_averages_equal_a_loop_over_members(variables):
 
 def test_on_a_cpu_a_member_waits_for_the_one_before(monkeypatch):
     """Without this XLA runs two members at a time, and nothing but time would tell."""
-    names = ['one', 'two', 'three']
-    linear = lambda v, x: x @ v
-    networks = [ensemble.Network(lambda v, x: linear(v, x)[None], 'logits', None) for _ in names]
-    network = ensemble.of_networks(networks, 'probs')
+    linear = ensemble.Network(lambda v, x: (x @ v)[None], 'logits', None)
+    network = ensemble.of_networks([linear] * 3, 'probs')
     rng = np.random.default_rng(0)
-    v = [jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in names]
+    v = [jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(3)]
     x = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
 
     logits = network.member_logits
