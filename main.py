@@ -162,7 +162,7 @@ def run(mode: str) -> None:
 
     compilation_cache.enable(FLAGS.compilation_cache)
     path = command_line.workdir_path(to_write=True)
-    parallel.initialize()
+    parallel.initialize(config.train.batch_size)
     with parallel.together():
         command = {'mode': mode, 'workdir': str(path), 'version': ensadv.__version__}
         resolved = config_lib.to_dict(config.copy_and_resolve_references())
