@@ -18,6 +18,7 @@ import re
 import resource
 import runpy
 import statistics
+import subprocess
 import sys
 import time
 
@@ -126,6 +127,33 @@ def alone(network, side, repeats=2, num_steps=1, device='cpu', changes=None):
         seconds = [timed(stepped.step, num_steps) / num_steps for _ in range(repeats)]
         return {'seconds': seconds, 'peak': peak, 'level': level}
     return failure
+
+
+def by_placement(network, repeats, num_steps, probe, device='cpu'):
+    """Times our steps and PyTorch's in turns, and how far the cores are from each other.
+
+    Args:
+      network, device: as in `step`.
+      repeats, num_steps: timed turns of each, and steps of a turn.
+      probe: program that prints the nanoseconds of a cache line's way.
+
+    Returns:
+      [[side, the nanoseconds before and after the turn, seconds per step], ...]
+    """
+    set_up(device)
+    side = ours(network)
+    sides = {OURS: side, EAGER: adversarial_step.Peer(side)}
+    for stepped in sides.values():
+        stepped.step()
+        stepped.step(num_steps)
+    distance = lambda: float(subprocess.check_output([probe]))
+    turns = []
+    for _ in range(repeats):
+        for name, stepped in sides.items():
+            before = distance()
+            seconds = timed(stepped.step, num_steps) / num_steps
+            turns.append([name, [before, distance()], seconds])
+    return turns
 
 
 def sweep(networks, repeats, num_steps=1, changes=None, device='cpu'):

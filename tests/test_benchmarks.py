@@ -472,3 +472,10 @@ def test_samples_are_counted_by_kind_of_code():
         profile.REST: 0.2,
         'threads that look for work': 0.02,
     }
+
+
+@pytest.mark.parametrize(
+    'distances, expected', [((90, 120), 'near'), ((260, 300), 'far'), ((90, 300), None)]
+)
+def test_turns_count_where_the_cores_stayed(distances, expected):
+    assert importlib.import_module('benchmarks.core_placement').placement(distances) == expected
