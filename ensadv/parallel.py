@@ -22,7 +22,7 @@ from ensadv.errors import TrainingError, UserError
 
 AXIS = 'devices'
 _JOIN_SECONDS = 300  # for all processes to start
-_PARTS_OF_A_CPU = 2  # more were not faster on two cores; more cores were not at hand
+_PARTS_OF_A_CPU = 2  # four took 1.1 times as long on two cores; more cores were not at hand
 _SHARED_SECONDS = 60  # for a file to be seen by all hosts
 _peers: peers.Peers | None = None  # None: this process is alone
 _one_cpu = False  # whether the devices are one CPU's, by `divide_cpu`
