@@ -162,7 +162,7 @@ def run(mode: str) -> None:
 
     compilation_cache.enable(FLAGS.compilation_cache)
     path = command_line.workdir_path(to_write=True)
-    parallel.initialize(config.train.batch_size)
+    parallel.initialize()
     with parallel.together():
         command = {'mode': mode, 'workdir': str(path), 'version': ensadv.__version__}
         resolved = config_lib.to_dict(config.copy_and_resolve_references())
@@ -172,6 +172,9 @@ def run(mode: str) -> None:
 
 def compute(mode: str, config: ConfigDict, path: epath.Path) -> None:
     """Does a job that needs JAX, on all processes."""
+    from ensadv import parallel
+
+    parallel.warn_of_cpu_devices()
     if mode == 'study':
         run_study(config, path)
     elif mode == 'blackbox':

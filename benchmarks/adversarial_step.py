@@ -13,7 +13,6 @@ step of the attack is compared from the same iterate, and the update from the sa
 import math
 import sys
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +41,7 @@ class Ours:
         keys = train.learner_keys(config)
         description = {'num_classes': CLASSES, 'mean': MEAN, 'std': STD}
         group = config.model
-        model = partial(build.model, config, description, dtype=group.dtype, remat=group.remat)
-        self.model, self.on_one_device = model(), model(one_device=True)
+        self.model = build.model(config, description, dtype=group.dtype, remat=group.remat)
         size = config.train.batch_size
         images = rng.integers(0, 256, (size, *SHAPE), np.uint8)
         labels = rng.integers(0, CLASSES, size, np.int32)
@@ -108,7 +106,7 @@ class Ours:
         def step(state, x, y, keys, x_adv):
             return steps.train_step(
                 state, (x, y), keys,
-                model=self.on_one_device, optimizer=build.optimizer(config),
+                model=self.model, optimizer=build.optimizer(config),
                 combine=config.ensemble.combine, attack=lambda *_: x_adv,
                 adversarial_weight=config.train.adversarial_weight,
             )  # fmt: skip

@@ -305,11 +305,6 @@ def run_tables(title, plan, tables, out):
     lines = [f'# {title}', '', *machine.describe(load)]
     turns = f'{plan.repeats} turns of {plan.num_steps} steps of each side'
     lines.append(f'- {turns}, {plan.dtype}; all seeds are 0')
-    if plan.device == 'cpu':
-        lines.append(
-            "- ensadv divides the CPU as `main.py` does (`parallel.divide_cpu`), but for table 3's "
-            'rows of devices'
-        )
     if load > 1 and plan.device == 'cpu':
         lines.append(
             "- **The machine was busy.** PyTorch's threads wait by spinning and lose far more than "

@@ -71,12 +71,7 @@ def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, n
 
 
 def model(
-    config: ConfigDict,
-    dataset: Mapping[str, Any],
-    *,
-    dtype: str,
-    remat: bool = False,
-    one_device: bool = False,
+    config: ConfigDict, dataset: Mapping[str, Any], *, dtype: str, remat: bool = False
 ) -> nn.Module:
     """Returns a member's network, with its gate where members are combined by gating.
 
@@ -85,8 +80,6 @@ def model(
       dataset: 'num_classes', 'mean' and 'std', as `data.Dataset.describe` gives them.
       dtype: compute type: float32 or bfloat16.
       remat: whether backward passes compute activations again, see `models.base`.
-      one_device: whether it is trained outside `parallel.run_on_devices`, so that there is no other
-        device to average a batch's statistics with.
     """
     member = MODELS[config.model.name](
         num_classes=dataset['num_classes'],
@@ -99,7 +92,7 @@ def model(
         remat=remat,
         norm_momentum=config.batch_norm.momentum,
         norm_epsilon=config.batch_norm.epsilon,
-        norm_axis=None if one_device else parallel.norm_axis(config.batch_norm.sync),
+        norm_axis=parallel.AXIS if config.batch_norm.sync else None,
     )
     if config.ensemble.combine == 'gating':
         return Gated(member=member, width=config.ensemble.gate_width)

@@ -17,26 +17,20 @@ from etils import epath
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ensadv import peers, xla_flags
+from ensadv import peers
 from ensadv.errors import TrainingError, UserError
 
 AXIS = 'devices'
 _JOIN_SECONDS = 300  # for all processes to start
-_PARTS_OF_A_CPU = 2  # four took 1.1 times as long on two cores; more cores were not at hand
 _SHARED_SECONDS = 60  # for a file to be seen by all hosts
 _peers: peers.Peers | None = None  # None: this process is alone
-_one_cpu = False  # whether the devices are one CPU's, by `divide_cpu`
 
 
-def initialize(batch_size: int | None = None) -> None:
+def initialize() -> None:
     """Joins the other processes of this command, if there are any; before JAX's first computation.
 
     Cloud TPU pods, Slurm and Open MPI say how many there are. Elsewhere JAX_COORDINATOR_ADDRESS
-    (process 0's host and a free port there), JAX_NUM_PROCESSES and JAX_PROCESS_ID do. A process
-    that is alone divides its CPU, if it has nothing else to compute on.
-
-    Args:
-      batch_size: of training. A CPU that could not divide it is not divided.
+    (process 0's host and a free port there), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 
     Raises:
       UserError: if the variables make no sense, or the processes do not find each other.
@@ -46,8 +40,6 @@ def initialize(batch_size: int | None = None) -> None:
     if count is None:
         count = _detected_count()
     if count == 1:
-        if batch_size and batch_size % _PARTS_OF_A_CPU == 0:
-            divide_cpu()
         return
     # It would take SIGTERM for itself.
     jax.config.update('jax_enable_preemption_service', False)
@@ -68,37 +60,6 @@ def initialize(batch_size: int | None = None) -> None:
     if not is_main():
         # Process 0 tells what there is to tell.
         logging.set_verbosity(logging.WARNING)
-
-
-def divide_cpu() -> None:
-    """Makes two devices of this machine's CPU, before JAX's first computation.
-
-    XLA gives each part of an operation to whichever of a device's cores is free, and it finds what
-    it reads in another core's cache. Where cores do not share one, as on chiplets, that is slow: a
-    step of a WRN-10-2 with batch 64 took 0.60 to 0.78 s with one device and 0.40 s with two, while
-    both took 0.41 s on cores that share one (two cores of an AMD EPYC, which its hypervisor moves).
-
-    Does nothing where there is but one core, something else than a CPU to compute on, or where the
-    number of CPU devices is given, by XLA_FLAGS or JAX_NUM_CPU_DEVICES.
-    """
-    global _one_cpu
-    given = (
-        'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
-        or jax.config.jax_num_cpu_devices > 0
-    )
-    if given or os.cpu_count() == 1 or not xla_flags.only_cpu():
-        return
-    jax.config.update('jax_num_cpu_devices', _PARTS_OF_A_CPU)
-    _one_cpu = True
-
-
-def norm_axis(sync: bool) -> str | None:
-    """Returns the axis over which batch norm averages a batch's statistics, None: over none.
-
-    Args:
-      sync: whether over all devices. The parts of one CPU are one to it in any case.
-    """
-    return AXIS if sync or _one_cpu else None
 
 
 def _given() -> tuple[str | None, int | None, int | None]:
@@ -259,6 +220,19 @@ def _text(numbers: list[int]) -> str:
 def num_devices() -> int:
     """Returns over how many devices, of all processes, a step's batch is divided."""
     return jax.device_count()
+
+
+def warn_of_cpu_devices() -> None:
+    """Warns where results may be wrong: XLA:CPU goes wrong with several devices of one process.
+
+    By benchmarks/repeatability.py, with jaxlib 0.10.2: README, Several CPU devices.
+    """
+    if is_main() and jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
+        logging.warning(
+            '%d CPU devices in one process: XLA computes wrong gradients on them now and then; for '
+            'trials of several devices, not for results',
+            jax.local_device_count(),
+        )
 
 
 def replicated() -> NamedSharding:

@@ -16,12 +16,12 @@ def set_for_cpu() -> None:
     """Sets what XLA_FLAGS leaves open, where nothing but a CPU can be what JAX computes on."""
     flags = os.environ.get('XLA_FLAGS', '')
     known = importlib.metadata.version('jaxlib').startswith(_KNOWN_TO)
-    if _FLAG in flags or not known or not only_cpu():
+    if _FLAG in flags or not known or not _only_cpu():
         return
     os.environ['XLA_FLAGS'] = f'{flags} {_FLAG}='.strip()
 
 
-def only_cpu() -> bool:
+def _only_cpu() -> bool:
     """Returns whether JAX is told to use the CPU, or has no other backend installed."""
     if platforms := os.environ.get('JAX_PLATFORMS'):
         return platforms == 'cpu'

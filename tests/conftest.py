@@ -101,10 +101,10 @@ def tiny_config(system: str = 'singleadv', **changes) -> ConfigDict:
     return config.copy_and_resolve_references()
 
 
-def run_environment(devices: int | None = 1, xla_flags: str = QUICK_COMPILE) -> dict[str, str]:
-    """Returns the environment of a process with so many CPU devices; None: as users have them."""
-    count = f'--xla_force_host_platform_device_count={devices} ' if devices else ''
-    return os.environ | {'XLA_FLAGS': f'{count}{xla_flags}'}
+def run_environment(devices: int = 1, xla_flags: str = QUICK_COMPILE) -> dict[str, str]:
+    """Returns the environment of a process with so many CPU devices."""
+    flags = f'--xla_force_host_platform_device_count={devices} {xla_flags}'
+    return os.environ | {'XLA_FLAGS': flags}
 
 
 def main_command(*args: str, small: bool = False) -> list[str]:
@@ -114,7 +114,7 @@ def main_command(*args: str, small: bool = False) -> list[str]:
 
 def run_main(
     *args: str,
-    devices: int | None = 1,
+    devices: int = 1,
     xla_flags: str = QUICK_COMPILE,
     small: bool = False,
     tensorflow: bool = False,

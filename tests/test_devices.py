@@ -1,7 +1,6 @@
 """One, two and four devices compute the same run."""
 
 import shutil
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from conftest import TINY, overrides, run_main, tiny_config, variables_like
 from etils import epath
 
-from ensadv import checkpoints, parallel, workdir
+from ensadv import checkpoints, workdir
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -30,6 +29,7 @@ def runs(tmp_path_factory):
         command = ['--config=configs/ensemble2adv.py', *overrides(fields)]
         result = run_main(*command, f'--workdir={root}/{devices}', devices=devices, small=True)
         assert result.returncode == 0, result.stderr
+        assert ('CPU devices in one process' in result.stderr) == (devices > 1)
     return epath.Path(root)
 
 
@@ -73,49 +73,6 @@ def test_the_evaluation_is_the_same(ledgers, name):
         np.testing.assert_array_equal(other['label'], ledgers[0]['label'])
         np.testing.assert_array_equal(other[f'{name}_correct'], ledgers[0][f'{name}_correct'])
         np.testing.assert_allclose(other[f'{name}_margin'], ledgers[0][f'{name}_margin'], atol=5e-4)
-
-
-def test_a_cpu_is_divided_and_its_parts_are_one_to_batch_norm(tmp_path):
-    fields = TINY | {'train.steps': 2, 'train.snapshot_every': 2, 'eval.inline': False}
-    found = []
-    for devices, count in ((1, 1), (None, 2)):
-        path = tmp_path / str(devices)
-        command = ['--config=configs/ensemble2adv.py', *overrides(fields), f'--workdir={path}']
-        result = run_main(*command, devices=devices, small=True)
-        assert result.returncode == 0, result.stderr
-        session = workdir.read_record(epath.Path(path))['sessions'][0]
-        assert session['devices']['count'] == count
-        config = tiny_config('ensemble2adv')
-        snapshots = checkpoints.open_snapshots(epath.Path(path))
-        found.append(jax.device_get(snapshots.restore(2, variables_like(config))))
-    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
-
-
-@pytest.mark.parametrize(
-    'batch_size, flags, given, platforms, divided',
-    [
-        (64, '', -1, 'cpu', True),
-        (25, '', -1, 'cpu', False),
-        (64, '--xla_force_host_platform_device_count=1', -1, 'cpu', False),
-        (64, '', 1, 'cpu', False),
-        (64, '', -1, 'cuda,cpu', False),
-    ],
-)
-def test_when_a_cpu_is_divided(monkeypatch, batch_size, flags, given, platforms, divided):
-    set_to = []
-    monkeypatch.setenv('XLA_FLAGS', flags)
-    monkeypatch.setenv('JAX_PLATFORMS', platforms)
-    monkeypatch.setattr(parallel.os, 'cpu_count', lambda: 2)
-    monkeypatch.setattr(parallel, '_one_cpu', False)
-    config = SimpleNamespace(
-        jax_num_cpu_devices=given, update=lambda *option: set_to.append(option)
-    )
-    monkeypatch.setattr(jax, 'config', config)
-    parallel.initialize(batch_size)
-    assert set_to == ([('jax_num_cpu_devices', 2)] if divided else [])
-    assert parallel.norm_axis(sync=False) == (parallel.AXIS if divided else None)
-    assert parallel.norm_axis(sync=True) == parallel.AXIS
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
