@@ -314,7 +314,7 @@ def _resource_peak():
 
 WORKERS = {
     function.__name__: function
-    for function in (step, alone, sweep, attack, operations, matrix_peak, main_py)
+    for function in (step, alone, by_placement, sweep, attack, operations, matrix_peak, main_py)
 }
 
 
