@@ -15,6 +15,7 @@ Two CPU devices are for this comparison alone: jaxlib 0.10.2 computes wrong on t
 import argparse
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def main():
         parser.exit(
             2, f'{", ".join(missing)}: missing; pip install -r requirements-benchmark.txt\n'
         )
+    if shutil.which('cc') is None:
+        parser.exit(2, 'cc: not found; a C compiler is needed\n')
     os.environ['JAX_PLATFORMS'] = 'cpu'
     xla_flags.set_for_cpu()
     load = os.getloadavg()[0]
@@ -81,8 +84,8 @@ def main():
     print('\n'.join(machine.describe(load)))
     print(f'- WRN-{args.network[0]}-{args.network[1]}, members: {args.network[2]}, batch '
           f'{args.network[3]}, 7 attack steps; turns of {STEPS} steps, float32; '
-          f'{args.processes} processes of each kind, {args.repeats} turns each, of which {moved} '
-          'are left out\n')  # fmt: skip
+          f'processes of each kind: {args.processes}, turns of each side: {args.repeats}, '
+          f'left out: {moved}\n')  # fmt: skip
     rows = []
     for (side, where), values in sorted(seconds.items()):
         spread = f'{min(values):.3f} to {max(values):.3f}'
