@@ -13,12 +13,16 @@ grouped convolutions, and for gradients in a loop, where it folds the transposit
 into the convolution: the gradient of the weights then takes a hundred times as long. Hence
 `optimization_barrier`, which keeps the transposed operand an array of its own.
 
+XLA:CPU also computes those of many channels wrong, now and then, where it falls behind with its
+tasks: hence `sum_of_slices`. 'grouped' has no such care.
+
 Two kinds of convolution are matrix multiplications on the CPU instead, in 'separate': large ones
 with 3x3 kernels (`winograd`), and those of few input channels, as a network's first. So are, in
 float32, the input gradients where there is a stride, and the weight gradients of all convolutions
 but those of few input channels.
 """
 
+import functools
 import itertools
 import math
 
@@ -28,6 +32,7 @@ from jax import lax
 
 from ensadv import winograd
 from ensadv.parts import in_parts, size_of_parts
+from ensadv.slices import sum_of_slices
 
 KINDS = ('auto', 'grouped', 'separate')
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
@@ -116,15 +121,11 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred):
     gradients, so that three functions are closed under differentiation to any order.
     """
     size, window, (inputs, outputs) = images[1:], kernel[:2], kernel[2:]
-    conv_of = lambda lhs, rhs, strides, padding, **kwargs: lax.conv_general_dilated(
-        lhs,
-        rhs,
-        strides,
-        padding,
+    conv_of = functools.partial(
+        lax.conv_general_dilated,
         dimension_numbers=_NHWC,
         precision=precision,
         preferred_element_type=preferred,
-        **kwargs,
     )
 
     def forward(x, w):
@@ -139,6 +140,7 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred):
         return jax.linear_transpose(lambda w: forward(x.astype(g.dtype), w), w)(g)[0].astype(dtype)
 
     if jax.default_backend() == 'cpu':
+        whole, conv_of = conv_of, functools.partial(_in_slices, conv_of)
         is_float32 = dtype == jnp.float32 and preferred in (None, dtype)
         unit = is_float32 and strides == (1, 1)
         is_same_3x3 = window == (3, 3) and all(tuple(pads) == (1, 1) for pads in padding)
@@ -158,7 +160,7 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred):
 
             def weight_gradient(x, g):
                 x = x.astype(g.dtype)
-                return _weight_gradient(conv_of, x, g, window, strides, padding).astype(dtype)
+                return _weight_gradient(whole, x, g, window, strides, padding).astype(dtype)
 
             few = unit and inputs <= _FEW_INPUTS and outputs >= _TIMES_AS_MANY_OUTPUTS * inputs
             if few:
@@ -241,6 +243,12 @@ def _of_phases(phase, g, w, size, strides, padding):
     return x[:, : size[0], : size[1]]
 
 
+def _in_slices(conv_of, x, w, strides, padding):
+    """conv_of(x, w), of slices of the channels."""
+    taps = math.prod(w.shape[:2])
+    return sum_of_slices(lambda x, w: conv_of(x, w, strides, padding), x, w, axis=2, taps=taps)
+
+
 def _conv_of_patches(x, w, padding):
     """conv(x, w) of stride 1: a matrix multiplication, for all of the kernel's rows at once.
 
@@ -265,7 +273,8 @@ def _sum_of_patches(g, w, size, strides, padding):
     """
     # Transposed by itself, so that a loop over g does it once.
     kernel = lax.optimization_barrier(w.transpose(3, 0, 1, 2))
-    patches = lax.optimization_barrier(jnp.einsum('nhwo,oabi->nhwabi', g, kernel))
+    product = functools.partial(jnp.einsum, 'nhwo,oabi->nhwabi')
+    patches = lax.optimization_barrier(sum_of_slices(product, g, kernel, axis=0))
 
     def phase(part, pads):
         seen = patches[:, :, :, *part]

@@ -223,14 +223,14 @@ def num_devices() -> int:
 
 
 def warn_of_cpu_devices() -> None:
-    """Warns where results may be wrong: XLA:CPU goes wrong with several devices of one process.
+    """Warns of several CPU devices in one process, whose queues of tasks XLA fills.
 
-    By benchmarks/repeatability.py, with jaxlib 0.10.2: README, Several CPU devices.
+    Of what it then computes wrong, `conv` avoids what is known: README, Right on a CPU.
     """
     if is_main() and jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
         logging.warning(
-            '%d CPU devices in one process: XLA computes wrong gradients on them now and then; for '
-            'trials of several devices, not for results',
+            '%d CPU devices in one process: XLA is known to compute some operations wrong on them; '
+            'for trials of several devices, not for results',
             jax.local_device_count(),
         )
 

@@ -1,10 +1,12 @@
 """The benchmarks' parts. What compares with PyTorch is skipped where it is not installed."""
 
 import importlib
+import itertools
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -479,3 +481,29 @@ def test_samples_are_counted_by_kind_of_code():
 )
 def test_turns_count_where_the_cores_stayed(distances, expected):
     assert importlib.import_module('benchmarks.core_placement').placement(distances) == expected
+
+
+def test_full_queue_counts_what_is_wrong(monkeypatch):
+    full_queue = importlib.import_module('benchmarks.full_queue')
+    images = [jnp.full((1, 4, 4, 2), i, jnp.float32) for i in range(12)]
+    monkeypatch.setattr(full_queue, '_flood', lambda: (jnp.ones((3, 3, 2, 2)), images))
+    calls = itertools.count()
+
+    def right_at_first(a, b):
+        off = lambda: np.float32(next(calls) > 0)
+        return a + b + jax.pure_callback(off, jax.ShapeDtypeStruct((), jnp.float32))
+
+    shapes = ((3,), (3,))
+    assert full_queue._wrong(jnp.add, shapes, 2) == (0, 0)
+    wrong, flood = full_queue._wrong(right_at_first, shapes, 2)
+    assert wrong > 0
+    assert flood == 0
+
+
+def test_operations_of_full_queue():
+    operations = importlib.import_module('benchmarks.full_queue')._operations()
+    ours = {name for name in operations if name.startswith("ensadv's")}
+    assert len(ours) > 3
+    for name, (is_used, operation, shapes) in operations.items():
+        jax.eval_shape(operation, *[jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
+        assert is_used or name not in ours
