@@ -8,8 +8,8 @@ turns are 'near' below 200 ns, 'far' above it, and left out where the two disagr
 ensadv on one and on two CPU devices, each of which normalises its half of the batch, take turns,
 PyTorch's eager step in each. For Linux, with a C compiler and requirements-benchmark.txt.
 
-Two CPU devices are for this comparison alone: jaxlib 0.10.2 computes wrong on them now and then
-(README, Several CPU devices).
+Two CPU devices are for this comparison alone: what XLA of jaxlib 0.10.2 computes wrong when a
+thread's queue is full (README, Right on a CPU) it computes there most often.
 """
 
 import argparse
