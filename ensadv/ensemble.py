@@ -82,7 +82,7 @@ def _in_turn(functions: Sequence[Callable[[Array], Any]], x: Array) -> list[Any]
     """
     outputs = []
     for function in functions:
-        if outputs and not stacks_members():
+        if outputs:
             x, outputs[-1] = _after(x, outputs[-1])
         outputs.append(function(x))
     return outputs
@@ -91,22 +91,30 @@ def _in_turn(functions: Sequence[Callable[[Array], Any]], x: Array) -> list[Any]
 @jax.custom_vjp
 def _after(x: Array, output: Any) -> tuple[Array, Any]:
     """Returns both as they are, x when output is there; the other way round for their gradients."""
-    return _when_there(x, jax.tree.leaves(output)[0]), output
+    return when_there(x, jax.tree.leaves(output)[0]), output
 
 
 def _after_backward(_: None, gradients: tuple[Array, Any]) -> tuple[Array, Any]:
     of_x, of_output = gradients
     (first, *others), tree = jax.tree.flatten(of_output)
-    return of_x, jax.tree.unflatten(tree, [_when_there(first, of_x), *others])
+    return of_x, jax.tree.unflatten(tree, [when_there(first, of_x), *others])
 
 
 _after.defvjp(lambda x, output: (_after(x, output), None), _after_backward)
 
 
-def _when_there(array: Array, awaited: Array) -> Array:
+def when_there(array: Array, awaited: Any) -> Array:
+    """Returns the array; on a CPU, what uses it begins only when every leaf of `awaited` is there.
+
+    XLA:CPU begins whatever has its operands. Two passes at a time take the caches from each other,
+    and each keeps all its activations in memory. Elsewhere the order is left to XLA.
+    """
+    if stacks_members():
+        return array
     # Nothing is above infinity, which XLA does not know. A barrier would not last: XLA:CPU removes
     # it before it orders what it runs.
-    return jnp.where(awaited.ravel()[0] > jnp.inf, 0, array)
+    one_of_each = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(awaited))
+    return jnp.where(one_of_each > jnp.inf, 0, array)
 
 
 def stacks_members() -> bool:

@@ -85,19 +85,28 @@ def train_step(
 
     x_adv = attack(attacked, rng, x, y) if adversarial_weight else None
 
-    def objective(params):
-        log_probs, batch_stats = log_probs_train(params, state.batch_stats, x)
-        loss = clean_loss = jnp.mean(losses.cross_entropy(log_probs, y))
-        metrics = {'clean_loss': clean_loss, 'clean_accuracy': _accuracy(log_probs, y)}
-        if x_adv is not None:
-            log_probs, batch_stats = log_probs_train(params, batch_stats, x_adv)
-            adversarial_loss = jnp.mean(losses.cross_entropy(log_probs, y))
-            metrics['adversarial_loss'] = adversarial_loss
-            metrics['adversarial_accuracy'] = _accuracy(log_probs, y)
-            loss = (clean_loss + adversarial_weight * adversarial_loss) / (1 + adversarial_weight)
-        return loss, (batch_stats, metrics | {'loss': loss})
+    def objective(params, batch_stats, images, weight):
+        log_probs, batch_stats = log_probs_train(params, batch_stats, images)
+        loss = jnp.mean(losses.cross_entropy(log_probs, y))
+        return weight * loss, (batch_stats, loss, _accuracy(log_probs, y))
 
-    gradient, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(state.params)
+    of_objective = jax.grad(objective, has_aux=True)
+    clean_weight = 1 / (1 + adversarial_weight)
+    gradient, (batch_stats, loss, accuracy) = of_objective(
+        state.params, state.batch_stats, x, clean_weight
+    )
+    metrics = {'clean_loss': loss, 'clean_accuracy': accuracy}
+    if x_adv is not None:
+        # One pass's activations at a time: 0.7 to 0.8 of the memory on a CPU.
+        x_adv = ensemble.when_there(x_adv, gradient)
+        of_adversarial, (batch_stats, adversarial_loss, accuracy) = of_objective(
+            state.params, batch_stats, x_adv, adversarial_weight * clean_weight
+        )
+        gradient = optax.tree.add(gradient, of_adversarial)
+        metrics['adversarial_loss'] = adversarial_loss
+        metrics['adversarial_accuracy'] = accuracy
+        loss = clean_weight * (loss + adversarial_weight * adversarial_loss)
+    metrics['loss'] = loss
     gradient, batch_stats, metrics = mean_over_devices((gradient, batch_stats, metrics))
     metrics['gradient_norm'] = optax.tree.norm(gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
