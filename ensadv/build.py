@@ -150,7 +150,9 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
         return of_batch
 
     def in_parts(log_prob_fn, rng, x, y, **settings):
-        return parts.by_network(partial(of_batch, log_prob_fn, **settings), rng, x, y)
+        of_part = partial(of_batch, log_prob_fn, **settings)
+        # So many have both networks before they make the images smaller.
+        return parts.by_network(of_part, rng, x, y, channels=16 * config.model.width)
 
     return in_parts
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ensadv import order
+
 Variables = dict[str, Any]
 
 
@@ -104,17 +106,8 @@ _after.defvjp(lambda x, output: (_after(x, output), None), _after_backward)
 
 
 def when_there(array: Array, awaited: Any) -> Array:
-    """Returns the array; on a CPU, what uses it begins only when every leaf of `awaited` is there.
-
-    XLA:CPU begins whatever has its operands. Two passes at a time take the caches from each other,
-    and each keeps all its activations in memory. Elsewhere the order is left to XLA.
-    """
-    if stacks_members():
-        return array
-    # Nothing is above infinity, which XLA does not know. A barrier would not last: XLA:CPU removes
-    # it before it orders what it runs.
-    one_of_each = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(awaited))
-    return jnp.where(one_of_each > jnp.inf, 0, array)
+    """Returns the array; on a CPU when `awaited` is there, elsewhere the order is left to XLA."""
+    return array if stacks_members() else order.when_there(array, awaited)
 
 
 def stacks_members() -> bool:

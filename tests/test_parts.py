@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import build, parts
+from ensadv import build, onednn, parts
 
 
 def rows(n):
@@ -55,6 +55,7 @@ def test_the_size_of_parts_follows_the_values_of_an_example(shapes, values, size
     assert parts.size_of_parts(values, *arrays) == size
 
 
+@pytest.mark.usefixtures('without_onednn')
 @pytest.mark.parametrize(
     'n, side, at_a_time',
     [(1, 32, 1), (7, 32, 7), (8, 32, 8), (50, 32, 10), (61, 32, 61), (62, 32, 31), (64, 32, 8),
@@ -73,6 +74,7 @@ def test_a_network_takes_a_few_images_of_one_number(n, side, at_a_time):
     assert seen == [at_a_time]
 
 
+@pytest.mark.usefixtures('without_onednn')
 def test_parts_that_nobody_wants_are_not_computed():
     def f(batch):
         return {'twice': 2 * batch['x'] + 1, 'y': batch['y'] > 3}
@@ -92,6 +94,7 @@ def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
     assert parts.by_network(lambda batch: [len(batch['y'])], pictures(64)) == [64]
 
 
+@pytest.mark.usefixtures('without_onednn')
 @pytest.mark.parametrize('batch_norm, at_a_time', [('running', 8), ('batch', 16)])
 def test_training_attacks_a_few_images_unless_they_share_statistics(batch_norm, at_a_time):
     config = tiny_config(**{'attack.batch_norm': batch_norm, 'attack.steps': 1})
@@ -106,3 +109,23 @@ def test_training_attacks_a_few_images_unless_they_share_statistics(batch_norm, 
     x_adv = build.training_attack(config)(log_probs, keys, x, y)
     assert x_adv.shape == x.shape
     assert set(seen) == {at_a_time}
+
+
+@pytest.mark.parametrize(
+    'n, side, channels, at_a_time',
+    [(64, 32, None, 32), (64, 32, 32, 32), (64, 32, 16, 32), (64, 32, 64, 16), (64, 32, 160, 8),
+     (64, 32, 640, 8), (50, 32, None, 50), (360, 32, None, 36), (64, 8, 64, 64)],
+)  # fmt: skip
+def test_with_onednn_as_many_images_as_have_so_many_channels(
+    monkeypatch, n, side, channels, at_a_time
+):
+    monkeypatch.setattr(onednn, 'is_there', lambda: True)
+    seen = []
+
+    def f(batch):
+        seen.append(len(batch['y']))
+        return batch['x']
+
+    x = parts.by_network(f, pictures(n, side), channels=channels)
+    np.testing.assert_array_equal(x, pictures(n, side)['x'])
+    assert seen == [at_a_time]
