@@ -4,7 +4,7 @@
     python benchmarks/speed_layers.py DEPTH WIDTH BATCH [--repeats=10]
 
 Times each convolution alone, in three ways: forward, the gradient of its input, the gradient of its
-weights; ours as `model.conv=separate` compiles it, PyTorch's with channels_last and oneDNN,
+weights; ours as `model.conv=onednn` compiles it, PyTorch's with channels_last and oneDNN,
 float32, on all cores. Multiplied by how often a step of IFGSM-7 does each, these are the
 convolutions' share of table 1 of speed.py. Also the rate of large matrix products, which no
 convolution is faster than unless it does less (Winograd).
@@ -78,7 +78,7 @@ def functions(layer, batch, rng):
     x = rng.normal(size=(batch, side, side, channels)).astype(np.float32)
     w = rng.normal(size=(kernel, kernel, channels, features)).astype(np.float32)
     g = rng.normal(size=(batch, side // stride, side // stride, features)).astype(np.float32)
-    convolve = conv.get('separate')
+    convolve = conv.get('onednn')
 
     def forward(x, w):
         return convolve(

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     model.depth = 28  # layers: 6n + 4 for wide_resnet; 11, 13, 16 or 19 for vgg
     model.width = 10  # widening factor; the first channels of vgg are 16 times this
     model.dtype = 'auto'  # training compute: float32, bfloat16; auto: float32 on CPU, else bfloat16
-    model.conv = 'auto'  # members' convolutions: grouped, separate; auto: separate on CPU only
+    model.conv = 'auto'  # convolutions: grouped, separate, onednn; auto: onednn on CPU only
     model.remat = False  # training keeps fewer activations and computes them again: less memory
 
     config.batch_norm = batch_norm = ConfigDict()

@@ -161,7 +161,7 @@ def _validate_network(config: ConfigDict) -> None:
         )
     _integer(config, 'model.width', 1, MAX_WIDTH)
     _one_of(config, 'model.dtype', ('auto', *DTYPES))
-    _one_of(config, 'model.conv', ('auto', 'grouped', 'separate'))
+    _one_of(config, 'model.conv', ('auto', 'grouped', 'onednn', 'separate'))
     _number(config, 'batch_norm.momentum', 0, 1, below=True)
     _number(config, 'batch_norm.epsilon', 0, above=True)
     _integer(config, 'ensemble.size', 1, MAX_MEMBERS)

@@ -5,8 +5,9 @@ numbers and differ in what `vmap` over weights, which is how members are stacked
 
 - 'grouped': `jax.lax.conv_general_dilated` itself, so one grouped convolution for all members.
 - 'separate': one plain convolution per member, forward and in both gradients.
-- 'auto': 'separate' on the CPU, 'grouped' elsewhere. On the CPU `ensemble` does not stack members;
-  there 'separate' is for fast gradients.
+- 'onednn': the same, on the CPU by oneDNN where that is there (`onednn`).
+- 'auto': 'onednn' on the CPU, 'grouped' elsewhere. On the CPU `ensemble` does not stack members;
+  there it is for fast gradients.
 
 XLA:CPU runs only plain convolutions of NHWC images with HWIO kernels fast. It misses that path for
 grouped convolutions, and for gradients in a loop, where it folds the transposition of an operand
@@ -16,11 +17,11 @@ into the convolution: the gradient of the weights then takes a hundred times as 
 XLA:CPU also computes those of many channels wrong, now and then, where it falls behind with its
 tasks: hence `sum_of_slices`. 'grouped' has no such care.
 
-So 'separate' gives convolutions of float32 to `onednn` on the CPU, where that is there, and those
-of many channels whose weights are constant, as in attacks, to `winograd`. Where it is not there,
-two kinds of convolution are matrix multiplications: large ones with 3x3 kernels (`winograd`), and
-those of few input channels, as a network's first; and so are the weight gradients of all but the
-latter. Input gradients where there is a stride are matrix multiplications with both.
+Two kinds of convolution are matrix multiplications on the CPU instead, in 'separate': large ones
+with 3x3 kernels (`winograd`), and those of few input channels, as a network's first. So are, in
+float32, the input gradients where there is a stride, and the weight gradients of all convolutions
+but those of few input channels. In 'onednn' so are strided input gradients, and large convolutions
+with 3x3 kernels whose weights are constant, as in attacks.
 """
 
 import functools
@@ -35,7 +36,7 @@ from ensadv import onednn, order, winograd
 from ensadv.parts import in_parts, size_of_parts
 from ensadv.slices import sum_of_slices
 
-KINDS = ('auto', 'grouped', 'separate')
+KINDS = ('auto', 'grouped', 'onednn', 'separate')
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
 # On two cores of an AMD EPYC, jaxlib 0.10.2: from so many channels on Winograd's convolution is
 # faster than XLA's (32 channels, 32x32, batch 64: 6.3 ms and 7.1; 128, 8x8: 3.4 and 5.8).
@@ -61,7 +62,12 @@ def get(kind):
     The convolution maps lhs [N, H, W, I] and rhs [KH, KW, I, O], of the same floating dtype, to
     [N, H', W', O] of that dtype or of `preferred_element_type`.
     """
-    functions = {'auto': _auto, 'grouped': lax.conv_general_dilated, 'separate': _separate}
+    functions = {
+        'auto': _auto,
+        'grouped': lax.conv_general_dilated,
+        'onednn': functools.partial(_separate, by_onednn=True),
+        'separate': _separate,
+    }
     if kind not in functions:
         raise ValueError(f'kind of convolution is {kind!r}, must be one of {", ".join(KINDS)}')
     return functions[kind]
@@ -69,7 +75,7 @@ def get(kind):
 
 def _auto(*args, **kwargs):
     # Asked for at each call, because asking starts the backend, which an import should not.
-    kind = 'separate' if jax.default_backend() == 'cpu' else 'grouped'
+    kind = 'onednn' if jax.default_backend() == 'cpu' else 'grouped'
     return get(kind)(*args, **kwargs)
 
 
@@ -86,6 +92,7 @@ def _separate(
     precision=None,
     preferred_element_type=None,
     out_sharding=None,
+    by_onednn=False,
 ):
     plain = (
         jnp.ndim(lhs) == jnp.ndim(rhs) == 4
@@ -116,10 +123,11 @@ def _separate(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
     dtypes = (lhs.dtype, preferred_element_type)
-    return _build(lhs.shape[:3], rhs.shape, strides, padding, precision, *dtypes)(lhs, rhs)
+    sizes = lhs.shape[:3], rhs.shape, strides, padding
+    return _build(*sizes, precision, *dtypes, by_onednn)(lhs, rhs)
 
 
-def _build(images, kernel, strides, padding, precision, dtype, preferred):
+def _build(images, kernel, strides, padding, precision, dtype, preferred, by_onednn):
     """Returns conv(x, w) for these sizes, with its own rules for `vmap` and for gradients.
 
     conv(x, w), the gradient of the input and that of the weights are bilinear, and each other's
@@ -134,8 +142,8 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred):
     sizes = images, kernel, strides, padding
     is_cpu, is_float32 = jax.default_backend() == 'cpu', dtype == jnp.float32
     is_float32 &= preferred in (None, dtype)
-    uses_onednn = is_cpu and is_float32 and onednn.is_there() and _suits_onednn(*sizes)
-    if uses_onednn:
+    by_onednn &= is_float32 and onednn.is_there() and _suits_onednn(*sizes)
+    if by_onednn:
         functions = _by_onednn(*sizes)
     elif is_cpu and is_float32 and _winograd_pays(_WINOGRAD_CHANNELS, *sizes):
         functions = winograd.conv, _winograd_input_gradient, winograd.weight_gradient
@@ -149,12 +157,12 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred):
         of_x = dx(g, w)
         # One after the other, as two at a time would take the caches from each other: a step of a
         # WRN-16-4 takes 0.95 of the time.
-        return of_x, dw(x, order.when_there(g, of_x) if uses_onednn else g)
+        return of_x, dw(x, order.when_there(g, of_x) if by_onednn else g)
 
     conv = _differentiable(_batched(forward, 1), gradients)
     dx = _differentiable(_batched(input_gradient, 1), lambda g, w, x: (conv(x, w), dw(x, g)))
     dw = _differentiable(_batched(weight_gradient, None), lambda x, g, w: (dx(g, w), conv(x, w)))
-    if not (uses_onednn and _winograd_pays(_WINOGRAD_CHANNELS_BEFORE_ONEDNN, *sizes)):
+    if not (by_onednn and _winograd_pays(_WINOGRAD_CHANNELS_BEFORE_ONEDNN, *sizes)):
         return conv
     constant_dx = _differentiable(
         _batched(_winograd_input_gradient, 1), lambda g, w, x: (conv(x, w), dw(x, g))

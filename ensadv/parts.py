@@ -16,13 +16,13 @@ from ensadv import onednn
 # IFGSM-20 of 180 images takes 0.86 of the time with 9. But of 360 8x8 digits 6.4 times the time
 # with 8.
 _FEWEST_IMAGES = 8
+_VALUES = _FEWEST_IMAGES * 32 * 32 * 3  # at least so many in the images of a part
 # With oneDNN's convolutions, which take less time for as many threads to be started, the most
 # images whose largest activations have so many channels together, but not more than 32: WRN-10-2,
 # batch 64: 8 images 1.12, 16 1.05, 32 1.00, 64 1.01; WRN-16-4, batch 32: 8 1.03, 16 1.00, 32 1.04
 # (two cores of an Intel Xeon, medians of 5 and 7 turns).
 _CHANNELS = 2**10
 _FEWEST_IMAGES_OF_ONEDNN = 32
-_VALUES_OF_AN_IMAGE = 32 * 32 * 3
 _TIMES_AS_MANY = 4  # images at most, so that a number that divides the batch is found
 
 
@@ -78,7 +78,7 @@ def by_network(
     if onednn.is_there():
         most = _CHANNELS // channels if channels else _FEWEST_IMAGES_OF_ONEDNN
         fewest = max(fewest, min(most, _FEWEST_IMAGES_OF_ONEDNN))
-    values = fewest * _VALUES_OF_AN_IMAGE  # at least so many in the images of a part
+    values = _VALUES * fewest / _FEWEST_IMAGES
     fewest = max(fewest, math.ceil(values * n / max(leaf.size for leaf in leaves)))
     sizes = [size for size in range(fewest, _TIMES_AS_MANY * fewest + 1) if n % size == 0]
     if jax.default_backend() != 'cpu' or not sizes:

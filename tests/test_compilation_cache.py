@@ -51,7 +51,7 @@ def test_programs_with_onednns_operations_are_not_kept(restored, tmp_path):
     # XLA would write them down as something else, at best with an error, which fails this test.
     compilation_cache.enable(str(tmp_path / 'kept'))
 
-    convolve = functools.partial(conv.get('separate'), dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    convolve = functools.partial(conv.get('onednn'), dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
     def ours(x, w):
         return jnp.sin(convolve(x, w, (1, 1), 'SAME')) + 1

@@ -36,8 +36,10 @@ needs_onednn = pytest.mark.skipif(not onednn.is_there(), reason='no oneDNN in th
 
 @pytest.fixture(autouse=True, params=[True, False], ids=['onednn', 'xla'])
 def uses_onednn(request, monkeypatch):
-    """Both ways, where there are two."""
-    if not request.param:
+    """Both ways of separate convolutions."""
+    if request.param:
+        monkeypatch.setitem(globals(), 'SEPARATE', conv.get('onednn'))
+    else:
         monkeypatch.setattr(onednn, 'is_there', lambda: False)
 
 
@@ -391,9 +393,11 @@ def test_kinds():
         call = functools.partial(conv.get(kind), dimension_numbers=DIMENSIONS)
         function = jax.vmap(lambda x, w, call=call: call(x, w, (1, 1), 'SAME'))
         counts = group_counts(function, x, w)
-        separate = kind == 'separate' or (kind == 'auto' and jax.default_backend() == 'cpu')
+        separate = kind in ('separate', 'onednn') or (
+            kind == 'auto' and jax.default_backend() == 'cpu'
+        )
         assert (counts == {'1'}) == separate, kind
-    with pytest.raises(ValueError, match="'fast', must be one of auto, grouped, separate"):
+    with pytest.raises(ValueError, match="'fast', must be one of auto, grouped, onednn, separate"):
         conv.get('fast')
 
 
