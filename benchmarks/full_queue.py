@@ -44,15 +44,14 @@ def _operations():
         shapes = ((32, size, size, inputs), (window, window, inputs, outputs))
         name = f'{window}x{window} {inputs} to {outputs}, {size}x{size}, stride {stride}'
         within = window**2 * inputs <= 288
-        for kind in ('grouped', 'separate'):
+        for kind, whose in (('grouped', "XLA's"), ('separate', "ensadv's"), ('onednn', "oneDNN's")):
             function = functools.partial(
                 conv.get(kind),
                 window_strides=(stride, stride),
                 padding='SAME',
                 dimension_numbers=_NHWC,
             )
-            whose = "ensadv's" if kind == 'separate' else "XLA's"
-            is_used = kind == 'separate' or within
+            is_used = kind != 'grouped' or within
             operations[f'{whose} convolution {name}'] = is_used, function, shapes
     gradient = lambda x, g: lax.conv_general_dilated(x, g, (1, 1), 'VALID', dimension_numbers=_NHWC)
     shapes = ((3, 34, 34, 64), (32, 32, 64, 16))
