@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ensadv import order
+from ensadv.parts import FEWEST_IMAGES
 
 Variables = dict[str, Any]
 
@@ -106,8 +106,17 @@ _after.defvjp(lambda x, output: (_after(x, output), None), _after_backward)
 
 
 def when_there(array: Array, awaited: Any) -> Array:
-    """Returns the array; on a CPU when `awaited` is there, elsewhere the order is left to XLA."""
-    return array if stacks_members() else order.when_there(array, awaited)
+    """Returns the array; on a CPU, what uses it begins only when every leaf of `awaited` is there.
+
+    XLA:CPU begins whatever has its operands. Two passes at a time take the caches from each other,
+    and each keeps all its activations in memory. Elsewhere the order is left to XLA.
+    """
+    if stacks_members():
+        return array
+    # Nothing is above infinity, which XLA does not know. A barrier would not last: XLA:CPU removes
+    # it before it orders what it runs.
+    one_of_each = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(awaited))
+    return jnp.where(one_of_each > jnp.inf, 0, array)
 
 
 def stacks_members() -> bool:
@@ -153,11 +162,13 @@ class Network(NamedTuple):
       member_logits: (variables, images [B, H, W, C]) -> logits [k, B, classes].
       combine: how members' outputs become one, see `combine`.
       variables: what `member_logits` takes, as jax.ShapeDtypeStructs.
+      images_at_a_time: how many 32x32 images a CPU takes at a time, at least.
     """
 
     member_logits: Callable[[Any, Array], Array]
     combine: str
     variables: Any
+    images_at_a_time: int = FEWEST_IMAGES
 
     def log_probs(self, variables: Any, x: Array) -> Array:
         """Returns the ensemble's log-probabilities, [B, classes], of images [B, H, W, C]."""
@@ -180,4 +191,9 @@ def of_networks(networks: Sequence[Network], how: str) -> Network:
         ]
         return jnp.stack(_in_turn(of_each, x))
 
-    return Network(member_logits, how, [network.variables for network in networks])
+    return Network(
+        member_logits,
+        how,
+        [network.variables for network in networks],
+        min(network.images_at_a_time for network in networks),
+    )

@@ -7,22 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ensadv import onednn
-
 # Of a network on a CPU, for 32x32 images; of smaller ones more, or starting threads would take
 # longer than computing. The time of a whole step of IFGSM-7 whose attack takes so many images at a
 # time, over that with all at once (two cores of an AMD EPYC, medians of 5 to 7 turns): WRN-10-2,
 # batch 64: 4 images 1.11, 8 0.95, 16 0.95, 32 0.97; WRN-16-4, batch 32: 4 1.01, 8 0.97, 16 0.98.
 # IFGSM-20 of 180 images takes 0.86 of the time with 9. But of 360 8x8 digits 6.4 times the time
 # with 8.
-_FEWEST_IMAGES = 8
-_VALUES = _FEWEST_IMAGES * 32 * 32 * 3  # at least so many in the images of a part
-# With oneDNN's convolutions, which take less time for as many threads to be started, the most
-# images whose largest activations have so many channels together, but not more than 32: WRN-10-2,
-# batch 64: 8 images 1.12, 16 1.05, 32 1.00, 64 1.01; WRN-16-4, batch 32: 8 1.03, 16 1.00, 32 1.04
-# (two cores of an Intel Xeon, medians of 5 and 7 turns).
-_CHANNELS = 2**10
-_FEWEST_IMAGES_OF_ONEDNN = 32
+FEWEST_IMAGES = 8
+_VALUES = FEWEST_IMAGES * 32 * 32 * 3  # at least so many in the images of a part
 _TIMES_AS_MANY = 4  # images at most, so that a number that divides the batch is found
 
 
@@ -60,7 +52,7 @@ def size_of_parts(values: int, *arrays: jax.Array) -> int:
 
 
 def by_network(
-    f: Callable[..., Any], *batch: Any, wanted: Any = None, channels: int | None = None
+    f: Callable[..., Any], *batch: Any, fewest: int = FEWEST_IMAGES, wanted: Any = None
 ) -> Any:
     """Returns f(*batch) for an f that runs a network: on a CPU for few images at a time.
 
@@ -68,17 +60,13 @@ def by_network(
 
     Args:
       f, batch: as for `in_parts`; the images are the largest leaf.
-      channels: of the network's activations of the images' own size; None: not known.
+      fewest: 32x32 images at a time, at least.
       wanted: bool [n], which examples' results are wanted; None: all. Parts without any are not
         computed on a CPU, and their results are zeros there.
     """
     leaves = jax.tree.leaves(batch)
     n = len(leaves[0])
-    fewest = _FEWEST_IMAGES
-    if onednn.is_there():
-        most = _CHANNELS // channels if channels else _FEWEST_IMAGES_OF_ONEDNN
-        fewest = max(fewest, min(most, _FEWEST_IMAGES_OF_ONEDNN))
-    values = _VALUES * fewest / _FEWEST_IMAGES
+    values = _VALUES * fewest / FEWEST_IMAGES
     fewest = max(fewest, math.ceil(values * n / max(leaf.size for leaf in leaves)))
     sizes = [size for size in range(fewest, _TIMES_AS_MANY * fewest + 1) if n % size == 0]
     if jax.default_backend() != 'cpu' or not sizes:

@@ -43,6 +43,11 @@ def conv(x: Array, w: Array) -> Array:
     return in_parts(images, size_of_parts(_VALUES, x), x)
 
 
+def input_gradient(g: Array, w: Array) -> Array:
+    """Returns d/dx of conv(x, w) . g, [N, H, W, I], for g [N, H, W, O]."""
+    return conv(g, jnp.flip(w, (0, 1)).swapaxes(2, 3))
+
+
 def weight_gradient(x: Array, g: Array) -> Array:
     """Returns d/dw of conv(x, w) . g, [3, 3, I, O], for x [N, H, W, I] and g [N, H, W, O]."""
 

@@ -30,7 +30,7 @@ import small_network as small
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, onednn
+from ensadv import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / 'shared' / 'tfds'
@@ -154,12 +154,6 @@ def variables_like(config: ConfigDict):
     from ensadv import build
 
     return build.network(config, build.dataset(config).describe()).variables
-
-
-@pytest.fixture
-def without_onednn(monkeypatch):
-    """As on a machine, or with a jaxlib, whose XLA has no oneDNN that is known."""
-    monkeypatch.setattr(onednn, 'is_there', lambda: False)
 
 
 @pytest.fixture(scope='module')

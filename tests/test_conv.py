@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ensadv import conv, onednn, winograd
+from ensadv import conv, conv_cpu, onednn, winograd
 from ensadv.models.wide_resnet import WideResNet
 
 DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
@@ -31,7 +31,12 @@ CASES = [
 ]
 # What these say is of XLA's own operations.
 by_xla = pytest.mark.parametrize('uses_onednn', [False], indirect=True, ids=['xla'])
-needs_onednn = pytest.mark.skipif(not onednn.is_there(), reason='no oneDNN in this jaxlib')
+
+
+def by_onednn(test):
+    """A test of oneDNN's operations, where they are there."""
+    test = pytest.mark.parametrize('uses_onednn', [True], indirect=True, ids=['onednn'])(test)
+    return pytest.mark.skipif(not onednn.is_there(), reason='no oneDNN in this jaxlib')(test)
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=['onednn', 'xla'])
@@ -159,7 +164,7 @@ def test_gradients_of_weights_are_products(
     monkeypatch, size, window, strides, padding, images_at_a_time
 ):
     x, w = arrays(size, window, channels=(8, 5))
-    monkeypatch.setattr(conv, '_VALUES', images_at_a_time * math.prod(size) * 8)
+    monkeypatch.setattr(conv_cpu, '_VALUES', images_at_a_time * math.prod(size) * 8)
     ours, theirs = both(strides, padding)
     loss = lambda w, x: jnp.sum(jnp.tanh(ours(x, w)))
     of_loss, of_both = (
@@ -433,11 +438,7 @@ def only_onednn(monkeypatch):
         monkeypatch.setattr(conv, name, None)
 
 
-of_onednn = pytest.mark.parametrize('uses_onednn', [True], indirect=True, ids=['onednn'])
-
-
-@of_onednn
-@needs_onednn
+@by_onednn
 @pytest.mark.usefixtures('only_onednn')
 @pytest.mark.parametrize('images_at_a_time', [4, 3, 1])
 @pytest.mark.parametrize(
@@ -454,12 +455,11 @@ of_onednn = pytest.mark.parametrize('uses_onednn', [True], indirect=True, ids=['
     ],
 )
 def test_onednn(monkeypatch, size, window, strides, padding, images_at_a_time):
-    monkeypatch.setattr(conv, '_VALUES', images_at_a_time * math.prod(size) * 8)
+    monkeypatch.setattr(conv_cpu, '_VALUES', images_at_a_time * math.prod(size) * 8)
     assert_same(*both(strides, padding), *arrays(size, window, channels=(8, 5)))
 
 
-@of_onednn
-@needs_onednn
+@by_onednn
 def test_of_a_step_only_strided_input_gradients_are_not_onednns():
     x, w = arrays((8, 8), channels=(8, 5))
     for strides, count in ((1, 3), (2, 2)):
@@ -469,8 +469,7 @@ def test_of_a_step_only_strided_input_gradients_are_not_onednns():
     assert operations(functools.partial(value_and_gradients, both()[0]), few, w) == (2, 0)
 
 
-@of_onednn
-@needs_onednn
+@by_onednn
 @pytest.mark.parametrize(
     'size, window, padding',
     [
@@ -485,8 +484,7 @@ def test_pads_that_onednn_may_not_take_are_left_to_xla(size, window, padding):
     assert_same(*both(padding=padding), x, w)
 
 
-@of_onednn
-@needs_onednn
+@by_onednn
 @pytest.mark.parametrize('remat', [False, True])
 def test_winograd_is_for_constant_weights(monkeypatch, remat):
     monkeypatch.setattr(conv, '_WINOGRAD_MULTIPLICATIONS', 0)
@@ -508,8 +506,7 @@ def test_winograd_is_for_constant_weights(monkeypatch, remat):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), a, b)
 
 
-@of_onednn
-@needs_onednn
+@by_onednn
 def test_without_the_known_version_there_is_no_onednn(monkeypatch):
     monkeypatch.setattr(onednn, '_VERSION', '0.10.3')
     monkeypatch.setattr(onednn, '_is_in_this_jaxlib', onednn._is_in_this_jaxlib.__wrapped__)
@@ -517,18 +514,3 @@ def test_without_the_known_version_there_is_no_onednn(monkeypatch):
     monkeypatch.setattr(onednn, '_VERSION', '0.10.2')
     monkeypatch.setattr(onednn.platform, 'machine', lambda: 'aarch64')
     assert not onednn.is_there()
-
-
-@of_onednn
-@needs_onednn
-def test_onednn_is_right_while_queues_are_full():
-    # See benchmarks/full_queue.py: XLA's own are wrong in one of ten and more here.
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 16, 16, 64)), jnp.float32)
-    w = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 64, 16)), jnp.float32)
-    images = [jnp.roll(x, i, 0) for i in range(60)]
-    convolve = functools.partial(both()[0], w=w)
-    expected = np.asarray(jax.jit(convolve)(x))
-    for _ in range(3):
-        results = jax.jit(lambda images: [convolve(x) for x in images])(images)
-        for i, result in enumerate(results):
-            np.testing.assert_array_equal(np.roll(result, -i, 0), expected)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import build, onednn, parts
+from ensadv import build, ensemble, onednn, parts
 
 
 def rows(n):
@@ -55,7 +55,6 @@ def test_the_size_of_parts_follows_the_values_of_an_example(shapes, values, size
     assert parts.size_of_parts(values, *arrays) == size
 
 
-@pytest.mark.usefixtures('without_onednn')
 @pytest.mark.parametrize(
     'n, side, at_a_time',
     [(1, 32, 1), (7, 32, 7), (8, 32, 8), (50, 32, 10), (61, 32, 61), (62, 32, 31), (64, 32, 8),
@@ -74,7 +73,6 @@ def test_a_network_takes_a_few_images_of_one_number(n, side, at_a_time):
     assert seen == [at_a_time]
 
 
-@pytest.mark.usefixtures('without_onednn')
 def test_parts_that_nobody_wants_are_not_computed():
     def f(batch):
         return {'twice': 2 * batch['x'] + 1, 'y': batch['y'] > 3}
@@ -94,10 +92,10 @@ def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
     assert parts.by_network(lambda batch: [len(batch['y'])], pictures(64)) == [64]
 
 
-@pytest.mark.usefixtures('without_onednn')
 @pytest.mark.parametrize('batch_norm, at_a_time', [('running', 8), ('batch', 16)])
 def test_training_attacks_a_few_images_unless_they_share_statistics(batch_norm, at_a_time):
-    config = tiny_config(**{'attack.batch_norm': batch_norm, 'attack.steps': 1})
+    fields = {'attack.batch_norm': batch_norm, 'attack.steps': 1, 'model.conv': 'separate'}
+    config = tiny_config(**fields)
     seen = []
 
     def log_probs(images):
@@ -111,21 +109,32 @@ def test_training_attacks_a_few_images_unless_they_share_statistics(batch_norm, 
     assert set(seen) == {at_a_time}
 
 
-@pytest.mark.parametrize(
-    'n, side, channels, at_a_time',
-    [(64, 32, None, 32), (64, 32, 32, 32), (64, 32, 16, 32), (64, 32, 64, 16), (64, 32, 160, 8),
-     (64, 32, 640, 8), (50, 32, None, 50), (360, 32, None, 36), (64, 8, 64, 64)],
-)  # fmt: skip
-def test_with_onednn_as_many_images_as_have_so_many_channels(
-    monkeypatch, n, side, channels, at_a_time
-):
-    monkeypatch.setattr(onednn, 'is_there', lambda: True)
+def test_a_part_has_as_many_images_as_it_is_to_have_at_least():
     seen = []
 
     def f(batch):
         seen.append(len(batch['y']))
         return batch['x']
 
-    x = parts.by_network(f, pictures(n, side), channels=channels)
-    np.testing.assert_array_equal(x, pictures(n, side)['x'])
-    assert seen == [at_a_time]
+    for n, side in ((64, 32), (50, 32), (360, 32), (96, 16), (64, 8)):
+        x = parts.by_network(f, pictures(n, side), fewest=16)
+        np.testing.assert_array_equal(x, pictures(n, side)['x'])
+    assert seen == [16, 25, 18, 96, 64]
+
+
+@pytest.mark.parametrize(
+    'conv, is_there, width, images',
+    [('auto', True, 2, 32), ('auto', True, 1, 32), ('onednn', True, 4, 16), ('auto', True, 10, 8),
+     ('auto', False, 2, 8), ('separate', True, 2, 8), ('grouped', True, 2, 8)],
+)  # fmt: skip
+def test_with_onednn_as_many_images_as_have_so_many_channels(
+    monkeypatch, conv, is_there, width, images
+):
+    monkeypatch.setattr(onednn, 'is_there', lambda: is_there)
+    config = tiny_config(**{'model.conv': conv, 'model.width': width})
+    dataset = {'num_classes': 10, 'mean': [0.5], 'std': [0.25], 'image_shape': [8, 8, 1]}
+    network = build.network(build.resolve(config), dataset)
+    assert network.images_at_a_time == images
+    other = network._replace(images_at_a_time=16)
+    together = ensemble.of_networks([network, other], 'probs')
+    assert together.images_at_a_time == min(images, 16)
