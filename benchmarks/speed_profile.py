@@ -9,12 +9,14 @@ puts matrices in the order in which they are multiplied, the operating system (n
 that sleep and wake), threads without work, and all else, nearly all of it what XLA and PyTorch
 compile. The share of samples times the CPU seconds per step are a kind's CPU seconds per step. Also
 how many operations the convolutions of a step are, and how fast a large matrix product is, which is
-the limit of any direct convolution.
+the limit of any direct convolution; and, by JAX's own profiler, how long a convolution of oneDNN's
+takes until XLA's threads are at work on it.
 
 Needs `perf` and the right to use it (kernel.perf_event_paranoid at most 2).
 """
 
 import argparse
+import bisect
 import collections
 import os
 import pathlib
@@ -32,11 +34,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ['ONEDNN_JIT_PROFILE'] = '2'
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # or PyTorch's threads would count as busy
 
+import jax
+import numpy as np
 import torch
 
 from benchmarks import adversarial_step, machine, speed_layers
 from benchmarks.speed_tables import COMPILED, OURS, markdown
 from benchmarks.speed_workers import set_up
+from ensadv import onednn
 
 # The first that matches the library or the function's name.
 KINDS = {
@@ -95,6 +100,52 @@ def profiled(step, num_steps):
     return seconds, wall / num_steps
 
 
+def waits(step, num_steps):
+    """Makes steps while JAX's profiler looks; returns what oneDNN's convolutions wait for.
+
+    One of them begins in one thread of XLA's, which hands parts to another, computes its own and
+    waits for the rest. Where it has the other thread to itself (in attacks, nearly always):
+
+    Returns:
+      How many convolutions there are in a step, and the medians of the seconds until parts are
+      handed out, from there until another thread begins, and from its end to the convolution's.
+      None where JAX's profiler names none of that.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            step(num_steps)
+        (file,) = pathlib.Path(folder).rglob('*.xplane.pb')
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        events = [
+            (event.start_ns, event.duration_ns, event.name)
+            for plane in planes
+            for line in plane.lines
+            for event in line.events
+        ]
+    marks = {
+        mark: sorted(start for start, _, name in events if name == f'ThreadpoolListener::{mark}')
+        for mark in ('Record', 'StartRegion', 'StopRegion')
+    }
+    rows, count = [], 0
+    for start, duration, name in events:
+        if onednn.TARGET not in name or name.startswith('end: '):
+            continue
+        count += 1
+        end = start + duration
+        found = {
+            mark: times[bisect.bisect(times, start) : bisect.bisect(times, end)]
+            for mark, times in marks.items()
+        }
+        if all(found.values()):
+            handed, begun, done = found['Record'][0], found['StartRegion'][0], found['StopRegion']
+            rows.append((handed - start, begun - handed, end - done[-1]))
+    if not rows:
+        return None
+    return count / num_steps, *(np.median(rows, axis=0) / 1e9)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,6 +167,7 @@ def main():
     for side, step in steps.items():
         step()
         found[side], walls[side] = profiled(step, args.steps)
+    waited = waits(ours.step, min(args.steps, 4))  # a step has some ten thousand events
     operations = args.members * speed_layers.operations_in_a_step(
         args.depth, args.width, args.batch
     )
@@ -132,6 +184,13 @@ def main():
     print('\n'.join(markdown(['', *steps], rows)))
     print(f'\nThe convolutions of a step are {operations / 1e9:.0f} GFLOP. {product[0]}: '
           f'{product[1]} GFLOP/s by XLA, {product[2]} by PyTorch.')  # fmt: skip
+    if waited:
+        count, handed, begun, done = waited
+        milliseconds = count * (handed + begun + done) * 1e3
+        print(f'\nA step has {count:.0f} convolutions of oneDNN. Medians: one takes '
+              f'{handed * 1e6:.0f} us until it hands parts to another thread, {begun * 1e6:.0f} us '
+              f'more until that begins, and {done * 1e6:.0f} us from its end to the convolution\'s, '
+              f'in all {milliseconds:.0f} ms a step, in which one core at most computes.')  # fmt: skip
 
 
 if __name__ == '__main__':

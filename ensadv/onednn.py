@@ -23,7 +23,7 @@ import jax
 from jax import Array
 
 _VERSION = '0.10.2'  # of jax and jaxlib
-_TARGET = '__onednn$convolution'
+TARGET = '__onednn$convolution'  # XLA's name of the operation
 
 
 def is_there() -> bool:
@@ -48,7 +48,7 @@ def _keep_out_of_the_cache() -> None:
 
     @functools.wraps(put)
     def put_others(cache_key, module_name, executable, *args):
-        if not any(_TARGET in module.to_string() for module in executable.hlo_modules()):
+        if not any(TARGET in module.to_string() for module in executable.hlo_modules()):
             put(cache_key, module_name, executable, *args)
 
     compilation_cache.put_executable_and_time = put_others
@@ -100,7 +100,7 @@ def conv(
         'feature_groups': 1,
     }
     call = jax.ffi.ffi_call(
-        _TARGET,
+        TARGET,
         jax.ShapeDtypeStruct((len(x), *size, w.shape[-1]), x.dtype),
         custom_call_api_version=1,
         legacy_backend_config=json.dumps({'onednn_conv_config': config}),
