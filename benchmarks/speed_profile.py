@@ -188,9 +188,10 @@ def main():
         count, handed, begun, done = waited
         milliseconds = count * (handed + begun + done) * 1e3
         print(f'\nA step has {count:.0f} convolutions of oneDNN. Medians: one takes '
-              f'{handed * 1e6:.0f} us until it hands parts to another thread, {begun * 1e6:.0f} us '
-              f'more until that begins, and {done * 1e6:.0f} us from its end to the convolution\'s, '
-              f'in all {milliseconds:.0f} ms a step, in which one core at most computes.')  # fmt: skip
+              f'{handed * 1e6:.0f} us until it hands parts to another thread, '
+              f'{begun * 1e6:.0f} us more until that begins, and {done * 1e6:.0f} us from its end '
+              f"to the convolution's, in all {milliseconds:.0f} ms a step, in which one core at "
+              'most computes.')  # fmt: skip
 
 
 if __name__ == '__main__':
