@@ -433,7 +433,7 @@ def test_the_thread_beats_while_something_is_held(new_claims, folder):
         return [thread for thread in threading.enumerate() if thread.name == 'claims']
 
     def beats(count):
-        (path,) = folder.iterdir()
+        (path,) = folder.glob('[!.]*')  # a hidden one is being written
         contents = set()
         wait_until(lambda: contents.add(path.read_bytes()) or len(contents) > count)
 
