@@ -104,7 +104,8 @@ def waits(step, num_steps):
     """Makes steps while JAX's profiler looks; returns what oneDNN's convolutions wait for.
 
     One of them begins in one thread of XLA's, which hands parts to another, computes its own and
-    waits for the rest. Where it has the other thread to itself (in attacks, nearly always):
+    waits for the rest. The times are those of one that has the other thread to itself, as nearly
+    all have in attacks; hence medians.
 
     Returns:
       How many convolutions there are in a step, and the medians of the seconds until parts are

@@ -124,7 +124,7 @@ def images_at_a_time(config: ConfigDict) -> int:
     IFGSM-7 with 8, 16, 32 and 64 images at a time, over the least: WRN-10-2 (32 channels), batch
     64: 1.12, 1.05, 1.00, 1.02; WRN-16-4 (64), batch 32: 1.03, 1.00, 1.04 (two cores of an Intel
     Xeon, medians of 5 and 7 turns). Evaluation by IFGSM-20, of 360 images and the WRN-10-2, with
-    8, 12, 16, 36 and 60: 1.16, 1.11, 1.03, 1.00, 1.01 (medians of 3).
+    9, 12, 18, 36 and 60: 1.16, 1.11, 1.03, 1.00, 1.01 (medians of 3).
     """
     if not conv.uses_onednn(config.model.conv):
         return parts.FEWEST_IMAGES
