@@ -154,12 +154,7 @@ def images_as_channels(x, g, window, strides, padding):
     Winograd it takes 1.1 to 1.9 times as long (3x3 kernels, 16 to 256 channels, batch 32 and 64;
     but with 64 channels, 16x16, batch 64: 0.8).
     """
-    pads = [
-        (low, (n - 1) * stride + taps - extent - low)
-        for (low, _), n, stride, taps, extent in zip(
-            padding, g.shape[1:3], strides, window, x.shape[1:3], strict=True
-        )
-    ]
+    pads = _pads_of_seen(x, g, window, strides, padding)
 
     def images(x, g):
         # What no window sees is cut off.
@@ -177,13 +172,18 @@ def images_as_channels(x, g, window, strides, padding):
 
 def weight_gradient(conv_of, x, g, window, strides, padding):
     """d/dw of conv(x, w) . g, [*window, I, O]: x convolved with g, batch and channels swapped."""
-    pads = [
-        (low, (n - 1) * s + taps - extent - low)
-        for (low, _), n, s, taps, extent in zip(
-            padding, g.shape[1:3], strides, window, x.shape[1:3], strict=True
-        )
-    ]
+    pads = _pads_of_seen(x, g, window, strides, padding)
     x = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
     g = lax.optimization_barrier(g.transpose(1, 2, 0, 3))
     w = conv_of(x, g, (1, 1), pads, rhs_dilation=strides)
     return lax.optimization_barrier(w).transpose(1, 2, 0, 3)
+
+
+def _pads_of_seen(x, g, window, strides, padding):
+    """Returns the pads of x without what no window sees: the second are below 0 where that is."""
+    return [
+        (low, (n - 1) * stride + taps - extent - low)
+        for (low, _), n, stride, taps, extent in zip(
+            padding, g.shape[1:3], strides, window, x.shape[1:3], strict=True
+        )
+    ]
