@@ -59,39 +59,40 @@ def conv(
     w: Array,
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
-    rhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] = (1, 1),
+    inputs_first: bool = False,
 ) -> Array:
     """Convolves, as `lax.conv_general_dilated` does.
 
     Args:
-      x: float32 [N, *spatial, I], of two or three spatial axes.
-      w: float32 [*window, I, O].
-      strides, padding, rhs_dilation: for each spatial axis; pads are >= 0.
+      x: float32 [N, H, W, I].
+      w: float32 [KH, KW, I, O], or [I, KH, KW, O] with `inputs_first`: oneDNN copies w into an
+        order of its own in any case, so that transposing it costs nothing.
+      strides, padding, rhs_dilation: for each of both spatial axes; pads are >= 0.
 
     Returns:
-      float32 [N, *spatial', O].
+      float32 [N, H', W', O].
     """
-    axes = list(range(x.ndim - 2))
-    rhs_dilation = rhs_dilation or [1] * len(axes)
+    window, inputs = (w.shape[1:3], 0) if inputs_first else (w.shape[:2], 2)
     size = [
         (n + low + high - (taps - 1) * dilation - 1) // stride + 1
         for n, (low, high), taps, dilation, stride in zip(
-            x.shape[1:-1], padding, w.shape, rhs_dilation, strides, strict=False
+            x.shape[1:3], padding, window, rhs_dilation, strides, strict=True
         )
     ]
-    images = {'batch_dim': 0, 'feature_dim': x.ndim - 1, 'spatial_dims': [a + 1 for a in axes]}
+    images = {'batch_dim': 0, 'feature_dim': 3, 'spatial_dims': [1, 2]}
     kernel = {
-        'input_feature_dim': w.ndim - 2,
-        'output_feature_dim': w.ndim - 1,
-        'spatial_dims': axes,
+        'input_feature_dim': inputs,
+        'output_feature_dim': 3,
+        'spatial_dims': [1, 2] if inputs_first else [0, 1],
     }
     config = {
-        'dims': x.ndim,
-        'input': {'dims': x.ndim, 'data': images},
-        'kernel': {'dims': x.ndim, 'filter': kernel},
-        'output': {'dims': x.ndim, 'data': images},
+        'dims': 4,
+        'input': {'dims': 4, 'data': images},
+        'kernel': {'dims': 4, 'filter': kernel},
+        'output': {'dims': 4, 'data': images},
         'window': {
-            'size': w.shape[:-2],
+            'size': window,
             'pad_left': [low for low, _ in padding],
             'pad_right': [high for _, high in padding],
             'strides': list(strides),

@@ -455,8 +455,33 @@ def only_onednn(monkeypatch):
     ],
 )
 def test_onednn(monkeypatch, size, window, strides, padding, images_at_a_time):
-    monkeypatch.setattr(conv_cpu, '_VALUES', images_at_a_time * math.prod(size) * 8)
+    monkeypatch.setattr(conv_cpu, '_IMAGES', images_at_a_time)
+    monkeypatch.setattr(conv_cpu, '_VALUES_OF_BOTH', 0)
     assert_same(*both(strides, padding), *arrays(size, window, channels=(8, 5)))
+
+
+@by_onednn
+@pytest.mark.usefixtures('only_onednn')
+@pytest.mark.parametrize('inputs', [5, 12, 16, 34, 40])
+@pytest.mark.parametrize('strides', [(1, 1), (2, 1), (1, 2)])
+def test_blocks_of_channels(inputs, strides):
+    assert_same(*both(strides), *arrays((5, 7), (3, 2), channels=(inputs, 6)))
+
+
+@by_onednn
+def test_images_at_a_time_of_gradients_of_weights():
+    def images(size, inputs, outputs, batch=64):
+        x, g = (jnp.zeros((batch, size, size, channels)) for channels in (inputs, outputs))
+        gradient = lambda x, g: conv_cpu.images_as_channels(x, g, (3, 3), (1, 1), ((1, 1), (1, 1)))
+        text = jax.jit(gradient).lower(x, g).as_text()
+        (kernel,) = re.findall(r'onednn\$convolution.*tensor<(\d+)x\d+x\d+x\d+xf32>\) ->', text)
+        return int(kernel)
+
+    assert images(32, 32, 32) == 16
+    assert images(8, 128, 128) == 32  # two parts of 64, of 48 at most
+    assert images(8, 16, 16) == 64
+    assert images(8, 16, 16, batch=768) == 384
+    assert images(32, 160, 160) == 16
 
 
 @by_onednn
