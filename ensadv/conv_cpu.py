@@ -17,15 +17,16 @@ from ensadv.slices import sum_of_slices
 
 # Of the images, or of their gradients, that `products_of_windows` takes at a time.
 _VALUES = 2**19
-# And `images_as_channels`: so many images, or as many times more as have at most so many values
-# together with their gradients. The time of a step of IFGSM-1, over that with the channels a third
-# spatial axis, WRN-10-2, batch 64, and WRN-16-4, batch 32: so 0.95 and 0.95; 16 images always 0.95
-# and 0.94; 32 0.97 and 0.94; all 0.98 and 0.94 (medians of 11 or 21 turns, two cores of an Intel
-# Xeon with AVX-512).
+# `images_as_channels` takes at most so many images at a time, or a multiple of that which has no
+# more values than _VALUES_OF_BOTH, with their gradients. So a step of IFGSM-1 takes 0.95 of the
+# time that it took with the channels as a third spatial axis (WRN-10-2, batch 64; WRN-16-4, batch
+# 32: 0.95), with 16 images always 0.95 and 0.94, with 32 0.97 and 0.94, with all at once 0.98 and
+# 0.94 (medians of 11 or 21 turns, two cores of an Intel Xeon with AVX-512).
 _IMAGES = 16
 _VALUES_OF_BOTH = 3 * 2**18
-# Its blocks of channels, at least. Alone, 16 to 32 channels, 32x32, batch 64, take 5.5 ms with 8
-# and 6.5 with 16; 32 to 32 take 8.5, and 9.2 with 16 or 32.
+# And so many channels in a block; of more than four such blocks it makes two. Alone, 16 to 32
+# channels, 32x32, batch 64, take 5.5 ms with 8 and 6.5 with 16; 32 to 32 take 8.5, and 9.2 with 16
+# or 32.
 _CHANNELS = 8
 
 
