@@ -31,6 +31,7 @@ with stopping.deferred():
     while not stopping.requested():
         time.sleep(0.01)
     print('saving', flush=True)
+    time.sleep(0.5)  # or it might be gone, or just going, when a second signal comes
 print('never', flush=True)
 """
 # Long work that no Python handler interrupts.
