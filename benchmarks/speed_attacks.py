@@ -32,7 +32,8 @@ def attack(workdir, name, n, repeats, compiled=True, device='cpu'):
 
     All attack the first n test images, with the run's epsilon and step size, from the images
     themselves, with one start and the cross-entropy, in float32. Each side takes the batch size,
-    and PyTorch the compiled or the eager network, that was the fastest in a trial of few steps.
+    and PyTorch the compiled or the eager network, that was the fastest in a trial: of few steps, or
+    of the whole attack where examples leave it early.
 
     Args:
       workdir: of a finished run of Wide ResNets.
@@ -61,8 +62,8 @@ def attack(workdir, name, n, repeats, compiled=True, device='cpu'):
     for library in ('foolbox', 'torchattacks'):
         if library == 'foolbox' or settings['attack'] == 'ifgsm':
             sides[library] = _TheirAttack(run, library, settings, compiled, device)
-    for side_name, side in sides.items():
-        side.choose(batch_sizes(n, side_name == OURS and mine.long))
+    for side in sides.values():
+        side.choose(batch_sizes(n))
     seconds = {side_name: [] for side_name in sides}
     for _ in range(repeats):
         for side_name, side in sides.items():
@@ -88,15 +89,9 @@ def attack(workdir, name, n, repeats, compiled=True, device='cpu'):
     }
 
 
-def batch_sizes(n, long):
-    """Returns batch sizes worth trying for n images, the largest first.
-
-    A long attack packs what stands into full batches, which takes batches well below n.
-    """
-    halves = [-(-min(n, 500) // 2**i) for i in range(5)]
-    if long:
-        halves = [size for size in halves if 4 * size <= n] or [1]
-    return list(dict.fromkeys(halves))[: 2 if long else 3]
+def batch_sizes(n):
+    """Returns batch sizes worth trying for n images, the largest first."""
+    return list(dict.fromkeys(-(-min(n, 500) // 2**i) for i in range(3)))
 
 
 def _fitting(trial, sizes):
@@ -145,14 +140,19 @@ class _OurAttack:
 
     def choose(self, sizes):
         """Picks the size with the least time per image; what compiles is compiled after that."""
-        short = {k: v for k, v in self.settings.items() if k != 'iterate_examples'}
-        short['steps'] = TRIAL_STEPS
+        settings = {k: v for k, v in self.settings.items() if k != 'iterate_examples'}
+        settings['steps'] = TRIAL_STEPS
+        n = len(self._labels)
 
         def trial(size):
             evaluator = Evaluator(self._network, size)
-            run = lambda: self._attack(evaluator, short, size)
-            first = timed(run)
-            return min(timed(run) for _ in range(3)) / size, size, first, evaluator
+            short = lambda: self._attack(evaluator, settings, size)
+            first = timed(short)
+            if self.long:  # few steps say little, as examples leave later
+                seconds = timed(lambda: self._attack(evaluator, self.settings, n)) / n
+            else:
+                seconds = min(timed(short) for _ in range(3)) / size
+            return seconds, size, first, evaluator
 
         found = min(_fitting(trial, sizes), key=lambda one: one[0])
         _, self.batch, self.first, self._evaluator = found

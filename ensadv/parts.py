@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Of a network on a CPU, for 32x32 images; of smaller ones more, or starting threads would take
 # longer than computing. The time of a whole step of IFGSM-7 whose attack takes so many images at a
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 # with 8.
 FEWEST_IMAGES = 8
 _VALUES = FEWEST_IMAGES * 32 * 32 * 3  # at least so many in the images of a part
-_TIMES_AS_MANY = 4  # images at most, so that a number that divides the batch is found
+_TIMES_AS_MANY = 4  # images at most, so that a number is found that nearly divides the batch
+_FILLING = 1 / 32  # at most so many images more than the batch has
 
 
 def in_parts(f: Callable[..., Any], size: int, *batch: Any) -> Any:
@@ -56,7 +58,8 @@ def by_network(
 ) -> Any:
     """Returns f(*batch) for an f that runs a network: on a CPU for few images at a time.
 
-    In parts of one size only, or the network would be compiled for each.
+    In parts of one size only, or the network would be compiled for each. Copies of the last example
+    fill up the last part.
 
     Args:
       f, batch: as for `in_parts`; the images are the largest leaf.
@@ -68,12 +71,19 @@ def by_network(
     n = len(leaves[0])
     values = _VALUES * fewest / FEWEST_IMAGES
     fewest = max(fewest, math.ceil(values * n / max(leaf.size for leaf in leaves)))
-    sizes = [size for size in range(fewest, _TIMES_AS_MANY * fewest + 1) if n % size == 0]
+    filled = lambda size: math.ceil(n / size) * size
+    sizes = [
+        size
+        for size in range(fewest, min(_TIMES_AS_MANY * fewest, n) + 1)
+        if filled(size) <= n * (1 + _FILLING)
+    ]
     if jax.default_backend() != 'cpu' or not sizes:
         return f(*batch)
-    if wanted is None:
-        return in_parts(f, sizes[0], *batch)
-    return in_parts(_where_wanted(f), sizes[0], wanted, *batch)
+    if wanted is not None:
+        f, batch = _where_wanted(f), (wanted, *batch)
+    places = np.minimum(np.arange(filled(sizes[0])), n - 1)
+    result = in_parts(f, sizes[0], *jax.tree.map(lambda leaf: leaf[places], batch))
+    return jax.tree.map(lambda leaf: leaf[:n], result)
 
 
 def _where_wanted(f):

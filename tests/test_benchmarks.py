@@ -364,18 +364,10 @@ def test_a_timed_step_with_another_loss_ends_the_program(workers):
 
 
 @pytest.mark.parametrize(
-    'n, long, sizes',
-    [
-        (200, False, [200, 100, 50]),
-        (200, True, [50, 25]),
-        (2000, False, [500, 250, 125]),
-        (2000, True, [500, 250]),
-        (3, True, [1]),
-        (1, False, [1]),
-    ],
+    'n, sizes', [(200, [200, 100, 50]), (2000, [500, 250, 125]), (3, [3, 2, 1]), (1, [1])]
 )
-def test_long_attacks_get_batches_small_enough_to_be_packed(workers, n, long, sizes):
-    assert workers.speed_attacks.batch_sizes(n, long) == sizes
+def test_batch_sizes_are_tried_from_the_largest_on(workers, n, sizes):
+    assert workers.speed_attacks.batch_sizes(n) == sizes
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -57,10 +57,13 @@ def test_the_size_of_parts_follows_the_values_of_an_example(shapes, values, size
 
 @pytest.mark.parametrize(
     'n, side, at_a_time',
-    [(1, 32, 1), (7, 32, 7), (8, 32, 8), (50, 32, 10), (61, 32, 61), (62, 32, 31), (64, 32, 8),
-     (360, 32, 8), (16, 64, 8),
+    [(1, 32, 1), (7, 32, 7), (8, 32, 8), (50, 32, 10), (61, 32, 31), (64, 32, 8), (360, 32, 8),
+     (16, 64, 8),
+     # The last part is filled up where that takes few images: one for seven of 9, one for eight of
+     # 8; for 25 it would take one of 13 or two of 9.
+     (62, 32, 9), (63, 32, 8), (25, 32, 25),
      # Small images are taken as many at a time as have so many values.
-     (64, 16, 32), (360, 8, 180), (64, 8, 64), (100, 16, 50)],
+     (64, 16, 32), (360, 8, 180), (64, 8, 64), (100, 16, 34)],
 )  # fmt: skip
 def test_a_network_takes_a_few_images_of_one_number(n, side, at_a_time):
     seen = []
@@ -85,6 +88,35 @@ def test_parts_that_nobody_wants_are_not_computed():
     np.testing.assert_array_equal(result['twice'], expected)
     np.testing.assert_array_equal(result['y'], second)
     assert result['y'].dtype == bool
+
+
+def test_what_fills_up_the_last_part_is_dropped_again():
+    keys = jax.random.split(jax.random.key(0), 63)
+
+    def f(keys, batch):
+        return jax.vmap(jax.random.key_data)(keys), batch['y'], batch['x']
+
+    for wanted in (None, np.ones(63, bool)):
+        data, y, x = parts.by_network(f, keys, pictures(63), wanted=wanted)
+        np.testing.assert_array_equal(data, jax.random.key_data(keys))
+        np.testing.assert_array_equal(y, range(63))
+        np.testing.assert_array_equal(x, pictures(63)['x'])
+
+
+def test_few_that_are_wanted_cost_few_parts():
+    """58 of 200 examples that are left of a long attack are two parts of 34, not two of 50."""
+    seen = []
+
+    def f(batch):
+        jax.debug.callback(lambda y: seen.append(len(y)), batch['y'])
+        return batch['y']
+
+    y = jax.jit(lambda wanted, batch: parts.by_network(f, batch, fewest=32, wanted=wanted))(
+        np.arange(200) < 58, pictures(200)
+    )
+    jax.effects_barrier()
+    np.testing.assert_array_equal(y[:58], range(58))
+    assert seen == [34, 34]
 
 
 def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
@@ -119,7 +151,7 @@ def test_a_part_has_as_many_images_as_it_is_to_have_at_least():
     for n, side in ((64, 32), (50, 32), (360, 32), (96, 16), (64, 8)):
         x = parts.by_network(f, pictures(n, side), fewest=16)
         np.testing.assert_array_equal(x, pictures(n, side)['x'])
-    assert seen == [16, 25, 18, 96, 64]
+    assert seen == [16, 17, 16, 96, 64]
 
 
 @pytest.mark.parametrize(
