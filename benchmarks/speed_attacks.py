@@ -48,20 +48,13 @@ def attack(workdir, name, n, repeats, compiled=True, device='cpu'):
       {side: {'seconds': [...], 'first': seconds of compiling, 'accuracy': robust, 'batch': images
       at a time, 'compiled': whether PyTorch was}}.
     """
-    arguments = types.SimpleNamespace(workdir=workdir, n=n, batch=50, data_label=None)
-    run = attack_strength.load(arguments)
+    run = load(workdir, n)
     n = len(run.y)
     both = attack_strength.Judge(run).log_probs(run.x[:100])
     difference = float(np.abs(both[0] - both[1]).max())
     allowed = attack_strength.ALLOWED_DIFFERENCE
     adversarial_step.require([('log-probabilities', difference, allowed)])
-
-    mine = _OurAttack(workdir, name, n)
-    settings = mine.settings
-    sides = {OURS: mine}
-    for library in ('foolbox', 'torchattacks'):
-        if library == 'foolbox' or settings['attack'] == 'ifgsm':
-            sides[library] = _TheirAttack(run, library, settings, compiled, device)
+    sides = sides_of(run, workdir, name, compiled, device)
     for side in sides.values():
         side.choose(batch_sizes(n))
     seconds = {side_name: [] for side_name in sides}
@@ -74,7 +67,7 @@ def attack(workdir, name, n, repeats, compiled=True, device='cpu'):
         'title': run.title,
         'n': n,
         'epsilon': run.epsilon,
-        'step_size': settings['step_size'],
+        'step_size': sides[OURS].settings['step_size'],
         'difference': difference,
         'sides': {
             name: {
@@ -87,6 +80,22 @@ def attack(workdir, name, n, repeats, compiled=True, device='cpu'):
             for name, side in sides.items()
         },
     }
+
+
+def load(workdir, n):
+    """Returns a finished run with its first n test images, as `attack_strength.load` does."""
+    arguments = types.SimpleNamespace(workdir=workdir, n=n, batch=50, data_label=None)
+    return attack_strength.load(arguments)
+
+
+def sides_of(run, workdir, name, compiled=True, device='cpu'):
+    """Returns {side: its attack, which has still to choose its batch size}; see `attack`."""
+    sides = {OURS: _OurAttack(workdir, name, len(run.y))}
+    settings = sides[OURS].settings
+    for library in ('foolbox', 'torchattacks'):
+        if library == 'foolbox' or settings['attack'] == 'ifgsm':
+            sides[library] = _TheirAttack(run, library, settings, compiled, device)
+    return sides
 
 
 def batch_sizes(n):
@@ -117,6 +126,7 @@ class _OurAttack:
         fields = {'start': 'none', 'schedule': 'constant', 'restarts': 1, 'loss': 'cross_entropy'}
         config.eval[kind].update(fields)
         config.eval.long_attacks = ()
+        self.config = config
         self._network = build.network(config, found.record['dataset'])
         snapshots = checkpoints.open_snapshots(path)
         self._variables = snapshots.restore(found.step, self._network.variables)

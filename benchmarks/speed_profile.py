@@ -172,27 +172,46 @@ def main():
     operations = args.members * speed_layers.operations_in_a_step(
         args.depth, args.width, args.batch
     )
-    product, *_ = speed_layers.matrix_products(10)
     print('\n'.join(machine.describe(load)))
     print(f'\nWRN-{args.depth}-{args.width}, members: {args.members}, batch {args.batch}, '
           f'{args.steps} steps of each side; CPU seconds per step\n')  # fmt: skip
+    print('\n'.join(describe(found, walls, 'step', operations, waited)))
+
+
+def describe(found, walls, what, operations, waited):
+    """Returns the profile's lines.
+
+    Args:
+      found: {side: {kind: CPU seconds}}, and walls: {side: seconds}, for one of `what` each.
+      what: 'step' or 'attack'.
+      operations: floating-point operations of the convolutions of one.
+      waited: what `waits` returned.
+    """
     rows = [
-        [kind, *(f'{found[side].get(kind, 0.0):.3f}' for side in steps)] for kind in (*KINDS, REST)
+        [kind, *(f'{found[side].get(kind, 0.0):.3f}' for side in walls)] for kind in (*KINDS, REST)
     ]
-    rows.append(['all', *(f'{sum(found[side].values()):.3f}' for side in steps)])
-    rows.append(['seconds per step', *(f'{walls[side]:.3f}' for side in steps)])
-    rows.append(['GFLOP/s', *(f'{operations / walls[side] / 1e9:.0f}' for side in steps)])
-    print('\n'.join(markdown(['', *steps], rows)))
-    print(f'\nThe convolutions of a step are {operations / 1e9:.0f} GFLOP. {product[0]}: '
-          f'{product[1]} GFLOP/s by XLA, {product[2]} by PyTorch.')  # fmt: skip
+    rows.append(['all', *(f'{sum(found[side].values()):.3f}' for side in walls)])
+    rows.append([f'seconds per {what}', *(f'{wall:.3f}' for wall in walls.values())])
+    rows.append(['GFLOP/s', *(f'{operations / wall / 1e9:.0f}' for wall in walls.values())])
+    product, *_ = speed_layers.matrix_products(10)
+    lines = [
+        *markdown(['', *walls], rows),
+        '',
+        f'The convolutions of one {what} are {operations / 1e9:.0f} GFLOP. {product[0]}: '
+        f'{product[1]} GFLOP/s by XLA, {product[2]} by PyTorch.',
+    ]
     if waited:
         count, handed, begun, done = waited
         milliseconds = count * (handed + begun + done) * 1e3
-        print(f'\nA step has {count:.0f} convolutions of oneDNN. Medians: one takes '
-              f'{handed * 1e6:.0f} us until it hands parts to another thread, '
-              f'{begun * 1e6:.0f} us more until that begins, and {done * 1e6:.0f} us from its end '
-              f"to the convolution's, in all {milliseconds:.0f} ms a step, in which one core at "
-              'most computes.')  # fmt: skip
+        lines += [
+            '',
+            f'One {what} has {count:.0f} convolutions of oneDNN. Medians: one takes '
+            f'{handed * 1e6:.0f} us until it hands parts to another thread, '
+            f'{begun * 1e6:.0f} us more until that begins, and {done * 1e6:.0f} us from its end '
+            f"to the convolution's, in all {milliseconds:.0f} ms, in which one core at most "
+            'computes.',
+        ]
+    return lines
 
 
 if __name__ == '__main__':

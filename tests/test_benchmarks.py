@@ -446,6 +446,36 @@ def test_operations_of_the_convolutions_in_a_step(monkeypatch):
 
 @pytest.mark.filterwarnings('ignore')  # of the libraries, as they are imported
 @pytest.mark.usefixtures('workers')
+def test_operations_of_the_convolutions_in_an_attack(monkeypatch):
+    profile = importlib.import_module('benchmarks.speed_profile_attack')
+    layers = {(32, 3, 16, 3, 1): 1, (8, 4, 4, 1, 1): 3}
+    monkeypatch.setattr(profile.speed_layers, 'layers', lambda depth, width: layers)
+    # Of two members and 5 images: 3 times forward, 2 times backward.
+    one_pass = 2 * 32 * 32 * 9 * 3 * 16 + 3 * 2 * 8 * 8 * 4 * 4
+    assert profile.operations(10, 1, members=2, n=5, steps=2) == 2 * 5 * (3 + 2) * one_pass
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.usefixtures('workers')
+def test_a_profile_says_what_the_convolutions_and_their_waits_are(monkeypatch):
+    profile = importlib.import_module('benchmarks.speed_profile')
+    products = [['A B', '300', '350'], ['other', '1', '2']]
+    monkeypatch.setattr(profile.speed_layers, 'matrix_products', lambda repeats: products)
+    found = {'ensadv': {profile.REST: 1.5}, 'other': {profile.REST: 2.0}}
+    lines = profile.describe(
+        found, {'ensadv': 0.5, 'other': 2.0}, 'attack', 1e11, (1000, 60e-6, 50e-6, 40e-6)
+    )
+    assert f'| {profile.REST} | 1.500 | 2.000 |' in lines
+    assert '| seconds per attack | 0.500 | 2.000 |' in lines
+    assert '| GFLOP/s | 200 | 50 |' in lines
+    assert 'are 100 GFLOP. A B: 300 GFLOP/s by XLA, 350 by PyTorch.' in lines[-3]
+    assert '1000 convolutions of oneDNN' in lines[-1]
+    assert 'in all 150 ms' in lines[-1]
+    assert len(profile.describe(found, {'ensadv': 1.0}, 'step', 1e11, None)) == len(lines) - 2
+
+
+@pytest.mark.filterwarnings('ignore')  # of the libraries, as they are imported
+@pytest.mark.usefixtures('workers')
 def test_samples_are_counted_by_kind_of_code():
     profile = importlib.import_module('benchmarks.speed_profile')
     report = """
