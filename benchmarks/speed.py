@@ -60,7 +60,7 @@ class Plan:
       peer: PyTorch's side of table 5, eager or compiled.
       check: network on which gradients are compared; None: each row's own.
       steps, steps_target: of table 1.
-      attacks: of table 2: (name, images, target).
+      attacks: of table 2: (name, images, turns, target).
       train_steps: of the network on digits.
       base: whose settings are varied in table 3.
       members, attack_steps, batches, devices: its values.
@@ -80,7 +80,7 @@ class Plan:
         *(network(16, 4, k, 32) for k in (1, 2)),
     )
     steps_target: float = 1.0
-    attacks: tuple = (('pgd500', 200, 3.0), ('ifgsm20', 360, 1.2))
+    attacks: tuple = (('pgd500', 200, 3, 3.0), ('ifgsm20', 360, 5, 1.2))
     train_steps: int = 300
     base: dict = dataclasses.field(default_factory=lambda: network(10, 2, 1, 32))
     members: tuple = (1, 2, 4)
@@ -98,7 +98,7 @@ QUICK = {
     'num_steps': 2,
     'compiled': False,
     'steps': (_TINY | {'members': 2},),
-    'attacks': (('pgd100', 16, 3.0), ('ifgsm3', 16, 1.2)),
+    'attacks': (('pgd100', 16, 1, 3.0), ('ifgsm3', 16, 1, 1.2)),
     'train_steps': 4,
     'base': _TINY,
     'members': (1, 2),
@@ -128,11 +128,11 @@ def measure_attacks(plan, workdir):
     """Returns the lines of table 2, of a finished run, or of one on digits where that is None."""
     workdir = workdir or trained(plan)
     rows = []
-    for name, n, target in plan.attacks:
+    for name, n, repeats, target in plan.attacks:
         say(f'{name} on {workdir}')
         result = measure(
-            plan.device, 'attack', workdir=str(workdir), name=name, n=n, repeats=3,
-            compiled=plan.compiled,
+            plan.device, 'attack', workdir=str(workdir), name=name, n=n,
+            repeats=repeats, compiled=plan.compiled,
         )  # fmt: skip
         rows.append((name, target, result))
     return speed_tables.attacks_table(rows)

@@ -69,7 +69,7 @@ class Plan(speed.Plan):
     check: dict | None = dataclasses.field(default_factory=lambda: network(16, 4, 2, 32))
     steps: tuple = tuple(network(28, 10, k, 128) for k in (1, 2, 4))
     steps_target: float = TARGET
-    attacks: tuple = (('pgd500', 1000, 3.0), ('ifgsm20', 2000, 1.2))
+    attacks: tuple = (('pgd500', 1000, 1, 3.0), ('ifgsm20', 2000, 3, 1.2))
     base: dict = dataclasses.field(default_factory=lambda: network(28, 10, 1, 128))
     batches: tuple = (32, 64, 128, 256)
     devices: tuple = ()
