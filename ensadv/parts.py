@@ -62,7 +62,7 @@ def by_network(
     fill up the last part.
 
     Args:
-      f, batch: as for `in_parts`; the images are the largest leaf.
+      f, batch: as for `in_parts`, with a result for each example; the images are the largest leaf.
       fewest: 32x32 images at a time, at least.
       wanted: bool [n], which examples' results are wanted; None: all. Parts without any are not
         computed on a CPU, and their results are zeros there.
@@ -72,18 +72,16 @@ def by_network(
     values = _VALUES * fewest / FEWEST_IMAGES
     fewest = max(fewest, math.ceil(values * n / max(leaf.size for leaf in leaves)))
     filled = lambda size: math.ceil(n / size) * size
-    sizes = [
-        size
-        for size in range(fewest, min(_TIMES_AS_MANY * fewest, n) + 1)
-        if filled(size) <= n * (1 + _FILLING)
-    ]
+    largest = min(_TIMES_AS_MANY * fewest, n)
+    sizes = [m for m in range(fewest, largest + 1) if filled(m) <= n * (1 + _FILLING)]
     if jax.default_backend() != 'cpu' or not sizes:
         return f(*batch)
     if wanted is not None:
         f, batch = _where_wanted(f), (wanted, *batch)
-    places = np.minimum(np.arange(filled(sizes[0])), n - 1)
-    result = in_parts(f, sizes[0], *jax.tree.map(lambda leaf: leaf[places], batch))
-    return jax.tree.map(lambda leaf: leaf[:n], result)
+    if filled(sizes[0]) > n:
+        places = np.minimum(np.arange(filled(sizes[0])), n - 1)
+        batch = jax.tree.map(lambda leaf: leaf[places], batch)
+    return jax.tree.map(lambda leaf: leaf[:n], in_parts(f, sizes[0], *batch))
 
 
 def _where_wanted(f):
