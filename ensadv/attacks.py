@@ -194,22 +194,26 @@ def begin(
     y: Array,
     *,
     step: optax.GradientTransformation,
+    start_from: str,
     judge: Callable[[Any, Array], Array] = losses.margin,
     keep_worst: bool = False,
 ) -> Progress:
-    """Returns the attack before its first start, with the clean image taken into account."""
-    margin = judge(predict(x), y)
+    """Returns the attack before its first start, with the clean image taken into account.
+
+    But where that is the first iterate (`start_from` is 'none'), that is left to `advance`.
+    """
+    no_margin = jnp.full(len(x), jnp.inf, jnp.float32)
     progress = Progress(
         x_adv=x,
         step_state=jax.vmap(step.init)(x),
         steps=jnp.zeros(len(x), jnp.int32),
-        margin=jnp.full_like(margin, jnp.inf),
-        last_margin=margin,
+        margin=no_margin,
+        last_margin=no_margin,
         fooled_at=jnp.full(len(x), NEVER, jnp.int32),
         has_gradient=jnp.zeros(len(x), bool),
         x_worst=x if keep_worst else None,
     )
-    return _record(progress, x, margin)
+    return progress if start_from == 'none' else _record(progress, x, judge(predict(x), y))
 
 
 def restart(
@@ -325,7 +329,9 @@ def worst_case(
         )  # fmt: skip
         return progress, jnp.minimum(last_margin, progress.last_margin)
 
-    progress = begin(predict, x, y, step=step, judge=judge, keep_worst=keep_worst)
+    progress = begin(
+        predict, x, y, step=step, start_from=start_from, judge=judge, keep_worst=keep_worst
+    )
     no_margin = jnp.full_like(progress.margin, jnp.inf)
     progress, last_margin = jax.lax.fori_loop(0, restarts, one_restart, (progress, no_margin))
     return Outcome(progress.margin, last_margin, progress.has_gradient, progress.x_worst)

@@ -413,7 +413,8 @@ def _begin_batch(network, settings, variables, batch):
     # The step's state at its beginning does not depend on the number of steps.
     step = build.attack_step(settings, 1)
     predict = lambda x: network.log_probs(variables, x)
-    return attacks.begin(predict, data.to_pixels(images), labels, step=step)
+    x = data.to_pixels(images)
+    return attacks.begin(predict, x, labels, step=step, start_from=settings['start'])
 
 
 def _restart_batch(network, settings, number, batch):

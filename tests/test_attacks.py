@@ -129,6 +129,31 @@ def test_keeps_the_worst_iterate_and_reports_the_last():
     np.testing.assert_allclose(outcome.x_adv, visited[int(np.argmin(margins))], atol=1e-6)
 
 
+@pytest.mark.parametrize('start_from', ['none', 'uniform'])
+def test_the_clean_image_counts_and_is_judged_once(start_from):
+    """A network that errs near the image alone, and an attack that steps over that at once."""
+    x, y = jnp.full((1, 2, 2, 1), 0.5), jnp.zeros(1, int)
+    judged = []
+
+    def f(points):
+        jax.debug.callback(lambda points: judged.append(np.array_equal(points, x)), points)
+        lead = 50 * jnp.abs(points.mean((1, 2, 3)) - 0.501) - 1
+        return jax.nn.log_softmax(jnp.stack([lead / 2, -lead / 2], axis=-1))
+
+    step, start = attacks.ifgsm(0.1), {'start_from': start_from, 'epsilon': 0.3}
+    progress = attacks.begin(f, x, y, step=step, start_from=start_from)
+    keys = jax.random.split(jax.random.key(3), 1)
+    progress = attacks.restart(progress, keys, x, 0, step=step, sigma=0.0, **start)
+    progress = attacks.advance(f, progress, x, y, step=step, num_steps=1, epsilon=0.3,
+                               loss='cross_entropy')  # fmt: skip
+    jax.effects_barrier()
+    np.testing.assert_allclose(progress.margin, -0.95, rtol=1e-4)
+    assert progress.fooled_at[0] == 0
+    assert progress.last_margin[0] > 0
+    assert judged.count(True) == 1
+    assert len(judged) == {'none': 2, 'uniform': 3}[start_from]
+
+
 def test_more_steps_and_restarts_never_look_weaker():
     w = jax.random.normal(jax.random.key(5), (6, 4))
     f = lambda x: jax.nn.log_softmax(jnp.sin(20 * x.reshape(len(x), -1)) @ w)
