@@ -172,19 +172,21 @@ def main():
     operations = args.members * speed_layers.operations_in_a_step(
         args.depth, args.width, args.batch
     )
+    product, *_ = speed_layers.matrix_products(10)
     print('\n'.join(machine.describe(load)))
     print(f'\nWRN-{args.depth}-{args.width}, members: {args.members}, batch {args.batch}, '
           f'{args.steps} steps of each side; CPU seconds per step\n')  # fmt: skip
-    print('\n'.join(describe(found, walls, 'step', operations, waited)))
+    print('\n'.join(describe(found, walls, 'step', operations, product, waited)))
 
 
-def describe(found, walls, what, operations, waited):
+def describe(found, walls, what, operations, product, waited):
     """Returns the profile's lines.
 
     Args:
       found: {side: {kind: CPU seconds}}, and walls: {side: seconds}, for one of `what` each.
       what: 'step' or 'attack'.
       operations: floating-point operations of the convolutions of one.
+      product: a row of `speed_layers.matrix_products`.
       waited: what `waits` returned.
     """
     rows = [
@@ -193,7 +195,6 @@ def describe(found, walls, what, operations, waited):
     rows.append(['all', *(f'{sum(found[side].values()):.3f}' for side in walls)])
     rows.append([f'seconds per {what}', *(f'{wall:.3f}' for wall in walls.values())])
     rows.append(['GFLOP/s', *(f'{operations / wall / 1e9:.0f}' for wall in walls.values())])
-    product, *_ = speed_layers.matrix_products(10)
     lines = [
         *markdown(['', *walls], rows),
         '',

@@ -12,21 +12,18 @@ Needs `perf` and the right to use it (kernel.perf_event_paranoid at most 2).
 """
 
 import argparse
-import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-# First, as it says to oneDNN and to OpenMP what they read when they are loaded.
+# First, as it says to oneDNN and to OpenMP, here and in every child, what they read when loaded.
 from benchmarks import speed_profile  # isort: skip
 
-import torch
-
-from benchmarks import machine, speed_attacks, speed_children, speed_layers
+from benchmarks import machine, speed_attacks, speed_layers
+from benchmarks.speed_children import measure, say
 from benchmarks.speed_tables import OURS
 from benchmarks.speed_workers import set_up
 
@@ -46,13 +43,12 @@ def operations(depth, width, members, n, steps):
 
 
 def profile(workdir, n, turns, side):
-    """Returns what one side spends its time on.
+    """Attacks `turns` times with one side while perf looks; once both libraries are set up.
 
     Returns:
       'title' of the run, 'n' images, 'operations' of an attack, 'kinds': {kind: CPU seconds per
       attack}, 'wall': seconds per attack, and 'waits' of ours: see `speed_profile.waits`.
     """
-    set_up('cpu')
     run = speed_attacks.load(workdir, n)
     sides = speed_attacks.sides_of(run, workdir, NAME)
     config, settings = sides[OURS].config, sides[OURS].settings
@@ -80,34 +76,26 @@ def main():
     parser.add_argument('workdir')
     parser.add_argument('--n', type=int, default=360, help='images (360)')
     parser.add_argument('--turns', type=int, default=3, help='attacks of each side (3)')
-    parser.add_argument('--side', choices=SIDES, help='print the profile of this one, as JSON')
     args = parser.parse_args()
     if shutil.which('perf') is None:
         parser.exit(2, 'perf: not found; it is in the package linux-perf or linux-tools\n')
-    if args.side:
-        print(json.dumps(profile(args.workdir, args.n, args.turns, args.side)))
-        return
     load, found = os.getloadavg()[0], {}
     for side in SIDES:
-        speed_children.say(f'{NAME}: {side}')
-        command = [sys.executable, __file__, args.workdir, f'--n={args.n}',
-                   f'--turns={args.turns}', f'--side={side}']  # fmt: skip
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if child.returncode:
-            sys.exit(child.returncode)
-        found[side] = json.loads(child.stdout.splitlines()[-1])
+        say(f'{NAME}: {side}')
+        found[side] = measure('cpu', 'profile_attack', workdir=args.workdir, n=args.n,
+                              turns=args.turns, side=side)  # fmt: skip
     set_up('cpu')
+    product, *_ = speed_layers.matrix_products(10)
     mine = found[OURS]
     print('\n'.join(machine.describe(load)))
-    print(f'\n{mine["title"]}; {NAME}, n = {mine["n"]}, {args.turns} attacks of each side; '
+    print(f'\n{mine["title"]}; {NAME}, n = {mine["n"]}, attacks of each side: {args.turns}; '
           'CPU seconds per attack\n')  # fmt: skip
     kinds = {side: one['kinds'] for side, one in found.items()}
     walls = {side: one['wall'] for side, one in found.items()}
-    print('\n'.join(
-        speed_profile.describe(kinds, walls, 'attack', mine['operations'], mine['waits'])
-    ))  # fmt: skip
+    print('\n'.join(speed_profile.describe(
+        kinds, walls, 'attack', mine['operations'], product, mine['waits']
+    )))  # fmt: skip
 
 
 if __name__ == '__main__':
-    torch.set_num_threads(os.cpu_count())
     main()

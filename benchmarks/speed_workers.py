@@ -192,6 +192,14 @@ def attack(device='cpu', **settings):
     return speed_attacks.attack(device=torch_device(device), **settings)
 
 
+def profile_attack(device='cpu', **settings):
+    """See `speed_profile_attack.profile`."""
+    from benchmarks import speed_profile_attack  # says to oneDNN what is for a profile alone
+
+    set_up(device)
+    return speed_profile_attack.profile(**settings)
+
+
 def operations(network, device='cpu'):
     """Counts a step's operations (a multiply-add is 2), of all images and members.
 
@@ -314,7 +322,17 @@ def _resource_peak():
 
 WORKERS = {
     function.__name__: function
-    for function in (step, alone, by_placement, sweep, attack, operations, matrix_peak, main_py)
+    for function in (
+        step,
+        alone,
+        by_placement,
+        sweep,
+        attack,
+        profile_attack,
+        operations,
+        matrix_peak,
+        main_py,
+    )
 }
 
 

@@ -104,7 +104,7 @@ def test_what_fills_up_the_last_part_is_dropped_again():
 
 
 def test_few_that_are_wanted_cost_few_parts():
-    """58 of 200 examples that are left of a long attack are two parts of 34, not two of 50."""
+    """58 of 200 examples that are left of a long attack are two parts of 34."""
     seen = []
 
     def f(batch):
