@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 import ensadv
 from configs import default
-from ensadv import command_line, stopping, workdir, xla_flags
+from ensadv import command_line, stopping, workdir
 from ensadv import config as config_lib
 from ensadv.command_line import fail
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
@@ -146,7 +146,6 @@ def run(mode: str) -> None:
             raise UserError('--workdir: needed, the directory whose runs are reported on')
         report_writer()(command_line.workdir_path(to_write=True))
         return
-    xla_flags.set_for_cpu()
     config = command_line.config()
     if config.eval.blackbox_path:
         # A run keeps it, and may go on in another directory.
@@ -172,9 +171,6 @@ def run(mode: str) -> None:
 
 def compute(mode: str, config: ConfigDict, path: epath.Path) -> None:
     """Does a job that needs JAX, on all processes."""
-    from ensadv import parallel
-
-    parallel.warn_of_cpu_devices()
     if mode == 'study':
         run_study(config, path)
     elif mode == 'blackbox':

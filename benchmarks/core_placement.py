@@ -26,7 +26,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from benchmarks import machine
 from benchmarks.speed_children import measure, say
 from benchmarks.speed_tables import EAGER, OURS, markdown
-from ensadv import xla_flags
 
 NEAR, FAR = 'near', 'far'
 LIMIT = 200  # nanoseconds; near were 50 to 150, far 240 to 350, on the AMD EPYC of the results
@@ -58,7 +57,6 @@ def main():
     if shutil.which('cc') is None:
         parser.exit(2, 'cc: not found; a C compiler is needed\n')
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    xla_flags.set_for_cpu()
     load = os.getloadavg()[0]
     fields = ('depth', 'width', 'members', 'batch')
     network = dict(zip(fields, args.network, strict=True)) | {'attack_steps': 7}

@@ -36,7 +36,6 @@ from benchmarks import machine, speed_tables
 from benchmarks.machine import ROOT
 from benchmarks.speed_children import measure, run_main, say
 from benchmarks.speed_tables import EAGER, OURS
-from ensadv import xla_flags
 
 CACHE = ROOT / 'runs' / 'benchmark'  # what is trained or made once for all runs of this
 RESULT = ROOT / 'benchmarks' / 'results' / 'speed_cpu.md'
@@ -369,9 +368,7 @@ def main():
         help='of table 1, instead of its five',
     )  # fmt: skip
     args = parse(parser)
-    # Here and in all children, for `main.py` does it, too.
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    xla_flags.set_for_cpu()
     plan = Plan(**QUICK) if args.quick else Plan()
     if args.network:
         plan = dataclasses.replace(plan, steps=(network(*args.network),))

@@ -36,7 +36,7 @@ from benchmarks import speed, speed_tables
 from benchmarks.speed import network
 from benchmarks.speed_children import measure, run_main, say
 from benchmarks.speed_tables import COMPILED, EAGER, OURS, at_least, markdown, name_of, seconds_cell
-from ensadv import workdir, xla_flags
+from ensadv import workdir
 
 TARGET, SHARE_TARGET = 1.3, 50  # times PyTorch's speed; % of the peak, of WRN-28-10
 ACCURACY = 0.45  # robust, of PGD20, that the training is timed to
@@ -289,7 +289,6 @@ def main():
         args.tables.remove('9')
     if args.device == 'cpu':
         os.environ['JAX_PLATFORMS'] = 'cpu'
-        xla_flags.set_for_cpu()
     plan = Plan(**(QUICK if args.quick else {}) | {'device': args.device})
     with tempfile.TemporaryDirectory() as folder:
         if args.quick and not args.data:

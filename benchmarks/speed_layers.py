@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.speed_tables import markdown
-from ensadv import conv, xla_flags
+from ensadv import conv
 
 ATTACK_STEPS = 7
 TURNS = 3
@@ -171,7 +171,6 @@ def main():
     args = parser.parse_args()
     load = os.getloadavg()[0]
     jax.config.update('jax_platforms', 'cpu')
-    xla_flags.set_for_cpu()
     torch.set_num_threads(os.cpu_count())
     torch.set_grad_enabled(False)
     rng = np.random.default_rng(0)

@@ -35,7 +35,7 @@ if __name__ != '__main__' or sys.argv[1:2] != ['main_py']:
 
     from benchmarks import adversarial_step, speed_attacks
     from benchmarks.speed_attacks import timed
-    from ensadv import costs, xla_flags
+    from ensadv import costs
     from ensadv.errors import UserError
 
 
@@ -43,7 +43,6 @@ def set_up(device):
     """Gets both libraries ready to compute on a device, as `main.py` and PyTorch's users do."""
     if device == 'cpu':
         jax.config.update('jax_platforms', 'cpu')
-        xla_flags.set_for_cpu()
     elif jax.default_backend() == 'cpu' or not torch.cuda.is_available():
         raise UserError(
             '--device=gpu: JAX and PyTorch must both see it, and one of them does not: install '

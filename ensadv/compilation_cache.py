@@ -15,7 +15,7 @@ def default_directory() -> str:
     return os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'ensadv', 'compiled')
 
 
-def _processor() -> str:
+def processor() -> str:
     """Returns a name of this processor's instruction set.
 
     Programs for one CPU can end a process on another, and machines may share a home directory.
@@ -37,7 +37,7 @@ def enable(directory: str | None) -> None:
     """
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ or directory == '':
         return
-    path = workdir.absolute(directory or default_directory()) / _processor()
+    path = workdir.absolute(directory or default_directory()) / processor()
     jax.config.update('jax_compilation_cache_dir', str(path))
     # However little it took: a second start is to compile nothing.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

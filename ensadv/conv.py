@@ -14,9 +14,6 @@ grouped convolutions, and for gradients in a loop, where it folds the transposit
 into the convolution: the gradient of the weights then takes a hundred times as long. Hence
 `optimization_barrier`, which keeps the transposed operand an array of its own.
 
-XLA:CPU also computes those of many channels wrong, now and then, where it falls behind with its
-tasks: hence `sum_of_slices`. 'grouped' has no such care.
-
 Two kinds of convolution are matrix multiplications on the CPU instead, in 'separate': large ones
 with 3x3 kernels (`winograd`), and those of few input channels, as a network's first. So are, in
 float32, the input gradients where there is a stride, and the weight gradients of all convolutions
@@ -204,9 +201,8 @@ def _by_onednn(conv_of, images, kernel, strides, padding):
 
 
 def _by_xla_cpu(conv_of, images, kernel, strides, padding, dtype, is_float32):
-    """Returns the convolution and its two gradients, as XLA:CPU is fast and right."""
+    """Returns the convolution and its two gradients, as XLA:CPU is fast."""
     size, window = images[1:], kernel[:2]
-    whole, conv_of = conv_of, functools.partial(conv_cpu.in_slices, conv_of)
     forward = lambda x, w: conv_of(x, w, strides, padding)
 
     def input_gradient(g, w):
@@ -215,7 +211,7 @@ def _by_xla_cpu(conv_of, images, kernel, strides, padding, dtype, is_float32):
 
     def weight_gradient(x, g):
         x = x.astype(g.dtype)
-        return conv_cpu.weight_gradient(whole, x, g, window, strides, padding).astype(dtype)
+        return conv_cpu.weight_gradient(conv_of, x, g, window, strides, padding).astype(dtype)
 
     few = is_float32 and _few_come_in(kernel, strides)
     if few:

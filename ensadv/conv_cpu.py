@@ -4,7 +4,6 @@ x are images [N, H, W, I], w kernels [KH, KW, I, O] and g gradients of the image
 [N, H', W', O]; `window` is (KH, KW), `size` (H, W), `strides` and `padding` are for each of both.
 """
 
-import functools
 import itertools
 import math
 
@@ -13,7 +12,6 @@ from jax import lax
 
 from ensadv import onednn
 from ensadv.parts import in_parts, size_of_parts
-from ensadv.slices import sum_of_slices
 
 # Of the images, or of their gradients, that `products_of_windows` takes at a time.
 _VALUES = 2**19
@@ -69,12 +67,6 @@ def _of_phases(phase, g, w, size, strides, padding):
     return x[:, : size[0], : size[1]]
 
 
-def in_slices(conv_of, x, w, strides, padding):
-    """conv_of(x, w), of slices of the channels."""
-    taps = math.prod(w.shape[:2])
-    return sum_of_slices(lambda x, w: conv_of(x, w, strides, padding), x, w, axis=2, taps=taps)
-
-
 def conv_of_patches(x, w, padding):
     """conv(x, w) of stride 1: a matrix multiplication, for all of the kernel's rows at once.
 
@@ -99,8 +91,7 @@ def sum_of_patches(g, w, size, strides, padding):
     """
     # Transposed by itself, so that a loop over g does it once.
     kernel = lax.optimization_barrier(w.transpose(3, 0, 1, 2))
-    product = functools.partial(jnp.einsum, 'nhwo,oabi->nhwabi')
-    patches = lax.optimization_barrier(sum_of_slices(product, g, kernel, axis=0))
+    patches = lax.optimization_barrier(jnp.einsum('nhwo,oabi->nhwabi', g, kernel))
 
     def phase(part, pads):
         seen = patches[:, :, :, *part]

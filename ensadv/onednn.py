@@ -1,57 +1,115 @@
 """oneDNN's convolution, which XLA:CPU has inside and does not use by itself.
 
-XLA's own convolutions are Eigen's. oneDNN's, which PyTorch computes with as well, take 0.73 to 0.99
-of their time (3x3 kernels, stride 1, 16 to 64 channels, 8 and 64 images; two cores of an Intel Xeon
-with AVX-512), and stay right where a thread's queue is full (`slices`; README, Right on a CPU).
+PyTorch computes with oneDNN's convolutions as well.
 
-JAX has no function for them, but XLA takes an operation by its name, with a configuration that is
-this version's own: another one may end the process. So they are used with the version that they
-were tried with, and nowhere else.
+JAX has no function for them, but XLA takes an operation by its name, with a configuration that may
+be another in another version, and a wrong one may end the process. So each version is tried once,
+in a process of its own, and is used where its results are right.
 
 A program with such an operation cannot be written to JAX's compilation cache, as XLA takes the
 operation for another kind when it writes it down: once `is_there` has been asked, JAX does not try.
 """
 
+import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
-import platform
+import os
+import pathlib
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax import Array
 
-_VERSION = '0.10.2'  # of jax and jaxlib
+from ensadv import compilation_cache
+
 TARGET = '__onednn$convolution'  # XLA's name of the operation
+_TRIAL_SECONDS = 120.0  # it takes three; what takes longer hangs
 
 
 def is_there() -> bool:
     """Returns whether convolutions of float32 can be given to oneDNN here."""
-    return jax.default_backend() == 'cpu' and _is_in_this_jaxlib()
+    return jax.default_backend() == 'cpu' and _works()
 
 
 @functools.cache
-def _is_in_this_jaxlib() -> bool:
-    versions = {importlib.metadata.version(name) for name in ('jax', 'jaxlib')}
-    if versions != {_VERSION} or (sys.platform, platform.machine()) != ('linux', 'x86_64'):
-        return False
+def _works() -> bool:
+    """Returns whether a process of its own has come to the right results, now or before."""
+    package = pathlib.Path(__file__).parent
+    versions = [importlib.metadata.version(name) for name in ('jax', 'jaxlib')]
+    source = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8]
+    kept = pathlib.Path(compilation_cache.default_directory()).expanduser().parent
+    kept /= '-'.join(('onednn', *versions, compilation_cache.processor(), source))
+    if not kept.exists():
+        paths = [str(package.parent), os.environ.get('PYTHONPATH', '')]
+        environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(paths)}
+        environment.pop('XLA_FLAGS', None)
+        trial = 'from ensadv import onednn; onednn.try_out()'
+        try:
+            subprocess.run(
+                [sys.executable, '-c', trial], env=environment, capture_output=True, check=True,
+                stdin=subprocess.DEVNULL, timeout=_TRIAL_SECONDS,
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError):
+            return False
+        # Where nothing can be kept, it is tried each time.
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.touch()
     _keep_out_of_the_cache()
     return True
 
 
+def try_out() -> None:
+    """Convolves as `conv` does for training and attacks, with a compilation cache.
+
+    Raises:
+      Exception: where that does not work. A version that has another configuration may also end
+        the process.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 9, 9, 8)).astype(np.float32)
+    w = rng.standard_normal((3, 3, 8, 16)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update('jax_compilation_cache_dir', folder)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+        _keep_out_of_the_cache()
+        for strides, padding, dilation, inputs_first in (
+            ((1, 1), ((1, 1), (1, 1)), (1, 1), False),
+            ((2, 2), ((0, 1), (0, 1)), (1, 1), False),
+            ((1, 1), ((1, 2), (0, 1)), (1, 2), True),
+        ):
+            kernel = w.transpose(2, 0, 1, 3) if inputs_first else w
+            ours = jax.jit(
+                functools.partial(
+                    conv, strides=strides, padding=padding, rhs_dilation=dilation,
+                    inputs_first=inputs_first,
+                )
+            )(x, kernel)  # fmt: skip
+            xla_own = jax.lax.conv_general_dilated(
+                x, w, strides, padding, rhs_dilation=dilation,
+                dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            )  # fmt: skip
+            np.testing.assert_allclose(ours, xla_own, rtol=1e-4, atol=1e-4)
+
+
 def _keep_out_of_the_cache() -> None:
     """Has JAX write no program with oneDNN's operations to its compilation cache."""
-    from jax._src import compilation_cache  # no public way keeps a single program out
+    from jax._src import compilation_cache as jax_cache  # no public way keeps one program out
 
-    put = compilation_cache.put_executable_and_time
+    put = jax_cache.put_executable_and_time
 
     @functools.wraps(put)
     def put_others(cache_key, module_name, executable, *args):
         if not any(TARGET in module.to_string() for module in executable.hlo_modules()):
             put(cache_key, module_name, executable, *args)
 
-    compilation_cache.put_executable_and_time = put_others
+    jax_cache.put_executable_and_time = put_others
 
 
 def conv(

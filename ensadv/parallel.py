@@ -222,19 +222,6 @@ def num_devices() -> int:
     return jax.device_count()
 
 
-def warn_of_cpu_devices() -> None:
-    """Warns of several CPU devices in one process, whose queues of tasks XLA fills.
-
-    Of what it then computes wrong, `conv` avoids what is known: README, Right on a CPU.
-    """
-    if is_main() and jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
-        logging.warning(
-            '%d CPU devices in one process: XLA is known to compute some operations wrong on them; '
-            'for trials of several devices, not for results',
-            jax.local_device_count(),
-        )
-
-
 def replicated() -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     # One process's after the other's, as pmap has them.

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ensadv.parts import in_parts, size_of_parts
-from ensadv.slices import sum_of_slices
 
 # Input values of the images that are transformed at a time. The transforms hold eight times as
 # many, which is to stay in a processor's cache: 2^18 x 4 bytes x 8 = 8 MiB.
@@ -31,7 +30,7 @@ def conv(x: Array, w: Array) -> Array:
 
     def images(x):
         products = [
-            [sum_of_slices(jnp.matmul, *both, axis=0) for both in zip(*rows, strict=True)]
+            [tile @ weights for tile, weights in zip(*rows, strict=True)]
             for rows in zip(_input_tiles(x), filters, strict=True)
         ]
         y = _both_axes(_output, products)

@@ -19,10 +19,6 @@ QUICK_COMPILE = (
     '--xla_cpu_use_fusion_emitters=false'
 )
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK_COMPILE}'.strip()
-from ensadv import xla_flags
-
-# As main.py does: tests compare what it computes with what they compute, to the bit.
-xla_flags.set_for_cpu()
 
 import jax
 import pytest

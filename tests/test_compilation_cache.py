@@ -34,7 +34,7 @@ def test_programs_are_kept_in_the_directory(restored, tmp_path):
 def test_the_default_is_the_users_cache(restored, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     compilation_cache.enable(None)
-    folder = tmp_path / 'ensadv' / 'compiled' / compilation_cache._processor()
+    folder = tmp_path / 'ensadv' / 'compiled' / compilation_cache.processor()
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 

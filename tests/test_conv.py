@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import subprocess
 
 import flax.linen as nn
 import jax
@@ -535,11 +536,53 @@ def test_winograd_is_for_constant_weights(monkeypatch, remat):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), a, b)
 
 
-@by_onednn
-def test_without_the_known_version_there_is_no_onednn(monkeypatch):
-    monkeypatch.setattr(onednn, '_VERSION', '0.10.3')
-    monkeypatch.setattr(onednn, '_is_in_this_jaxlib', onednn._is_in_this_jaxlib.__wrapped__)
-    assert not onednn.is_there()
-    monkeypatch.setattr(onednn, '_VERSION', '0.10.2')
-    monkeypatch.setattr(onednn.platform, 'machine', lambda: 'aarch64')
-    assert not onednn.is_there()
+@pytest.fixture
+def trial(monkeypatch, tmp_path):
+    """oneDNN's trial as a first start makes it; whether it succeeds is set, and calls counted."""
+    calls = []
+
+    def run(*args, check, **kwargs):
+        calls.append(args)
+        return subprocess.CompletedProcess(args, 0)
+
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(onednn.subprocess, 'run', run)
+    monkeypatch.setattr(onednn, '_keep_out_of_the_cache', lambda: None)
+    return calls
+
+
+@by_xla
+def test_onednn_is_tried_once_for_a_version(trial, monkeypatch):
+    works = onednn._works.__wrapped__
+    assert works()
+    assert works()
+    assert len(trial) == 1
+    monkeypatch.setattr(onednn.importlib.metadata, 'version', lambda name: '99.0')
+    assert works()
+    assert len(trial) == 2
+
+
+@by_xla
+@pytest.mark.parametrize(
+    'error',
+    [subprocess.CalledProcessError(-6, 'it'), subprocess.TimeoutExpired('it', 1), OSError()],
+)
+def test_where_the_trial_fails_there_is_no_onednn(trial, monkeypatch, error):
+    def fail(*args, **kwargs):
+        trial.append(args)
+        raise error
+
+    monkeypatch.setattr(onednn.subprocess, 'run', fail)
+    works = onednn._works.__wrapped__
+    assert not works()
+    assert not works()  # the next start tries again
+    assert len(trial) == 2
+
+
+@by_xla
+def test_an_operation_that_xla_does_not_know_fails_the_trial(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(onednn, 'TARGET', '__onednn$nothing')
+    with pytest.raises(Exception, match='onednn'):
+        onednn.try_out()
+    jax.config.update('jax_compilation_cache_dir', before)

@@ -29,7 +29,6 @@ def runs(tmp_path_factory):
         command = ['--config=configs/ensemble2adv.py', *overrides(fields)]
         result = run_main(*command, f'--workdir={root}/{devices}', devices=devices, small=True)
         assert result.returncode == 0, result.stderr
-        assert ('CPU devices in one process' in result.stderr) == (devices > 1)
     return epath.Path(root)
 
 
