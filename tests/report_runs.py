@@ -1,5 +1,6 @@
 """Writes the files of runs that were never trained, for tests of the report."""
 
+import importlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,11 @@ DIGITS = {
     'image_shape': [8, 8, 1], 'mean': [0.3], 'std': [0.4], 'num_train': 1437, 'num_validation': 0,
     'num_test': 360,
 }  # fmt: skip
+CIFAR10 = DIGITS | {
+    'name': 'cifar10', 'fingerprint': 64 * 'c', 'image_shape': [32, 32, 3], 'mean': [0.5] * 3,
+    'std': [0.2] * 3, 'num_train': 50_000, 'num_test': 10_000,
+}  # fmt: skip
+PAPER_STEPS = 500_000
 OPERATIONS = {'forward': 2e6, 'attack_step': 6e6, 'update': 6e6, 'train_step': 5e7}
 ENVIRONMENT = {
     'devices': {'count': 1, 'kind': 'cpu'},
@@ -34,6 +40,19 @@ def run_config(system: str = 'singleadv', **changes) -> ConfigDict:
     attacks = {'eval__attacks': ('clean', 'ifgsm5', 'pgd20'), 'eval__long_attacks': ('pgd500',)}
     sizes = {'train__steps': 40, 'eval__num_examples': N, 'eval__iterate_examples': 10}
     return tiny_config(system, **(attacks | sizes | changes))
+
+
+def paper_config(system: str = 'singleadv', **changes) -> ConfigDict:
+    """Returns the config of a run of the paper's system, judged on `N` examples; see `run_config`.
+
+    It goes with the data set `CIFAR10` and ends at `PAPER_STEPS`.
+    """
+    config = importlib.import_module(f'configs.{system}').get_config()
+    config.eval.attacks, config.eval.long_attacks = ('clean', 'ifgsm5', 'pgd20'), ('pgd500',)
+    config.eval.num_examples, config.eval.iterate_examples = N, 10
+    changes = {field.replace('__', '.'): value for field, value in changes.items()}
+    config.update_from_flattened_dict(changes)
+    return config.copy_and_resolve_references()
 
 
 def write_run(
@@ -149,10 +168,10 @@ def write_ensemble(
     return write_run(path, config, evaluations, members=members, session={}, parameters=parameters)
 
 
-def write_examples(path, config, step, *, shift: float = 0.1, count: int = 2) -> None:
+def write_examples(path, config, step, *, shift: float = 0.1, count: int = 2, channels=1) -> None:
     """Writes eval/<step>_examples.npz with gray images, all made lighter."""
     log_probs = np.log(np.full((count, 10), 0.1, np.float32))
-    image = np.full((count, 8, 8, 1), 100, np.uint8)
+    image = np.full((count, 8, 8, channels), 100, np.uint8)
     workdir.write_examples(
         epath.Path(path),
         step,

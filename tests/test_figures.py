@@ -89,6 +89,75 @@ def test_curves_of_one_step_and_of_none():
     assert drawing.png(figure)
 
 
+@pytest.mark.parametrize(
+    'steps, expected',
+    [
+        ([1, 2, 3], [1, 2, 3]),
+        ([2, 4, 6, 8, 10], [2, 4, 6, 8, 10]),
+        ([10, 20, 30, 40], [10, 20, 30, 40]),
+        ([2500, 5000, 7500], [3000, 4000, 5000, 6000, 7000]),
+        ([5000 * i for i in range(1, 101)], [0, 100_000, 200_000, 300_000, 400_000, 500_000]),
+        ([10_000, 10_002], [10_000, 10_001, 10_002]),
+        ([7], [7]),
+        ([12_345], [12_345]),
+    ],
+)
+def test_ticks_of_training_are_whole_steps(steps, expected):
+    curve = band(steps, np.linspace(0.1, 0.4, len(steps)))
+    axes = figures.over_training({'A': curve}, {'A': len(steps)}, attack='PGD20').axes[0]
+    unit = 1000 if 'thousands' in axes.get_xlabel() else 1
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
+    np.testing.assert_allclose(unit * np.array(ticks), expected, rtol=1e-12)
+    labels = [axes.xaxis.get_major_formatter()(tick) for tick in ticks]
+    assert [float(label.replace(',', '')) for label in labels] == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    'last, expected',
+    [
+        (1, ['1']),
+        (3, ['1', '2', '3']),
+        (7, ['1', '2', '5', '7']),
+        (50, ['1', '2', '5', '10', '20', '50']),
+        (600, ['1', '2', '5', '10', '20', '50', '100', '200', '600']),
+        (100_000, ['1', '10', '100', '1,000', '10,000', '100,000']),
+    ],
+)
+def test_ticks_of_attack_steps_are_whole_and_apart(last, expected):
+    steps = np.unique([1, last])
+    accuracy = np.full((1, len(steps)), 0.5)
+    curve = AttackCurve(steps, accuracy, accuracy, 100, 10)
+    figure = figures.over_attack_steps({'A': curve}, attack='PGD')
+    axes = figure.axes[0]
+    left, right = axes.get_xlim()
+    assert left < 1 <= last < right
+    shown = [label for label in axes.get_xticklabels() if left <= label.get_position()[0] <= right]
+    assert [label.get_text() for label in shown] == expected
+    boxes = [label.get_window_extent() for label in shown]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
+def test_an_attack_of_one_step_is_a_point_that_is_seen():
+    one = AttackCurve(np.array([1]), np.array([[0.5]]), np.array([[0.5]]), 100, 10)
+    figure = figures.over_attack_steps({'A': one}, attack='PGD')
+    # Matplotlib draws no marker at all where they are to be so far apart on a line of no length.
+    assert lines(figure)['A'].get_markevery() is None
+
+
+@pytest.mark.parametrize('accuracy', [0.0, 0.5, 1.0])
+def test_equal_accuracies_have_an_axis_within_0_to_100(accuracy):
+    figure = figures.over_training({'A': band([1, 2], [accuracy] * 2)}, {'A': 2}, attack='PGD20')
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert low < 100 * accuracy < high
+    assert 4 <= high - low < 7
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert len(ticks) > 1
+    assert min(ticks) >= 0
+    assert max(ticks) <= 100
+
+
 def test_attack_steps_means_and_unknown_iterates():
     curves = {
         'SingleAdv': AttackCurve(
@@ -191,12 +260,11 @@ def test_names_cover_neither_each_other_nor_points(panels):
     mean = dict(zip(PAPER, [0.01, 0.3, 0.34, 0.43, 0.44, 0.52, 0.53, 0.47], strict=True))
     cost = dict(zip(PAPER, [36.5, 73.0, 146.0, 36.5, 82.1, 73.0, 146.0, 73.0], strict=True))
     costs = [Panel('', 'parameters (millions)', cost, {'SingleAdv', 'Ensemble2Adv'})] * panels
-    some = PAPER if panels != 3 else PAPER[3:]  # narrower panels hold fewer
-    figure = figures.computation(costs, {s: (mean[s], mean[s], mean[s]) for s in some})
+    figure = figures.computation(costs, {s: (mean[s], mean[s], mean[s]) for s in PAPER})
     assert len(figure.axes) == panels
     for axes in figure.axes:
         boxes = [text.get_window_extent() for text in axes.texts]
-        assert len(boxes) == len(some)
+        assert len(boxes) == len(PAPER)
         for a, b in itertools.combinations(boxes, 2):
             assert not a.overlaps(b)
         for box in boxes:
@@ -219,6 +287,21 @@ def test_differences_are_filled_where_the_interval_leaves_zero_out():
     np.testing.assert_array_equal(bars, [[1, 5], [-12, 0.5], [nan, nan]])
     texts = [text.strip('\N{FIGURE SPACE}') for text in axes_texts(figure)]
     assert texts == ['+3.0 [+1.0, +5.0]', '−1.0 [−12.0, +0.5]', '+2.0']
+
+
+def test_long_names_of_systems_stay_within_the_differences():
+    name = 'a system with a name that is too long for a line of the figure'
+    rows = [(f'{name} − {name}', 3.0, 1.0, 5.0), ('A − B', 0.0, 0.0, 0.0)]
+    figure = figures.differences(rows, attack='PGD20')
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert not boxes[0].overlaps(boxes[1])
+    assert all(figure.bbox.x0 <= box.x0 and figure.bbox.y0 <= box.y0 for box in boxes)
+    assert figure.axes[0].bbox.width > figure.bbox.width / 3
+
+
+def test_differences_of_nothing_have_an_axis_in_points():
+    figure = figures.differences([('A − B', 0.0, 0.0, 0.0)], attack='PGD20')
+    assert figure.axes[0].get_xlim() == (-1, 1)
 
 
 def probabilities(*predicted: int) -> np.ndarray:
@@ -267,7 +350,57 @@ def test_examples_of_many_systems_are_in_blocks_and_classes_have_names():
     assert texts.count('→ ✗ d (80 %)') == len(PAPER)
     places = [axes.get_position() for axes in figure.axes]
     assert all(place.y0 >= 0 and place.y1 <= 1 and place.x1 <= 1 for place in places)
-    assert not any(a.overlaps(b.padded(-1e-3)) for a, b in itertools.combinations(places, 2))
+    inch = figure.get_size_inches()
+    # Between any two images are 0.04 inches or more, sideways or up and down.
+    for a, b in itertools.combinations(places, 2):
+        aside = max(b.x0 - a.x1, a.x0 - b.x1) * inch[0]
+        above = max(b.y0 - a.y1, a.y0 - b.y1) * inch[1]
+        assert max(aside, above) > 0.04
+
+
+def test_a_wide_image_takes_no_more_room_than_it_needs():
+    clean = np.zeros((3, 8, 32, 3), np.uint8)
+    column = ExampleColumn(clean / 255, *2 * [np.full((3, 2), 0.5)])
+    figure = pictures.examples(clean, np.zeros(3, int), {'A': column}, epsilon=0.1, attack='PGD20')
+    low, square = figure.get_size_inches()[1], examples(['A']).get_size_inches()[1]
+    assert low < square  # three of them than two square ones
+
+
+def test_long_names_cover_no_others_and_are_not_cut_off():
+    classes = ['malignant melanoma of the skin', 'basal cell carcinoma of the skin', *'cde']
+    systems = ['my own system with a rather long name, seed 0', 'DoubleAdv', 'x' * 60]
+    figure = examples(systems, class_names=classes)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    assert len(boxes) == 2 + 3 * 2 * 2 + 3
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert '✓ basal cell ca… (80 %)' in ' '.join(axes_texts(figure))
+    # None of a system's name is left out.
+    headings = [text.replace('\n', ' ') for text in axes_texts(figure)]
+    assert systems[0] in headings
+
+
+@pytest.mark.parametrize('channels', [2, 4, 5])
+def test_of_unusual_channels_the_mean_is_drawn_and_said_to_be(channels, planes):
+    clean = np.full((1, 2, 2, channels), 20, np.uint8)
+    clean[..., 0] = 20 * (1 + channels)  # so that the mean is 40
+    column = ExampleColumn(clean / 255, probabilities(1), probabilities(1))
+    arguments = {'epsilon': 0.1, 'attack': 'PGD20'}
+    figure = pictures.examples(clean, np.array([1]), {'A': column}, **arguments)
+    for axes in figure.axes[:2]:
+        np.testing.assert_allclose(axes.images[0].get_array(), 40 / 255, atol=1e-6)
+    said = f'Images have {channels} channels: the mean of these is drawn, in grey.'
+    (text,) = figure.texts
+    assert text.get_text().replace('\n', ' ') == said
+    box = text.get_window_extent()
+    assert not any(box.overlaps(t.get_window_extent()) for a in figure.axes for t in a.texts)
+    of_planes = pictures.planes(planes._replace(images=np.repeat(clean, 2, axis=0)))
+    assert said in ' '.join(text.get_text() for text in of_planes.texts)
+    for usual in (1, 3):
+        assert not [text for text in examples(['A'], usual).texts if text.get_text()]
 
 
 @pytest.fixture
@@ -297,7 +430,7 @@ def test_planes_show_classes_with_y_upwards(planes):
     figure = pictures.planes(planes)
     assert len(figure.axes) == 4  # per image: the image, and one model's panel
     thumbnail, panel = figure.axes[:2]
-    assert thumbnail.get_title() == 'test image 7\n0'
+    assert thumbnail.get_title() == 'test image 7\nclass 0'
     np.testing.assert_array_equal(thumbnail.images[0].get_array(), 1)
     image = panel.images[0]
     assert image.origin == 'lower'
@@ -358,6 +491,13 @@ def test_classes_of_planes_have_names_and_more_than_ten_have_colors_of_their_own
     assert len({to_rgb(patch.get_facecolor()) for patch in legend.get_patches()}) == 32
 
 
+def test_numbers_of_classes_are_not_taken_for_those_of_the_points(planes):
+    named = planes._replace(record={'class_names': [str(i) for i in range(10)]})
+    figure = pictures.planes(named)
+    assert 'class 5' in legend_texts(figure)
+    assert figure.axes[0].get_title() == 'test image 7\nclass 0'
+
+
 def test_legends_stay_within_the_figure(planes, training):
     named = planes._replace(record={'class_names': ['a class with a long name'] * 10})
     bands = {f'a system with a long name {i}': band([1, 2], [0, 1]) for i in range(9)}
@@ -366,6 +506,7 @@ def test_legends_stay_within_the_figure(planes, training):
         training,
         pictures.planes(planes),
         pictures.planes(named),
+        pictures.planes(planes._replace(attacked=('a system with a name that is long', 'b'))),
         figures.over_training(bands, points, attack='PGD20'),
     ):
         figure.draw_without_rendering()

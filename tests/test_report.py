@@ -15,7 +15,15 @@ import report_runs
 from conftest import ROOT
 from etils import epath
 from matplotlib.figure import Figure
-from report_runs import run_config, write_ensemble, write_run
+from report_runs import (
+    CIFAR10,
+    DIGITS,
+    PAPER_STEPS,
+    paper_config,
+    run_config,
+    write_ensemble,
+    write_run,
+)
 
 from ensadv import plane_files, report
 from ensadv.planes import Planes
@@ -37,34 +45,38 @@ def figure(*names: str) -> set[str]:
     return {f'figure{name}.{kind}' for name in names for kind in ('png', 'pdf')}
 
 
-def study(root, systems, seeds: int, evaluations: int, n: int = 100) -> None:
+def study(root, systems, seeds: int, evaluations: int, *, like_paper: bool = False) -> None:
     """Writes the runs of a study whose accuracies rise, system by system; each sees its own noise.
 
-    The best snapshot is the last but one.
+    The best snapshot is the last but one. The runs are of tiny networks on digits, or the paper's.
     """
+    n = report_runs.N
+    make, dataset = (paper_config, CIFAR10) if like_paper else (run_config, DIGITS)
+    every = (PAPER_STEPS if like_paper else 100 * evaluations) // evaluations
     attacks = ('clean', 'ifgsm5', 'pgd5', 'pgd20', 'blackbox')
     for number, system in enumerate(systems):
         for seed in range(seeds):
             rng = np.random.default_rng([number, seed])
-            config = run_config(system, seed=seed, train__steps=100 * evaluations,
-                                eval__attacks=attacks, eval__num_examples=n)  # fmt: skip
+            config = make(system, seed=seed, train__steps=every * evaluations,
+                          eval__attacks=attacks)  # fmt: skip
             results = {}
             for place in range(evaluations):
                 share = (place + 1) / evaluations - (place == evaluations - 1) * 0.2
                 level = 0.1 * share + 0.05 * number
-                results[100 * (place + 1)] = {
+                results[every * (place + 1)] = {
                     attack: rng.random(n) < top + level
                     for attack, top in zip(attacks, (0.5, 0.3, 0.25, 0.2, 0.4), strict=True)
                 }
             for place in (evaluations - 1, evaluations):
-                results[100 * place]['pgd500'] = rng.random(n) < 0.2 + 0.05 * number
+                results[every * place]['pgd500'] = rng.random(n) < 0.2 + 0.05 * number
             path = root / f'{system}_seed{seed}'
             size = config.ensemble.size * (2 if system == 'doubleadv' else 1)
             operations = {k: size * v for k, v in report_runs.OPERATIONS.items()}
             write_run(path, config, results, parameters=36_000_000 * size, operations=operations,
-                      session={'seconds_per_step': 0.2 * size + 0.01 * seed})  # fmt: skip
+                      session={'seconds_per_step': 0.2 * size + 0.01 * seed},
+                      dataset=dataset)  # fmt: skip
             report_runs.write_examples(
-                path, config, 100 * evaluations, shift=0.01 * number, count=1
+                path, config, every * evaluations, shift=0.01 * number, count=1
             )
 
 
@@ -94,6 +106,10 @@ def read(root, name: str) -> str:
     return (pathlib.Path(root) / 'report' / name).read_text()
 
 
+def csv_rows(root, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(read(root, f'{name}.csv').splitlines()))
+
+
 def write_report(root) -> str:
     """Writes the report; returns the page, its entities resolved."""
     path = report.write(epath.Path(root))
@@ -116,7 +132,7 @@ def quick(monkeypatch) -> None:
 def paper_study(tmp_path_factory) -> pathlib.Path:
     """A study as large as the paper's, and its report, written where there is no JAX."""
     root = tmp_path_factory.mktemp('study')
-    study(root, ALL, seeds=3, evaluations=60)
+    study(root, ALL, seeds=3, evaluations=50, like_paper=True)
     for run, name in (('singleadv_seed0', 'singleadv_seed0-doubleadv_seed0'),
                       ('ensemble2adv_seed0', 'members'),
                       ('ensemble2adv_seed1', 'members')):  # fmt: skip
@@ -144,9 +160,11 @@ def test_a_study_as_large_as_the_papers_gets_every_file(paper_study):
     page = html.unescape(read(paper_study, 'report.html'))
     for text in (
         '24, of 8 systems',
-        'digits, 100 of 360 test images',
-        'L-infinity, epsilon 0.15 (38.2/255)',
+        'cifar10, 100 of 10,000 test images',
+        'L-infinity, epsilon 0.03137 (8/255)',
+        "The paper's claims",
         'Ensemble4Adv − Ensemble2Adv: ',
+        "paper: the paper's own numbers",
         'Figure 4. Decision regions of SingleAdv, seed 0 and DoubleAdv, seed 0',
     ):
         assert text in page
@@ -164,7 +182,7 @@ def test_what_is_printed_is_the_first_table_and_where_the_report_is(paper_study)
 
 def test_the_csv_are_numbers(paper_study):
     for name in ('table1', 'differences', 'computation'):
-        rows = list(csv.DictReader(read(paper_study, f'{name}.csv').splitlines()))
+        rows = csv_rows(paper_study, name)
         assert rows
         assert all(None not in row for row in rows)
     # Ensemble2 is no more robust than DoubleAdv, and Separate2Adv the most robust of all.
@@ -172,7 +190,7 @@ def test_the_csv_are_numbers(paper_study):
     assert fronts['Ensemble2'] == ''
     assert fronts['Separate2Adv'].startswith('parameters; prediction; ')
     assert [float(row['parameters']) for row in rows[:3]] == [36e6, 72e6, 144e6]
-    rows = list(csv.DictReader(read(paper_study, 'table1.csv').splitlines()))
+    rows = csv_rows(paper_study, 'table1')
     mine = [
         row for row in rows
         if (row['table'], row['system'], row['attack'], row['reading'])
@@ -180,19 +198,19 @@ def test_the_csv_are_numbers(paper_study):
     ]  # fmt: skip
     assert [row['seed'] for row in mine] == ['0', '1', '2', 'all']
     for seed, row in enumerate(mine[:3]):
-        path = paper_study / f'singleadv_seed{seed}' / 'eval' / '6000.json'
+        path = paper_study / f'singleadv_seed{seed}' / 'eval' / f'{PAPER_STEPS}.json'
         assert float(row['accuracy']) == json.loads(path.read_text())['attacks'][0]['accuracy']
     mean = sum(float(row['accuracy']) for row in mine[:3]) / 3
     assert float(mine[3]['accuracy']) == pytest.approx(mean)
 
 
 def test_differences_agree_with_the_table(paper_study):
-    rows = list(csv.DictReader(read(paper_study, 'table1.csv').splitlines()))
+    rows = csv_rows(paper_study, 'table1')
     means = {
         (row['system'], row['attack']): 100 * float(row['accuracy']) for row in rows
         if (row['table'], row['seed'], row['reading']) == ('last_snapshot', 'all', 'worst iterate')
     }  # fmt: skip
-    found = list(csv.DictReader(read(paper_study, 'differences.csv').splitlines()))
+    found = csv_rows(paper_study, 'differences')
     assert len(found) == 6 * 8 * 7 / 2
     for row in found:
         expected = means[row['first'], row['attack']] - means[row['second'], row['attack']]
@@ -210,7 +228,14 @@ def test_a_quick_study(tmp_path):
     study(tmp_path, QUICK, seeds=1, evaluations=2)
     page = write_report(tmp_path)
     assert written(tmp_path) == TABLES | COMPARISONS | figure('2a', '2b', '2c', '_examples')
-    assert page.count('too little data') >= 4
+    # It is of other data and networks: nothing of the paper's stands beside it, but what it is of
+    # its own does.
+    for text in ('too little data', "The paper's claims", '<span class="tag">paper</span>'):
+        assert text not in page
+    assert "Without the paper's numbers and claims for Baseline, SingleAdv, " in page
+    assert 'data.name digits, not cifar10; epsilon 0.15, not 0.03137; ' in page
+    assert 'paper' not in {row['reading'] for row in csv_rows(tmp_path, 'table1')}
+    assert {row['first'] for row in csv_rows(tmp_path, 'differences')} >= {'Ensemble2Adv'}
     assert 'Averaged over 2 evaluations' in page
 
 
@@ -283,6 +308,18 @@ def test_examples_other_than_the_first_systems_are_left_out(tmp_path):
 
 
 @pytest.mark.usefixtures('quick')
+@pytest.mark.parametrize('channels, said', [(1, False), (2, True), (3, False), (5, True)])
+def test_images_of_unusual_channels_are_said_to_be_drawn_in_grey(tmp_path, channels, said):
+    run = one_run(tmp_path)
+    report_runs.write_examples(run, run_config(), 40, channels=channels)
+    images = np.full((1, 8, 8, channels), 99, np.uint8)
+    plane_files.write(epath.Path(run) / 'planes' / 'members.npz', planes()._replace(images=images))
+    sentence = f'Images have {channels} channels: the mean of these is drawn, in grey.'
+    # Below the examples, and below the planes.
+    assert write_report(tmp_path).count(sentence) == (2 if said else 0)
+
+
+@pytest.mark.usefixtures('quick')
 @pytest.mark.parametrize('content', [b'damaged', None])
 def test_damaged_examples_are_left_out(tmp_path, content):
     run = one_run(tmp_path)
@@ -352,7 +389,7 @@ def test_names_of_any_kind(tmp_path):
     path = report.write(epath.Path(tmp_path))
     assert '<b>x' not in path.read_text()
     assert config.system in html.unescape(path.read_text())
-    rows = list(csv.DictReader(read(tmp_path, 'table1.csv').splitlines()))
+    rows = csv_rows(tmp_path, 'table1')
     assert {row['system'] for row in rows} == {'Baseline', config.system}
     assert r'\$y\_1\$ \& 50 \%' in read(tmp_path, 'table1.tex')
     columns = read(tmp_path, 'table1.md').split('\n')[2].replace(r'\|', '').count('|')

@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 from etils import epath
-from report_runs import N, run_config, write_ledger, write_run
+from report_runs import (
+    CIFAR10,
+    DIGITS,
+    PAPER_STEPS,
+    N,
+    member,
+    paper_config,
+    run_config,
+    write_ledger,
+    write_run,
+)
 
 from ensadv import workdir
 from ensadv.report import findings, paper
@@ -34,15 +44,28 @@ def outcomes_of(root) -> findings.Outcomes:
     return findings.read_outcomes(collection)
 
 
+def write_paper(root, system: str, *counts: int, dataset=CIFAR10, **changes) -> None:
+    """Writes runs of the paper's system, of these numbers of correct examples."""
+    for seed, count in enumerate(counts):
+        config = paper_config(system, seed=seed, **changes)
+        outcomes = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': correct(count)}
+        step = config.train.steps
+        write_run(root / f'{system}{seed}', config, {step: outcomes}, dataset=dataset)
+
+
 def verdicts(root) -> list[findings.Verdict]:
     return findings.judge_claims(outcomes_of(root))
 
 
+def left_out(root) -> list[str]:
+    return paper.left_out(collect(epath.Path(root), paper.SYSTEMS).systems)
+
+
 def test_each_claim_of_the_paper_is_judged(tmp_path):
-    write(tmp_path, 'singleadv', 30, 31, 32)
-    write(tmp_path, 'doubleadv', 50, 51, 52)
-    write(tmp_path, 'ensemble2adv', 70, 71, 72)
-    write(tmp_path, 'separate2adv', 90, 91, 92)
+    write_paper(tmp_path, 'singleadv', 30, 31, 32)
+    write_paper(tmp_path, 'doubleadv', 50, 51, 52)
+    write_paper(tmp_path, 'ensemble2adv', 70, 71, 72)
+    write_paper(tmp_path, 'separate2adv', 90, 91, 92)
     over_single, over_double, over_separate, more = verdicts(tmp_path)
     assert over_single.verdict == over_double.verdict == PROVEN
     (text,) = over_single.details
@@ -56,7 +79,7 @@ def test_each_claim_of_the_paper_is_judged(tmp_path):
     # DoubleAdv is better than SingleAdv, but there is no Ensemble4Adv.
     assert more.verdict == TOO_LITTLE
     assert 'DoubleAdv − SingleAdv: +20.0 points' in more.details[0]
-    assert more.details[1] == 'Ensemble4Adv − Ensemble2Adv: no run of Ensemble4Adv.'
+    assert more.details[1] == "Ensemble4Adv − Ensemble2Adv: no run of the paper's Ensemble4Adv."
 
 
 @pytest.mark.parametrize(
@@ -68,13 +91,13 @@ def test_that_more_parameters_help_needs_both_pairs(tmp_path, wider, more_member
         'singleadv': 30, 'doubleadv': wider, 'ensemble2adv': 69, 'ensemble4adv': more_members,
     }  # fmt: skip
     for system, count in counts.items():
-        write(tmp_path, system, count - 1, count, count + 1)
+        write_paper(tmp_path, system, count - 1, count, count + 1)
     assert verdicts(tmp_path)[3].verdict == verdict
 
 
 def test_equal_systems_support_nothing_and_are_no_opposite(tmp_path):
-    write(tmp_path, 'singleadv', 50, 51, 52)
-    write(tmp_path, 'ensemble2adv', 50, 51, 52)
+    write_paper(tmp_path, 'singleadv', 50, 51, 52)
+    write_paper(tmp_path, 'ensemble2adv', 50, 51, 52)
     claim = verdicts(tmp_path)[0]
     assert claim.verdict == NOT_PROVEN
     assert '+0.0 points (−' in claim.details[0]
@@ -82,8 +105,8 @@ def test_equal_systems_support_nothing_and_are_no_opposite(tmp_path):
 
 
 def test_two_seeds_are_too_little_however_large_the_difference(tmp_path):
-    write(tmp_path, 'singleadv', 10, 11)
-    write(tmp_path, 'ensemble2adv', 90, 91, 92)
+    write_paper(tmp_path, 'singleadv', 10, 11)
+    write_paper(tmp_path, 'ensemble2adv', 90, 91, 92)
     claim = verdicts(tmp_path)[0]
     assert claim.verdict == TOO_LITTLE
     assert '+80.5 points' in claim.details[0]
@@ -93,13 +116,89 @@ def test_two_seeds_are_too_little_however_large_the_difference(tmp_path):
 
 def test_without_an_attack_there_is_no_claim(tmp_path):
     for system in ('singleadv', 'ensemble2adv'):
-        config = run_config(system, eval__attacks=('clean',), eval__long_attacks=())
-        write_run(tmp_path / system, config, {40: {'clean': 0.9}})
+        config = paper_config(system, eval__attacks=('clean',), eval__long_attacks=())
+        write_run(tmp_path / system, config, {PAPER_STEPS: {'clean': 0.9}}, dataset=CIFAR10)
     found = outcomes_of(tmp_path)
     assert found.strongest is None
     claims = findings.judge_claims(found)
     assert [claim.verdict for claim in claims] == 4 * [TOO_LITTLE]
     assert claims[0].details == ['Ensemble2Adv − SingleAdv: no attack that all runs have.']
+
+
+OTHERS = [
+    ({'dataset': DIGITS}, 'data.name digits, not cifar10'),
+    ({'dataset': CIFAR10 | {'name': 'cifar100'}}, 'data.name cifar100, not cifar10'),
+    ({'epsilon': 4 / 255}, 'epsilon 0.01569, not 0.03137'),
+    ({'model__depth': 16}, 'model.depth 16, not 28'),
+    ({'model__width': 4}, 'model.width 4, not 10'),
+    ({'model__name': 'vgg'}, 'model.name vgg, not wide_resnet'),
+    ({'ensemble__size': 3}, 'ensemble.size 3, not '),
+    ({'train__adversarial_weight': 0.5}, 'train.adversarial_weight 0.5, not 1'),
+]
+SHORTER = [
+    ({'train__steps': 300}, 'train.steps 300, not 500,000'),
+    ({'train__batch_size': 64}, 'train.batch_size 64, not 128'),
+    ({'train__learning_rate_steps': (9,)}, 'train.learning_rate_steps (9), not (30,000, 60,000, '),
+    ({'attack__steps': 3}, 'attack.steps 3, not 7'),
+]
+
+
+@pytest.mark.parametrize('changes, reason', [*OTHERS, *SHORTER])
+def test_of_other_systems_no_claim_is_judged(tmp_path, changes, reason):
+    for system, first in (('singleadv', 10), ('ensemble2adv', 90)):
+        write_paper(tmp_path, system, first, **changes)
+    assert verdicts(tmp_path) == []
+    (sentence,) = left_out(tmp_path)
+    claims_alone = (changes, reason) in SHORTER
+    assert sentence.startswith(
+        "Without the paper's claims for SingleAdv, Ensemble2Adv, which were not trained as the"
+        if claims_alone
+        else "Without the paper's numbers and claims for SingleAdv, Ensemble2Adv, which are not the"
+    )
+    assert reason in sentence
+    # What a study of one's own wants is there.
+    (difference,) = findings.differences(outcomes_of(tmp_path), 'pgd20')
+    assert (difference.first, difference.points) == ('Ensemble2Adv', pytest.approx(80))
+
+
+def test_what_the_systems_wrote_down_is_the_papers(tmp_path):
+    """The configs of configs/ are the paper's systems, and so are ensembles of their runs."""
+    systems = [name.lower() for name in paper.SYSTEMS]
+    for system in systems:
+        write_paper(tmp_path, system, 50)
+    assert left_out(tmp_path) == []
+    members = [tmp_path / 'singleadv0', tmp_path / 'doubleadv0']
+    outcomes = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5}
+    for name, of in (('same', [members[0]] * 2), ('mixed', members)):
+        config = paper_config('separate2adv')
+        write_run(tmp_path / name / 'e', config, {PAPER_STEPS: outcomes}, dataset=CIFAR10,
+                  members=[member(path) for path in of])  # fmt: skip
+    assert left_out(tmp_path / 'same') == []
+    (sentence,) = left_out(tmp_path / 'mixed')
+    assert sentence.endswith("which are not the paper's: model.width 15, not 10.")
+
+
+def test_a_claim_about_a_system_that_is_not_the_papers_is_not_judged(tmp_path):
+    for system in ('singleadv', 'ensemble2adv'):
+        write_paper(tmp_path, system, 30, 31, 32)
+    write_paper(tmp_path, 'doubleadv', 10, 11, 12, model__width=20)
+    claims = verdicts(tmp_path)
+    assert [claim.verdict for claim in claims] == [NOT_PROVEN, *3 * [TOO_LITTLE]]
+    assert claims[1].details == ["Ensemble2Adv − DoubleAdv: no run of the paper's DoubleAdv."]
+    (sentence,) = left_out(tmp_path)
+    assert sentence == (
+        "Without the paper's numbers and claims for DoubleAdv, which are not the paper's: "
+        'model.width 20, not 15.'
+    )
+
+
+def test_one_system_is_no_claim_and_ones_own_is_not_left_out(tmp_path):
+    write_paper(tmp_path, 'singleadv', 30, 31, 32)
+    assert verdicts(tmp_path) == []
+    config = run_config()
+    config.system = 'Mine'
+    write_run(tmp_path / 'own' / 'mine', config, {40: {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5}})
+    assert left_out(tmp_path / 'own') == []
 
 
 def test_the_attack_with_the_most_steps_that_all_runs_have_decides(tmp_path):

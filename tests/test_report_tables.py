@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 from etils import epath
-from report_runs import DIGITS, OPERATIONS, run_config, write_ensemble, write_run
+from report_runs import (
+    CIFAR10,
+    DIGITS,
+    OPERATIONS,
+    PAPER_STEPS,
+    paper_config,
+    run_config,
+    write_ensemble,
+    write_run,
+)
 
 from ensadv.report import computation, paper, table1
 from ensadv.report.collect import collect
@@ -266,29 +275,59 @@ def test_a_last_iterate_that_is_not_known(tmp_path, change):
     assert not found.csv('last_snapshot', attack='pgd500', reading='last iterate')
 
 
-def test_the_papers_numbers_stand_beside_ours(tmp_path):
-    write(tmp_path, {40: LAST})
-    write(tmp_path, {40: LAST}, 'separate2adv')
+def write_paper(root, system: str, dataset=CIFAR10, **changes) -> None:
+    config = paper_config(system, **changes)
+    write_run(root / system, config, {config.train.steps: LAST}, dataset=dataset)
+
+
+def test_the_papers_numbers_stand_beside_those_of_its_systems(tmp_path):
+    for system in ('singleadv', 'separate2adv'):
+        write_paper(tmp_path, system)
     found = Report(tmp_path)
     assert found.cell('table1a', 'PGD20', kind='paper') == '43'
     assert found.cell('table1b', 'PGD20', kind='paper') == '45'
     assert found.cell('table1c', 'PGD500', kind='paper') == '44'
     assert found.cell('table1c', 'PGD500', 'Separate2Adv', 'paper') == '47'
     assert found.cell('table1a', 'PGD20', 'Separate2Adv', 'paper') is None
-    told = 'Ours are not to be compared with them: digits, epsilon 0.15, WRN-10-1, 40 steps.'
-    assert told in found.notes('table1a')
+    assert 'by the last iterate' in found.notes('table1a')
+    assert 'not trained as' not in found.notes('table1a')
     (row,) = found.csv('table1c', system='SingleAdv', attack='pgd500', reading='paper')
     assert (row['accuracy'], row['seeds'], row['n']) == ('0.44', '3', '10000')
 
 
-def test_on_the_papers_data_they_are_to_be_compared(tmp_path):
-    fields = {'data__name': 'cifar10', 'model__depth': 28, 'model__width': 10}
-    config = run_config(**fields, epsilon=8 / 255, train__steps=500_000)
-    dataset = DIGITS | {'name': 'cifar10'}
-    write_run(tmp_path / 'a', config, {500_000: LAST}, dataset=dataset)
+@pytest.mark.parametrize(
+    'changes',
+    [{'dataset': DIGITS}, {'epsilon': 0.05}, {'model__depth': 10}, {'model__width': 2}],
+    ids=str,
+)
+def test_they_do_not_stand_beside_anything_else(tmp_path, changes):
+    write_paper(tmp_path, 'singleadv', **changes)
     found = Report(tmp_path)
-    assert 'not to be compared' not in found.notes('table1a')
-    assert 'by the last iterate' in found.notes('table1a')
+    for table, attack in (('table1a', 'PGD20'), ('table1b', 'PGD20'), ('table1c', 'PGD500')):
+        assert found.cell(table, attack) is not None
+        assert found.cell(table, attack, kind='paper') is None
+        assert not found.csv(table, reading='paper')
+        assert 'paper:' not in found.notes(table)
+
+
+def test_a_system_of_ones_own_has_none_beside_those_that_have(tmp_path):
+    write_paper(tmp_path, 'singleadv')
+    write_paper(tmp_path, 'doubleadv', model__width=4)
+    config = paper_config('baseline')
+    config.system = 'Mine'
+    write_run(tmp_path / 'mine', config, {PAPER_STEPS: LAST}, dataset=CIFAR10)
+    found = Report(tmp_path)
+    assert found.cell('table1a', 'PGD20', kind='paper') == '43'
+    assert found.cell('table1a', 'PGD20', 'DoubleAdv', 'paper') is None
+    assert found.cell('table1a', 'PGD20', 'Mine', 'paper') is None
+
+
+def test_other_training_is_told_beside_the_papers_numbers(tmp_path):
+    write_paper(tmp_path, 'singleadv', train__steps=100_000)
+    found = Report(tmp_path)
+    assert found.cell('table1a', 'PGD20', kind='paper') == '43'
+    told = "Ours were not trained as the paper's: train.steps 100,000, not 500,000."
+    assert told in found.notes('table1a')
 
 
 def test_an_ensemble_of_best_snapshots_is_not_said_to_be_unselected(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from ensadv.report import paper
 from ensadv.report.collect import Collection
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
@@ -19,7 +20,12 @@ def class_names(run: Run) -> Sequence[str]:
 
 def all_of_it(collection: Collection) -> list[str]:
     """Returns how the numbers were made, a sentence each."""
-    return [*training(collection), *settings(collection), *machines(collection)]
+    return [
+        *training(collection),
+        *settings(collection),
+        *machines(collection),
+        *paper.left_out(collection.systems),
+    ]
 
 
 _SHOWN = (

@@ -106,22 +106,22 @@ def _training(run: Run, ignore: tuple[str, ...]) -> dict[str, Any]:
 
     Those of an ensemble of runs are its members'.
     """
-    trained = _trained(run, ignore)
+    each = trained(run, ignore)
     if not run.members:
-        return trained[0]
+        return each[0]
     group = run.config['ensemble']
     settings = {
         'an ensemble of runs': True,
         'ensemble.combine': group['combine'],
         'ensemble.members_snapshot': group['members_snapshot'],
     }
-    for i, kept in enumerate(trained):
+    for i, kept in enumerate(each):
         settings |= {f'member {i}: {field}': value for field, value in kept.items()}
     return settings
 
 
-def _trained(run: Run, ignore: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Returns the settings by which a run, or each of its members, was trained."""
+def trained(run: Run, ignore: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Returns the settings by which a run, or each of its members, was trained, flat."""
     if not run.members:
         return [_kept(run.config, ignore) | {'train.steps': run.steps}]
     # The step of a member's best snapshot is no setting.
@@ -157,7 +157,7 @@ def twice(runs: Sequence[Run]) -> dict[Run, str]:
 def notes_on(runs: Sequence[Run]) -> list[str]:
     """Returns in what systems differ that should be the same, and what was left out of series."""
     notes = []
-    settings = [(run.system, each) for run in runs for each in _trained(run, _OF_A_SYSTEM)]
+    settings = [(run.system, each) for run in runs for each in trained(run, _OF_A_SYSTEM)]
     for field in dict.fromkeys(field for _, found in settings for field in found):
         values = [(system, json.dumps(found.get(field))) for system, found in settings]
         usual = _most_frequent(value for _, value in values)

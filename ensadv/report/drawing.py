@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from ensadv import workdir
 
 COLUMN, PAGE = 3.3, 6.8  # widths in inches
+LETTER, BOLD_LETTER = 0.057, 0.068  # and those of a letter
 _DPI = 200
 SOLID, DASHED, DASHDOT, DOTTED = '-', (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2))
 GREY = '#555555'
@@ -150,8 +151,18 @@ def new_figure(width: float, height: float, layout: str = 'constrained') -> Figu
 
 def legend_columns(labels: Collection[str], width: float, most: int) -> int:
     """Returns how many columns of a legend fit into a width in inches."""
-    column = 0.38 + 0.055 * max(map(len, labels), default=0)  # handle and spaces; a letter
-    return max(1, min(most, int(width / column)))
+    return max(1, min(most, int(width / legend_width(labels))))
+
+
+def legend_width(labels: Collection[str]) -> float:
+    """Returns how wide a column of a legend is, in inches."""
+    return 0.38 + LETTER * max(map(len, labels), default=0)  # a handle and spaces
+
+
+def shortened(text: str, width: float) -> str:
+    """Returns a text that fits into a width in inches, its end left out if need be."""
+    letters = max(2, int(width / LETTER))
+    return text if len(text) <= letters else f'{text[: letters - 1]}…'
 
 
 def fix_layout(figure: Figure) -> Figure:

@@ -11,7 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
 from matplotlib.transforms import Bbox
 
 from ensadv.analysis import Band
@@ -30,6 +37,7 @@ from ensadv.report.drawing import (
 )
 
 FEW_EVALUATIONS = 20  # a curve of no more says so
+_LONGEST_LABEL = 44  # letters in a line of a label of two systems
 
 
 class AttackCurve(NamedTuple):
@@ -67,8 +75,7 @@ def over_training(bands: Mapping[str, Band], points: Mapping[str, int], *, attac
     columns = legend_columns(labels.values(), COLUMN, 2)
     figure = new_figure(COLUMN, 2.3 + 0.14 * math.ceil(len(bands) / columns))
     axes = figure.add_subplot()
-    longest = max((band.steps[-1] for band in bands.values() if len(band.steps)), default=0)
-    unit, words = (1000, 'training steps (thousands)') if longest >= 1e4 else (1, 'training steps')
+    unit, words = _training_axis(axes, [step for band in bands.values() for step in band.steps])
     for i, (system, style) in enumerate(styles(bands).items()):
         band = bands[system]
         few = points[system] <= FEW_EVALUATIONS
@@ -95,6 +102,21 @@ def over_training(bands: Mapping[str, Band], points: Mapping[str, int], *, attac
     title = '(in brackets: number of evaluations)' if short else None
     figure.legend(loc='outside lower center', ncols=columns, title=title)
     return fix_layout(figure)
+
+
+def _training_axis(axes: Axes, steps: Sequence[float]) -> tuple[int, str]:
+    """Puts ticks at whole numbers of the unit of training steps; returns the unit, and its words.
+
+    A single step gets the one tick.
+    """
+    first, last = min(steps, default=0), max(steps, default=0)
+    thousands = last >= 1e4 and not 0 < last - first < 4e3
+    unit, words = (1000, 'training steps (thousands)') if thousands else (1, 'training steps')
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    if steps and first == last:
+        axes.xaxis.set_major_locator(FixedLocator([first / unit]))
+    axes.xaxis.set_major_formatter(_PLAIN)
+    return unit, words
 
 
 def _label(system: str, band: Band, evaluations: int) -> str:
@@ -131,11 +153,16 @@ def over_attack_steps(curves: Mapping[str, AttackCurve], *, attack: str) -> Figu
             if len(values) > 1:
                 low, high = values.min(axis=0), values.max(axis=0)
                 axes.fill_between(steps, low, high, color=style.color, alpha=0.13, lw=0)
-            axes.plot(steps, values.mean(axis=0), color=style.color, markevery=0.08, **drawn)
+            # A share of a line's length is for lines, and not for a single point.
+            every = 0.08 if len(steps) > 1 else None
+            axes.plot(steps, values.mean(axis=0), color=style.color, markevery=every, **drawn)
     _label_accuracy(axes, attack)
     axes.set_xlabel(f'{attack} steps')
-    _log_axis(axes, (1, 2, 5))
+    last = max(int(curve.steps[-1]) for curve in curves.values())
+    _log_axis(axes, FixedLocator(_attack_ticks(last)))
     axes.margins(x=0.02)
+    if last == 1:
+        axes.set_xlim(0.5, 2)
     figure.legend(loc='outside lower center', ncols=columns)
     kinds = []
     for what, field, drawn in (
@@ -150,18 +177,48 @@ def over_attack_steps(curves: Mapping[str, AttackCurve], *, attack: str) -> Figu
     return fix_layout(figure)
 
 
+def _attack_ticks(last: int) -> list[int]:
+    """Returns the steps that get ticks: 1, 2, 5, 10, ..., or 1, 10, 100, ..., and the last one.
+
+    What is so near to the last that the two would touch is left out.
+    """
+    multiples = (1, 2, 5) if last <= 1000 else (1,)
+    ticks = [m * 10**power for power in range(len(str(last))) for m in multiples]
+    return [tick for tick in ticks if tick < last**0.92] + [last]
+
+
 def _label_accuracy(axes: Axes, attack: str) -> None:
     axes.set_ylabel(f'robust accuracy, {attack} (%)')
-    # Half a line's width below 0 and above 100, and no more.
+    _limit_accuracy(axes, 0.02)  # half a line's width
+
+
+def _limit_accuracy(axes: Axes, beyond: float) -> None:
+    """Limits the y axis to 0 to 100, and to this share of its length beyond, without ticks."""
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -2), min(high, 102))
+    low, high = _widened((max(low, 0), min(high, 100)), 4)
+    shift = max(-low, 0) - max(high - 100, 0)  # back into 0 to 100
+    low, high = low + shift, high + shift
+    axes.set_ylim(low, high)
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
+    edge = beyond * (high - low)
+    axes.set_ylim(low - edge * (low == 0), high + edge * (high == 100))
 
 
-def _log_axis(axes: Axes, multiples: Sequence[float]) -> None:
-    """Makes the x axis logarithmic, with plain numbers at these multiples of powers of ten."""
+def _widened(limits: tuple[float, float], least: float) -> tuple[float, float]:
+    """Returns an axis's limits, this far apart or more: equal numbers have no range."""
+    low, high = limits
+    wanting = max(least - (high - low), 0) / 2
+    return low - wanting, high + wanting
+
+
+_PLAIN = FuncFormatter(lambda value, _: f'{value:,.10g}')
+
+
+def _log_axis(axes: Axes, ticks: Locator) -> None:
+    """Makes the x axis logarithmic, with plain numbers at these ticks."""
     axes.set_xscale('log')
-    axes.xaxis.set_major_locator(LogLocator(subs=multiples, numticks=50))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.10g}'))
+    axes.xaxis.set_major_locator(ticks)
+    axes.xaxis.set_major_formatter(_PLAIN)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -185,14 +242,14 @@ def computation(
       costs: one to four kinds; a cost that is not a positive number is not drawn.
       accuracy: by system, mean, lowest and highest (or an interval's ends) in 0..1.
     """
-    columns = 2 if len(costs) == 4 else len(costs)
+    columns = min(len(costs), 2)  # three side by side have no room for the names
     rows = math.ceil(len(costs) / columns)
     figure = new_figure(COLUMN if columns == 1 else PAGE, 2.3 * rows + 0.25)
     panels = []
     for i, panel in enumerate(costs):
         axes = figure.add_subplot(rows, columns, i + 1)
         panels.append((axes, panel, _draw_costs(axes, panel, accuracy)))
-        axes.set_xlabel(textwrap.fill(panel.label, 34 if columns == 3 else 48))
+        axes.set_xlabel(textwrap.fill(panel.label, 48))
         if i % columns == 0:
             axes.set_ylabel('robust accuracy (%)')
     marks = [
@@ -233,9 +290,9 @@ def _draw_costs(
     span = max(math.log(most / least), 0.5)
     left, right = least * math.exp(-0.15 * span), most * math.exp(0.35 * span)
     axes.set_xlim(left, right)
-    _log_axis(axes, _multiples(left, right))
+    _log_axis(axes, LogLocator(subs=_multiples(left, right), numticks=50))
     axes.margins(y=0.16)
-    axes.set_ylim(max(axes.get_ylim()[0], -4))
+    _limit_accuracy(axes, 0.05)
     if steps := _front(panel, accuracy, drawn):
         # What the costliest system reaches, so does more computation.
         x, y = zip(*steps, (axes.get_xlim()[1], steps[-1][1]), strict=True)
@@ -310,7 +367,7 @@ def _badness(
     outside = _area(box) - _area(Bbox.intersection(box, inside))
     own, *theirs = (np.hypot(*(np.clip(xy, box.p0, box.p1) - xy)) for xy in (point, *rivals))
     elsewhere = 3 * _area(box) if own > 1.5 * min(theirs, default=np.inf) else 0
-    return covered + 10 * outside + elsewhere + 15 * own
+    return covered + 10 * outside + elsewhere + 5 * own
 
 
 def _area(box: Bbox | None) -> float:
@@ -349,7 +406,9 @@ def differences(rows: Sequence[tuple[str, float, float, float]], *, attack: str)
         where there is no interval. The marker is filled where the interval leaves zero out.
       attack: its name.
     """
-    figure = new_figure(PAGE, 0.17 * len(rows) + 0.55)
+    labels = ['\n'.join(textwrap.wrap(label, _LONGEST_LABEL)) for label, *_ in rows]
+    lines = max((label.count('\n') + 1 for label in labels), default=1)
+    figure = new_figure(PAGE, (0.05 + 0.12 * lines) * len(rows) + 0.55)
     axes = figure.add_subplot()
     axes.axvline(0, color='black', lw=0.7)
     for i, (_, value, low, high) in enumerate(rows):
@@ -361,7 +420,8 @@ def differences(rows: Sequence[tuple[str, float, float, float]], *, attack: str)
         number = f'{value:+5.1f}'.replace(' ', '\N{FIGURE SPACE}')
         text = (number + interval).replace('-', '\N{MINUS SIGN}')
         axes.text(1.01, i, text, transform=axes.get_yaxis_transform(), va='center_baseline')
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.set_xlim(_widened(axes.get_xlim(), 2))
+    axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis='y', length=0)
     axes.spines['left'].set_visible(False)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ensadv import selection, significance
 from ensadv.errors import UserError
+from ensadv.report import paper
 from ensadv.report.collect import Collection
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
@@ -261,26 +262,42 @@ def _signed(points: float) -> str:
 def judge_claims(outcomes: Outcomes, notes: Sequence[str] = ()) -> list[Verdict]:
     """Returns what the data say of each of the paper's claims.
 
+    A claim is what the paper says of its systems, and nothing else: where no two of those that it
+    compares are here, with its data, epsilon, networks and training, no claim is judged.
+
     Args:
       outcomes: of all systems.
       notes: of these, those that begin with the name of a claim's system are among its details.
     """
+    its = {
+        system
+        for system, runs in outcomes.systems.items()
+        if not paper.unlike(runs) and not paper.trained_otherwise(runs)
+    }
+    if not any(its.issuperset(pair) for pairs in CLAIMS.values() for pair in pairs):
+        return []
     verdicts = []
     for claim, pairs in CLAIMS.items():
-        verdict = _judge(claim, pairs, outcomes)
+        verdict = _judge(claim, pairs, outcomes, its)
         systems = {system for pair in pairs for system in pair}
         mine = [note for note in notes if note.split(' ', 1)[0] in systems]
         verdicts.append(verdict._replace(details=[*verdict.details, *mine]))
     return verdicts
 
 
-def _judge(claim: str, pairs: Sequence[tuple[str, str]], outcomes: Outcomes) -> Verdict:
-    """A claim is supported if the interval of each of its pairs lies above 0."""
+def _judge(
+    claim: str, pairs: Sequence[tuple[str, str]], outcomes: Outcomes, its: set[str]
+) -> Verdict:
+    """A claim is supported if the interval of each of its pairs, of `its`, lies above 0."""
     details, enough, above = [], True, True
     for first, second in pairs:
-        missing = [name for name in (first, second) if name not in outcomes.systems]
+        missing = [name for name in (first, second) if name not in its]
         if missing or outcomes.strongest is None:
-            what = f'run of {" or ".join(missing)}' if missing else 'attack that all runs have'
+            what = (
+                f"run of the paper's {' or '.join(missing)}"
+                if missing
+                else 'attack that all runs have'
+            )
             details.append(f'{first} − {second}: no {what}.')
             enough = False
             continue

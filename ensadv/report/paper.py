@@ -5,17 +5,50 @@ Table 1: accuracies on CIFAR-10's test set, epsilon 8/255, WRN-28-10, three seed
 last iterates. Separate2Adv is in Table 1c alone.
 """
 
-DATASET, EPSILON, STEPS = 'cifar10', 8 / 255, 500_000
-SYSTEMS = (
-    'Baseline',
-    'Ensemble2',
-    'Ensemble4',
-    'SingleAdv',
-    'DoubleAdv',
-    'Ensemble2Adv',
-    'Ensemble4Adv',
-    'Separate2Adv',
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ensadv import config as config_lib
+from ensadv.report import comparable
+from ensadv.report.run import Run
+
+# What all its systems are, by config field, and in what each is another.
+_COMMON = {
+    'data.name': 'cifar10',
+    'epsilon': 8 / 255,
+    'model.name': 'wide_resnet',
+    'model.depth': 28,
+    'model.width': 10,
+    'ensemble.size': 1,
+    'train.adversarial_weight': 1.0,
+}
+_CLEAN = {'train.adversarial_weight': 0.0}
+_OF_TWO, _OF_FOUR = (
+    {'ensemble.size': size, 'ensemble.combine': 'probs', 'ensemble.training': 'joint'}
+    for size in (2, 4)
 )
+_OWN = {
+    'Baseline': _CLEAN,
+    'Ensemble2': _OF_TWO | _CLEAN,
+    'Ensemble4': _OF_FOUR | _CLEAN,
+    'SingleAdv': {},
+    'DoubleAdv': {'model.width': 15},
+    'Ensemble2Adv': _OF_TWO,
+    'Ensemble4Adv': _OF_FOUR,
+    'Separate2Adv': _OF_TWO | {'ensemble.training': 'separate'},
+}
+SYSTEMS = tuple(_OWN)
+# How they were trained, as far as the paper says it.
+_TRAINING = {
+    'train.steps': 500_000,
+    'train.batch_size': 128,
+    'train.learning_rate': 0.1,
+    'train.learning_rate_steps': [30_000, 60_000, 90_000],
+    'train.learning_rate_factor': 0.2,
+    'train.momentum': 0.9,
+}
+_ATTACK = {'attack.name': 'ifgsm', 'attack.steps': 7}
 
 _COLUMNS = ('clean', 'ifgsm5', 'pgd5', 'pgd20', 'blackbox')
 
@@ -56,3 +89,88 @@ TABLE_1C = {
     'Ensemble2Adv': {'ifgsm500': 0.55, 'pgd500': 0.52},
     'Separate2Adv': {'ifgsm500': 0.49, 'pgd500': 0.47},
 }
+
+
+def unlike(runs: Sequence[Run]) -> list[str]:
+    """Returns in what a system's runs are not the paper's system of that name.
+
+    With other data, epsilon, networks or members they are something else, and the paper's numbers
+    are no measure of them. None are of the paper's if it has no system of that name.
+    """
+    system = runs[0].system
+    return _differences(runs, _COMMON | _OWN[system]) if system in _OWN else ['system']
+
+
+def trained_otherwise(runs: Sequence[Run]) -> list[str]:
+    """Returns in what a system's runs were not trained as the paper's were."""
+    attacked = runs[0].config['train']['adversarial_weight']
+    return _differences(runs, _TRAINING | (_ATTACK if attacked else {}))
+
+
+def left_out(systems: Mapping[str, Sequence[Run]]) -> list[str]:
+    """Returns of which of the paper's systems there are runs but not its own numbers or claims.
+
+    Args:
+      systems: runs by system.
+
+    Returns:
+      Sentences that say why.
+    """
+    mine = {system: runs for system, runs in systems.items() if system in SYSTEMS}
+    others = {system: found for system, runs in mine.items() if (found := unlike(runs))}
+    shorter = {
+        system: found
+        for system, runs in mine.items()
+        if system not in others and (found := trained_otherwise(runs))
+    }
+    return [
+        f"Without {what} for {', '.join(reasons)}, which {why} the paper's: {_joined(reasons)}."
+        for what, why, reasons in (
+            ("the paper's numbers and claims", 'are not', others),
+            ("the paper's claims", 'were not trained as', shorter),
+        )
+        if reasons
+    ]
+
+
+def _joined(reasons: Mapping[str, Sequence[str]]) -> str:
+    """Returns reasons, each once, and of which systems it is one where that is not all."""
+    texts = []
+    for reason in dict.fromkeys(reason for found in reasons.values() for reason in found):
+        of = [system for system, found in reasons.items() if reason in found]
+        texts.append(reason if len(of) == len(reasons) else f'{reason} ({", ".join(of)})')
+    return '; '.join(texts)
+
+
+def _differences(runs: Sequence[Run], expected: Mapping[str, Any]) -> list[str]:
+    """Returns the fields that are not as expected, each as 'train.steps 40, not 500,000'."""
+    found = [settings for run in runs for settings in _settings(run)]
+    texts = [
+        f'{field} {_text(settings.get(field))}, not {_text(value)}'
+        for settings in found
+        for field, value in expected.items()
+        if not _same(settings.get(field), value)
+    ]
+    return list(dict.fromkeys(texts))
+
+
+def _settings(run: Run) -> list[dict[str, Any]]:
+    """Returns the settings, flat, of a run or of each of its members."""
+    own = config_lib.flatten(run.config)
+    shared = {field: own[field] for field in own if field.startswith('ensemble.')}
+    shared |= {'epsilon': own['epsilon'], 'data.name': run.record['dataset']['name']}
+    return [each | shared for each in comparable.trained(run)]
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, float) and isinstance(found, float | int):
+        return math.isclose(found, expected, rel_tol=1e-3)
+    return found == expected
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f'({", ".join(map(_text, value))})'
+    if isinstance(value, float):
+        return f'{value:.4g}'
+    return f'{value:,}' if isinstance(value, int) else str(value)

@@ -15,14 +15,18 @@ from matplotlib.patheffects import withStroke
 
 from ensadv import planes as planes_lib
 from ensadv.report.drawing import (
+    BOLD_LETTER,
     COLUMN,
     GREY,
+    LETTER,
     PAGE,
     RIGHT,
     WRONG,
     in_style,
     legend_columns,
+    legend_width,
     new_figure,
+    shortened,
 )
 
 # Tol's light scheme and a purple: dots and arrows show on all of them, and none is near dark grey.
@@ -33,6 +37,15 @@ _CLASS_COLORS = (
 _VOID_COLOR = '#444444'
 _ATTACK_COLOR = '#CC0000'
 _CASED = [withStroke(linewidth=2.0, foreground=_VOID_COLOR)]  # of a light line
+# In inches: an image's longer side, between two of a system, between systems; a line of text.
+_SIDE, _BETWEEN, _GAP, _LINE = 0.66, 0.05, 0.13, 0.13
+
+
+def in_grey(channels: int) -> str:
+    """Returns a sentence that says how images of so many channels are drawn; '' if as they are."""
+    if channels in (1, 3):
+        return ''
+    return f'Images have {channels} channels: the mean of these is drawn, in grey.'
 
 
 class ExampleColumn(NamedTuple):
@@ -64,7 +77,7 @@ def examples(
     More than four systems are drawn in several blocks, one beneath another.
 
     Args:
-      clean: uint8 [m, H, W, C]; grey unless C is 3.
+      clean: uint8 [m, H, W, C]; unless C is 3, the mean of the channels is drawn, in grey.
       labels: int [m].
       columns: by system.
       epsilon: the threat model's, for pixels in [0, 1]; perturbations are magnified so that
@@ -73,72 +86,80 @@ def examples(
       class_names: by class; None: numbers.
     """
     across = math.ceil(len(columns) / math.ceil(len(columns) / 4))
-    # In inches: an image, the gap between systems, headings and the lines below an image.
-    side, gap, head, foot = 0.69, 0.12, 0.45, 0.31
-    height = math.ceil(len(columns) / across) * (head + len(clean) * (side + foot))
-    figure = new_figure(0.1 + side + across * (gap + 2 * side), height, layout='none')
+    m, *size, channels = clean.shape
+    tall = _SIDE * min(1, size[0] / size[1])
+    pair = 2 * _SIDE + _BETWEEN
+    width = 0.1 + _SIDE + across * (_GAP + pair)
+    headings = {
+        system: textwrap.wrap(system, int((pair + _GAP) / BOLD_LETTER)) for system in columns
+    }
+    # Above the images of a block, and below each.
+    head = 0.32 + _LINE * max(map(len, headings.values()))
+    foot = 0.31
+    notes = textwrap.wrap(in_grey(channels), int(width / LETTER))
+    height = math.ceil(len(columns) / across) * (head + m * (tall + foot)) + _LINE * len(notes)
+    figure = new_figure(width, height, layout='none')
     top = 0.0
     for start in range(0, len(columns), across):
         block = list(columns)[start : start + across]
         top += head
-        for i in range(len(clean)):
-            axes = _add_axes(figure, 0.05, top, side)
+        for i in range(m):
+            axes = _add_axes(figure, 0.05, top, _SIDE, tall)
             _draw_image(axes, clean[i])
-            _write_below(axes, 0.5, [(_class_name(labels[i], class_names), 'black')])
-            pairs = []
-            for c, system in enumerate(block):
-                left = 0.05 + side + gap + c * (2 * side + gap)
-                pairs.append([_add_axes(figure, left + k * side, top, side) for k in (0, 1)])
-                _draw_example(
-                    pairs[c], columns[system], i, clean[i], labels[i], epsilon, class_names
-                )
+            name = shortened(_class_name(labels[i], class_names), _SIDE + 0.1)
+            _write_below(axes, 0.05 + _SIDE / 2, top + tall, [(name, 'black')])
             if i == 0:
                 axes.set_title('image')
-                _write_headings(pairs, block, attack, epsilon)
-            top += side + foot
+            for c, system in enumerate(block):
+                left = 0.05 + _SIDE + _GAP + c * (pair + _GAP)
+                places = (left, left + _SIDE + _BETWEEN)
+                panels = [_add_axes(figure, place, top, _SIDE, tall) for place in places]
+                _draw_example(panels, columns[system], i, clean[i], epsilon)
+                lines = _predictions(columns[system], i, labels[i], class_names, pair)
+                _write_below(panels[0], left + pair / 2, top + tall, lines)
+                if i == 0:
+                    panels[0].set_title(f'adversarial\n({attack})')
+                    panels[1].set_title(f'perturbation\n×{0.5 / epsilon:.2g}')
+                    heading = '\n'.join(headings[system])
+                    at = (left + pair / 2, top - 0.29)
+                    _write(panels[0], at, heading, va='bottom', weight='bold')
+            top += tall + foot
+    figure.text(0.05 / width, 0.03 / height, '\n'.join(notes), va='bottom')
     return figure
 
 
-def _write_headings(
-    pairs: Sequence[Sequence[Axes]], systems: Sequence[str], attack: str, epsilon: float
-) -> None:
-    """Names the systems above their pairs of panels, and what the panels are."""
-    for pair, system in zip(pairs, systems, strict=True):
-        pair[0].set_title(f'adversarial\n({attack})')
-        pair[1].set_title(f'perturbation\n×{0.5 / epsilon:.2g}')
-        _write_beside(pair[0], (1, 1), 21, system, va='bottom', weight='bold')
-
-
 def _draw_example(
-    pair: Sequence[Axes],
-    column: ExampleColumn,
-    i: int,
-    clean: np.ndarray,
-    label: int,
-    epsilon: float,
-    names: Sequence[str] | None,
+    panels: Sequence[Axes], column: ExampleColumn, i: int, clean: np.ndarray, epsilon: float
 ) -> None:
-    """Draws a system's i-th adversarial example and what it changed, and the predictions."""
+    """Draws a system's i-th adversarial example and what it changed."""
     adversarial = column.adversarial[i]
-    _draw_image(pair[0], adversarial)
-    _draw_image(pair[1], 0.5 + 0.5 / epsilon * (adversarial - clean / np.float32(255)))
+    _draw_image(panels[0], adversarial)
+    _draw_image(panels[1], 0.5 + 0.5 / epsilon * (adversarial - clean / np.float32(255)))
+
+
+def _predictions(
+    column: ExampleColumn, i: int, label: int, names: Sequence[str] | None, width: float
+) -> list[tuple[str, str]]:
+    """Returns (text, colour) of a system's predictions before and after the attack."""
     lines = []
     for arrow, probs in (('', column.clean_probs[i]), ('→ ', column.adversarial_probs[i])):
         predicted = int(np.argmax(probs))
         mark, color = _verdict(predicted, label)
-        name = _class_name(predicted, names)
-        lines.append((f'{arrow}{mark} {name} ({100 * probs[predicted]:.0f} %)', color))
-    _write_below(pair[0], 1, lines)
+        share = f'({100 * probs[predicted]:.0f} %)'
+        # Signs, spaces and the share take the width of a dozen letters.
+        name = shortened(_class_name(predicted, names), width + _GAP - 12 * LETTER)
+        lines.append((f'{arrow}{mark} {name} {share}', color))
+    return lines
 
 
-def _add_axes(figure: Figure, left: float, top: float, side: float) -> Axes:
-    """Adds a square panel, at inches from the left and the top of the figure."""
+def _add_axes(figure: Figure, left: float, top: float, wide: float, tall: float) -> Axes:
+    """Adds a panel, at inches from the left and the top of the figure, in inches."""
     width, height = figure.get_size_inches()
-    return figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+    return figure.add_axes((left / width, 1 - (top + tall) / height, wide / width, tall / height))
 
 
 def _draw_image(axes: Axes, image: np.ndarray) -> None:
-    """Draws an image [H, W, C], uint8 or float in [0, 1]; it is grey unless C is 3."""
+    """Draws an image [H, W, C], uint8 or float in [0, 1]; see `in_grey`."""
     if image.dtype == np.uint8:
         image = image / np.float32(255)
     if image.shape[-1] != 3:
@@ -151,16 +172,17 @@ def _draw_image(axes: Axes, image: np.ndarray) -> None:
         spine.set(visible=True, linewidth=0.4, color=GREY)
 
 
-def _write_below(axes: Axes, x: float, lines: Sequence[tuple[str, str]]) -> None:
-    """Writes lines of (text, colour) below a panel, centred at x in widths of it."""
+def _write_below(axes: Axes, x: float, top: float, lines: Sequence[tuple[str, str]]) -> None:
+    """Writes lines of (text, colour) below a panel's end, centred at x, in inches."""
     for i, (text, color) in enumerate(lines):
-        _write_beside(axes, (x, 0), -2 - 8.5 * i, text, va='top', color=color)
+        _write(axes, (x, top + 0.03 + 0.12 * i), text, va='top', color=color)
 
 
-def _write_beside(axes: Axes, at: tuple[float, float], points: float, text: str, **how) -> None:
-    """Writes a line so many points above a place, which is in shares of the panel's sides."""
-    options = {'xycoords': 'axes fraction', 'textcoords': 'offset points', 'ha': 'center'}
-    axes.annotate(text, at, (0, points), **options, **how)
+def _write(axes: Axes, at: tuple[float, float], text: str, **how) -> None:
+    """Writes a text of a panel, centred at inches from the left and the top of the figure."""
+    width, height = axes.figure.get_size_inches()
+    place = (at[0] / width, 1 - at[1] / height)
+    axes.annotate(text, place, xycoords='figure fraction', ha='center', **how)
 
 
 def _class_name(number: int, names: Sequence[str] | None) -> str:
@@ -186,8 +208,11 @@ def planes(planes: planes_lib.Planes) -> Figure:
     # In inches: labels and ticks on the left, between columns, between rows, images on top.
     margin, gap, below, thumb = 0.65, 0.3, 0.36, 0.55
     side = max(0.8, min(1.9, (PAGE - margin - 0.1 + gap) / m - gap))
+    models = [_model_label(name, side + below) for name in planes.names]
+    margin += 0.14 * max(max(label.count('\n') for label in models) - 1, 0)
     needed = margin + m * (side + gap) - gap + 0.1
-    width = max(COLUMN, needed)
+    symbols = legend_width([symbol.get_label() for symbol in _plane_symbols(planes)])
+    width = max(COLUMN, needed, min(symbols, PAGE))
     names = planes.record.get('class_names')
     colors = _class_colors(planes)
     head = 0.35 + thumb + 0.25
@@ -196,17 +221,30 @@ def planes(planes: planes_lib.Planes) -> Figure:
     figure = new_figure(width, panels + beneath.height, layout='none')
     for i in range(m):
         left = margin + (width - needed) / 2 + i * (side + gap)
-        axes = _add_axes(figure, left + (side - thumb) / 2, 0.35, thumb)
+        axes = _add_axes(figure, left + (side - thumb) / 2, 0.35, thumb, thumb)
         _draw_image(axes, planes.images[i])
-        axes.set_title(f'test image {planes.places[i]}\n{_class_name(planes.labels[i], names)}')
+        name = shortened(_class_label(planes.labels[i], names), side + gap)
+        axes.set_title(f'test image {planes.places[i]}\n{name}')
         for r in range(rows):
-            axes = _add_axes(figure, left, head + r * (side + below), side)
+            axes = _add_axes(figure, left, head + r * (side + below), side, side)
             _draw_plane(axes, planes, i, r, colors)
             if i == 0:
-                axes.set_ylabel(planes.names[r].replace(', ', '\n'), weight='bold')
+                axes.set_ylabel(models[r], weight='bold')
                 axes.yaxis.set_label_coords(-0.32 / side, 0.5)
     beneath.write(figure, panels - 0.14)
     return figure
+
+
+def _model_label(name: str, width: float) -> str:
+    """Returns a model's name in lines of this width in inches: what it is, and the seed."""
+    letters = int(width / BOLD_LETTER)
+    return '\n'.join(line for part in name.split(', ') for line in textwrap.wrap(part, letters))
+
+
+def _class_label(number: int, names: Sequence[str] | None) -> str:
+    """Returns a class's name; of one that has but a number, which alone could be anything."""
+    name = _class_name(number, names)
+    return f'class {name}' if name == str(number) else name
 
 
 class _Beneath:
@@ -219,10 +257,12 @@ class _Beneath:
             for handles, most in ((_class_patches(planes, colors), 6), (_plane_symbols(planes), 2))
         ]
         noted = zip(planes.places, planes.notes, strict=True)
-        notes = [f'Test image {place}: {note}' for place, note in noted if note]
-        self._notes = [line for note in notes for line in textwrap.wrap(note, int(17 * width))]
+        notes = [in_grey(planes.images.shape[-1])]
+        notes += [f'Test image {place}: {note}' for place, note in noted if note]
+        letters = int(width / LETTER)
+        self._notes = [line for note in notes for line in textwrap.wrap(note, letters)]
         rows = sum(math.ceil(len(handles) / columns) for handles, columns in self._legends)
-        self.height = 0.25 + 0.15 * rows + (0.06 + 0.13 * len(self._notes) if notes else 0)
+        self.height = 0.25 + 0.15 * rows + (0.06 + _LINE * len(self._notes) if self._notes else 0)
 
     def write(self, figure: Figure, top: float) -> None:
         """Writes it, from so many inches below the figure's top."""
@@ -235,7 +275,7 @@ class _Beneath:
             figure.legend(handles=handles, ncols=columns, loc='upper center', bbox_to_anchor=place)
             top += 0.15 * math.ceil(len(handles) / columns) + 0.06
         for i, line in enumerate(self._notes):
-            figure.text(0.1 / width, 1 - (top + 0.06 + 0.13 * i) / height, line, va='top')
+            figure.text(0.1 / width, 1 - (top + 0.06 + _LINE * i) / height, line, va='top')
 
 
 def _draw_plane(
@@ -294,7 +334,7 @@ def _class_patches(planes: planes_lib.Planes, colors: Mapping[int, str]) -> list
     """Returns the legend of the classes that occur."""
     names = planes.record.get('class_names')
     patches = [
-        Patch(facecolor=color, label=_class_name(c, names) if names else f'class {c}')
+        Patch(facecolor=color, label=_class_label(c, names))
         for c, color in colors.items()
         if c != planes_lib.VOID
     ]

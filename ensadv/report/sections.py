@@ -51,8 +51,8 @@ class Writer:
 
 
 def claims(outcomes: findings.Outcomes, notes: Sequence[str]) -> page.Section:
-    """The paper's claims; nothing where there is no run."""
-    verdicts = findings.judge_claims(outcomes, notes) if outcomes.systems else []
+    """The paper's claims; nothing where none can be judged."""
+    verdicts = findings.judge_claims(outcomes, notes)
     blocks = [page.Claim(each.claim, each.verdict, each.details) for each in verdicts]
     if blocks:
         text = (
@@ -240,6 +240,7 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
     caption = (
         f'The first test images, the worst point that {attack} found for each system at its last '
         f'snapshot, and the perturbation (magnified). Not chosen: the first of the test split.'
+        f'{_in_grey(found["image"])}'
     )
     alt = 'Test images, adversarial images and perturbations, with predictions before and after'
     blocks: list[Any] = [writer.figure('figure_examples', figure, caption, alt)]
@@ -299,10 +300,17 @@ def decision_planes(collection: Collection, writer: Writer) -> page.Section:
                 f'Figure 4. Decision regions of {" and ".join(planes.names)} on the plane through '
                 f'each image and the adversarial examples of {" and ".join(planes.attacked)}. '
                 'Light outline: the permitted region; dark grey: pixels outside of [0, 1].'
+                f'{_in_grey(planes.images)}'
             )
             alt = 'Decision regions of models on planes in image space'
             blocks.append(writer.figure(name, pictures.planes(planes), caption, alt))
     return page.Section('Decision planes', 'planes', blocks)
+
+
+def _in_grey(images: np.ndarray) -> str:
+    """Returns how images [m, H, W, C] are drawn if not as they are, as a sentence of a caption."""
+    sentence = pictures.in_grey(images.shape[-1])
+    return f' {sentence}' if sentence else ''
 
 
 def how_made(collection: Collection) -> page.Section:

@@ -195,13 +195,14 @@ def _numbers(
         if shows_last:
             cells = (_cell(mine, attack, 'last') for attack in attacks)
             rows.append(Row(('last iterate', '', '', *cells, ''), 'secondary'))
-        if set(attacks) & set(papers.get(system, ())):
-            cells = (_paper(papers[system].get(attack)) for attack in attacks)
+        of_paper = {} if paper.unlike(runs) else papers.get(system, {})
+        if set(attacks) & set(of_paper):
+            cells = (_paper(of_paper.get(attack)) for attack in attacks)
             rows.append(Row(('paper', '', '', *cells, '3'), 'paper'))
         for attack in attacks:
             csv_rows += _csv_rows(name, system, runs, values, attack)
-            if attack in papers.get(system, {}):
-                csv_rows.append(_csv_paper(name, system, attack, papers[system][attack]))
+            if attack in of_paper:
+                csv_rows.append(_csv_paper(name, system, attack, of_paper[attack]))
     header = ('system', 'members', 'parameters', *map(attack_name, attacks), 'seeds')
     shown = {mark for mark in '*†' if any(mark in cell for row in rows for cell in row.cells[3:])}
     marks = [_MARK] if '*' in shown else []
@@ -273,39 +274,15 @@ def _csv_paper(table: str, system: str, attack: str, accuracy: float) -> tuple[A
 
 
 def _paper_notes(collection: Collection, rows: Sequence[Row]) -> list[str]:
-    """Returns what the paper's numbers are, and where ours are of something else."""
+    """Returns what the paper's numbers are, and where ours were trained otherwise."""
     if not any(row.kind == 'paper' for row in rows):
         return []
-    text = (
-        "paper: the paper's own numbers, by the last iterate; WRN-28-10 (DoubleAdv: WRN-28-15), "
-        'CIFAR-10, epsilon 8/255, 500,000 steps'
-    )
-    if others := _not_as_in_the_paper(collection):
-        text += f'. Ours are not to be compared with them: {", ".join(others)}'
-    return [f'{text}.']
-
-
-_ARCHITECTURES = {'wide_resnet': 'WRN', 'vgg': 'VGG'}
-
-
-def _not_as_in_the_paper(collection: Collection) -> list[str]:
-    """Returns in what our runs of the paper's systems are not the paper's."""
-    others = []
-    config = collection.runs[0].config
-    if (name := collection.runs[0].record['dataset']['name']) != paper.DATASET:
-        others.append(name)
-    if not math.isclose(config['epsilon'], paper.EPSILON, rel_tol=1e-3):
-        others.append(f'epsilon {config["epsilon"]:.4g}')
-    runs = [run for run in collection.runs if run.system in paper.SYSTEMS]
-    trained = [(run, m['config']) for run in runs for m in run.members or [{'config': run.config}]]
-    for run, stored in trained:
-        model = stored['model']
-        width = 15 if run.system == 'DoubleAdv' else 10
-        if (model['name'], model['depth'], model['width']) != ('wide_resnet', 28, width):
-            others.append(f'{_ARCHITECTURES[model["name"]]}-{model["depth"]}-{model["width"]}')
-    if (steps := {run.steps for run in runs}) != {paper.STEPS}:
-        others.append(f'{_span(sorted(steps))} steps')
-    return list(dict.fromkeys(others))
+    notes = ["paper: the paper's own numbers, by the last iterate."]
+    its = [runs for runs in collection.systems.values() if not paper.unlike(runs)]
+    others = dict.fromkeys(text for runs in its for text in paper.trained_otherwise(runs))
+    if others:
+        notes.append(f"Ours were not trained as the paper's: {'; '.join(others)}.")
+    return notes
 
 
 def _span(numbers: Sequence[int]) -> str:
