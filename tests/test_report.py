@@ -280,6 +280,9 @@ def test_a_runs_own_workdir_is_a_root(tmp_path):
     one_run(tmp_path, 'a run')
     page = write_report(tmp_path / 'a run')
     assert '1, of 1 systems' in page
+    # One evaluation is no line over training, and no axes are drawn for it.
+    assert not written(tmp_path / 'a run') & figure('2a', '2b')
+    assert 'Over training' not in page
     # The report is no run, and does not hinder the next one.
     write_report(tmp_path / 'a run')
 

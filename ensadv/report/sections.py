@@ -72,7 +72,7 @@ def accuracy(numbers: Sequence[table1.Numbers], notes: Sequence[str]) -> page.Se
 
 
 def over_training(collection: Collection, writer: Writer) -> page.Section:
-    """Figures 2a and 2b, of whatever attacks are there."""
+    """Figures 2a and 2b, of whatever attacks are there; of one evaluation each there is no line."""
     short = [n for n in collection.attacks if any(n in run.wanted for run in collection.runs)]
     attacks = []
     if strongest := selection.strongest(short):
@@ -86,6 +86,8 @@ def over_training(collection: Collection, writer: Writer) -> page.Section:
             if series:
                 bands[system] = analysis.average_over_seeds(series)
                 points[system] = min(len(steps) for steps, _ in series)
+        if all(len(band.steps) < 2 for band in bands.values()):
+            continue
         caption = (
             f'Figure {name[-2:]}. Robust accuracy under {attack_name(attack)} over training, at '
             'the worst iterate. Outliers replaced, series interpolated to 1,000 common steps, '
