@@ -138,6 +138,16 @@ def test_ticks_of_attack_steps_are_whole_and_apart(last, expected):
     assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
+def test_a_long_name_of_an_attack_stays_within_the_figure():
+    attack = 'PGD20 (loss=margin, restarts=10)'
+    figure = figures.over_training({'A': band([1, 2], [0.1, 0.2])}, {'A': 2}, attack=attack)
+    label = figure.axes[0].yaxis.label
+    assert label.get_text().replace('\n', ' ') == f'robust accuracy, {attack} (%)'
+    box = label.get_window_extent()
+    assert figure.bbox.x0 <= box.x0
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+
+
 def test_an_attack_of_one_step_is_a_point_that_is_seen():
     one = AttackCurve(np.array([1]), np.array([[0.5]]), np.array([[0.5]]), 100, 10)
     figure = figures.over_attack_steps({'A': one}, attack='PGD')

@@ -188,7 +188,8 @@ def _attack_ticks(last: int) -> list[int]:
 
 
 def _label_accuracy(axes: Axes, attack: str) -> None:
-    axes.set_ylabel(f'robust accuracy, {attack} (%)')
+    # An attack's settings may be part of its name.
+    axes.set_ylabel(textwrap.fill(f'robust accuracy, {attack} (%)', 30))
     _limit_accuracy(axes, 0.02)  # half a line's width
 
 
