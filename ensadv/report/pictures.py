@@ -87,7 +87,7 @@ def examples(
     """
     across = math.ceil(len(columns) / math.ceil(len(columns) / 4))
     m, *size, channels = clean.shape
-    tall = _SIDE * min(1, size[0] / size[1])
+    tall = _SIDE * np.clip(size[0] / size[1], 0.1, 1)
     pair = 2 * _SIDE + _BETWEEN
     width = 0.1 + _SIDE + across * (_GAP + pair)
     headings = {
