@@ -322,6 +322,17 @@ def test_a_system_of_ones_own_has_none_beside_those_that_have(tmp_path):
     assert found.cell('table1a', 'PGD20', 'Mine', 'paper') is None
 
 
+@pytest.mark.parametrize('change', [{'loss': 'margin'}, {'restarts': 5}])
+def test_the_papers_attacks_have_one_start_and_climb_the_cross_entropy(tmp_path, change):
+    changes = {f'eval__pgd__{field}': value for field, value in change.items()}
+    write_paper(tmp_path, 'singleadv', **changes)
+    found = Report(tmp_path)
+    assert found.cell('table1a', 'IFGSM5', kind='paper') == '55'
+    assert found.cell('table1a', 'PGD20', kind='paper') == '-'
+    assert found.cell('table1c', 'PGD500', kind='paper') is None
+    assert not found.csv('table1a', attack='pgd20', reading='paper')
+
+
 def test_other_training_is_told_beside_the_papers_numbers(tmp_path):
     write_paper(tmp_path, 'singleadv', train__steps=100_000)
     found = Report(tmp_path)

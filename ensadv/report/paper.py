@@ -107,6 +107,12 @@ def trained_otherwise(runs: Sequence[Run]) -> list[str]:
     return _differences(runs, _TRAINING | (_ATTACK if attacked else {}))
 
 
+def is_its_attack(settings: Mapping[str, Any]) -> bool:
+    """Returns whether an attack may be the paper's of that name, by its settings in a result."""
+    loss, restarts = settings.get('loss', 'cross_entropy'), settings.get('restarts', 1)
+    return loss == 'cross_entropy' and restarts == 1
+
+
 def left_out(systems: Mapping[str, Sequence[Run]]) -> list[str]:
     """Returns of which of the paper's systems there are runs but not its own numbers or claims.
 

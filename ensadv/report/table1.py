@@ -195,8 +195,8 @@ def _numbers(
         if shows_last:
             cells = (_cell(mine, attack, 'last') for attack in attacks)
             rows.append(Row(('last iterate', '', '', *cells, ''), 'secondary'))
-        of_paper = {} if paper.unlike(runs) else papers.get(system, {})
-        if set(attacks) & set(of_paper):
+        of_paper = _of_paper(papers.get(system, {}), runs, attacks)
+        if of_paper:
             cells = (_paper(of_paper.get(attack)) for attack in attacks)
             rows.append(Row(('paper', '', '', *cells, '3'), 'paper'))
         for attack in attacks:
@@ -234,6 +234,18 @@ def _cell(values: Sequence[Mapping[str, Value]], attack: str, reading: str = 'ac
     if reading == 'last' and any(value.last_n < value.n for value in there):
         text += '†'
     return text if len(numbers) == len(values) else f'{text} ({len(numbers)} of {len(values)})'
+
+
+def _of_paper(
+    numbers: Mapping[str, float], runs: Sequence[Run], attacks: Sequence[str]
+) -> dict[str, float]:
+    """Returns the paper's numbers of a system, by attack, where ours can stand beside them."""
+    if paper.unlike(runs):
+        return {}
+    steps = [(run, step) for run in runs for step in (run.steps, run.best) if step is not None]
+    results = [found for run, step in steps for found in run.attacks(step).items()]
+    others = {name for name, result in results if not paper.is_its_attack(result['settings'])}
+    return {name: numbers[name] for name in attacks if name in numbers and name not in others}
 
 
 def _paper(accuracy: float | None) -> str:
@@ -277,7 +289,10 @@ def _paper_notes(collection: Collection, rows: Sequence[Row]) -> list[str]:
     """Returns what the paper's numbers are, and where ours were trained otherwise."""
     if not any(row.kind == 'paper' for row in rows):
         return []
-    notes = ["paper: the paper's own numbers, by the last iterate."]
+    notes = [
+        "paper: the paper's own numbers, by the last iterate of one start that climbs the "
+        'cross-entropy.'
+    ]
     its = [runs for runs in collection.systems.values() if not paper.unlike(runs)]
     others = dict.fromkeys(text for runs in its for text in paper.trained_otherwise(runs))
     if others:
