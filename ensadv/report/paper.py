@@ -1,4 +1,4 @@
-"""What the paper reports: its systems, in its order, and the numbers of its Table 1.
+"""What the paper reports, its systems and the numbers of its Table 1, and which runs are of them.
 
 "Strength in Numbers: Trading-off Robustness and Computation via Adversarially-Trained Ensembles",
 Table 1: accuracies on CIFAR-10's test set, epsilon 8/255, WRN-28-10, three seeds, by the attacks'
