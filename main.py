@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 import ensadv
 from configs import default
-from ensadv import command_line, stopping, workdir
+from ensadv import command_line, stopping, switches, workdir
 from ensadv import config as config_lib
 from ensadv.command_line import fail
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
@@ -147,6 +147,7 @@ def run(mode: str) -> None:
         report_writer()(command_line.workdir_path(to_write=True))
         return
     config = command_line.config()
+    switches.pin()
     if config.eval.blackbox_path:
         # A run keeps it, and may go on in another directory.
         config.eval.blackbox_path = str(workdir.absolute(config.eval.blackbox_path))
@@ -166,6 +167,7 @@ def run(mode: str) -> None:
         command = {'mode': mode, 'workdir': str(path), 'version': ensadv.__version__}
         resolved = config_lib.to_dict(config.copy_and_resolve_references())
         parallel.check_same('the command', command | {'config': resolved})
+        parallel.check_same('XLA_FLAGS or a switch of JAX', switches.of(switches.recorded()))
         compute(mode, config, path)
 
 

@@ -50,7 +50,7 @@ from etils import epath
 
 from benchmarks import machine, peer_pytorch
 from configs import default
-from ensadv import attacks, build, checkpoints, ensemble, losses, workdir
+from ensadv import attacks, build, checkpoints, ensemble, losses, prng, workdir
 from ensadv.errors import UserError
 
 ALLOWED_POINTS = 0.5  # our robust accuracy over the best of theirs, at most
@@ -117,7 +117,7 @@ def load(args):
     if not snapshots.steps():
         raise UserError(f'--workdir={args.workdir}: no snapshot yet')
     step = snapshots.steps()[-1]
-    like = jax.eval_shape(lambda: ensemble.init(model, jax.random.key(0), k, shape))
+    like = jax.eval_shape(lambda: ensemble.init(model, prng.key(0), k, shape))
     variables = jax.tree.map(jnp.asarray, jax.device_get(snapshots.restore(step, like)))
     snapshots.close()
     n = min(args.n, len(dataset.label_test))
@@ -165,9 +165,7 @@ class Ours:
 
     def __init__(self, run, seed):
         self._run = run
-        self._keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(
-            jnp.arange(len(run.x))
-        )
+        self._keys = jax.vmap(partial(jax.random.fold_in, prng.key(seed)))(jnp.arange(len(run.x)))
         self._compiled = {}
 
     def _call(self, name, compute, num_steps):

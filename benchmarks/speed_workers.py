@@ -35,7 +35,7 @@ if __name__ != '__main__' or sys.argv[1:2] != ['main_py']:
 
     from benchmarks import adversarial_step, speed_attacks
     from benchmarks.speed_attacks import timed
-    from ensadv import costs
+    from ensadv import costs, prng
     from ensadv.errors import UserError
 
 
@@ -227,7 +227,7 @@ def matrix_peak(size=8192, repeats=5, device='gpu'):
 
 
 def _keys(n):
-    return jax.random.split(jax.random.key(0), n)
+    return jax.random.split(prng.key(0), n)
 
 
 def main_py(counts, arguments):

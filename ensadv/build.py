@@ -1,7 +1,6 @@
 """From config values to the core's objects, for the jobs."""
 
 import importlib.metadata
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +13,19 @@ import optax
 from ml_collections import ConfigDict
 
 import ensadv
-from ensadv import attacks, conv, data, ensemble, optim, parallel, parts, transfer
+from ensadv import (
+    attacks,
+    conv,
+    data,
+    ensemble,
+    losses,
+    optim,
+    parallel,
+    parts,
+    prng,
+    switches,
+    transfer,
+)
 from ensadv.config import parse_attack
 from ensadv.errors import ConfigError
 from ensadv.models.gated import Gated
@@ -36,16 +47,27 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the devices, packages' versions and XLA's flags that this process computes with."""
+    """Returns the devices, packages' versions and switches that this process computes with."""
     devices = jax.devices()
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
         'devices': {'count': len(devices), 'kind': devices[0].device_kind},
         'versions': {'ensadv': ensadv.__version__, **versions},
-        # They decide which kernels compute, and with them the last digits of every number.
-        'xla_flags': os.environ.get('XLA_FLAGS', ''),
+        **switches.recorded(),
     }
+
+
+def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns 'name: before -> now' for each thing in which two sessions' environments differ."""
+
+    def flat(session):
+        devices = {'devices': f'{session["devices"]["count"]} x {session["devices"]["kind"]}'}
+        return devices | session['versions'] | switches.of(session)
+
+    old, new = flat(before), flat(now)
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return [f'{name}: {old.get(name, "none")} -> {new.get(name, "none")}' for name in names]
 
 
 def dataset(config: ConfigDict) -> data.Dataset:
@@ -111,7 +133,7 @@ def network(config: ConfigDict, dataset: Mapping[str, Any]) -> ensemble.Network:
     return ensemble.Network(
         partial(ensemble.apply, module),
         config.ensemble.combine,
-        jax.eval_shape(lambda: ensemble.init(module, jax.random.key(0), k, shape)),
+        jax.eval_shape(lambda: ensemble.init(module, prng.key(0), k, shape)),
         images_at_a_time(config),
     )
 
@@ -161,7 +183,8 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
         epsilon=config.epsilon,
         start_from=attack.start,
         sigma=attack.sigma,
-        loss=attack.loss,
+        # The network gives log-probabilities.
+        loss=losses.LOSSES[attack.loss],
     )
     if attack.batch_norm == 'batch':  # the images' statistics are of all of them
         return of_batch

@@ -63,6 +63,8 @@ LOSSES = ('cross_entropy', 'margin')
 SCHEDULES = ('constant', 'linear', 'cosine')
 SPLITS = ('test', 'validation')
 DTYPES = ('float32', 'bfloat16')
+# JAX's name of what makes random numbers of a key. No field: a seed means the same in every run.
+PRNG = 'threefry2x32'
 
 
 def nearest(found: str, allowed: Iterable[str]) -> str:
@@ -102,6 +104,11 @@ def parse_attack(name: str, field: str = 'eval.attacks') -> tuple[str, int]:
             f"steps up to {MAX_ATTACK_STEPS}, as in --config.eval.attacks=\"('clean', 'pgd20')\""
         )
     return kind, int(digits)
+
+
+def starts_differ(start: str, sigma: float | None) -> bool:
+    """Returns whether restarts of an attack begin at different points: else one is enough."""
+    return start != 'none' and not (start == 'gaussian' and sigma == 0)
 
 
 def validate(config: ConfigDict) -> None:
@@ -231,6 +238,14 @@ def _validate_evaluation(config: ConfigDict) -> None:
         _attack_group(config, f'eval.{kind}')
         _one_of(config, f'eval.{kind}.schedule', SCHEDULES)
         _integer(config, f'eval.{kind}.restarts', 1)
+        start, sigma, restarts = group[kind].start, group[kind].sigma, group[kind].restarts
+        if restarts > 1 and not starts_differ(start, sigma):
+            sigma = f', eval.{kind}.sigma' * (start == 'gaussian')
+            found = f'{start}{" and 0" if sigma else ""}'
+            raise ConfigError(
+                f'eval.{kind}.restarts: {restarts} of them would be equal with eval.{kind}.start'
+                f'{sigma}: {found}; expected 1, or start=uniform, or start=gaussian with sigma > 0'
+            )
     attacks, long_attacks = tuple(group.attacks), tuple(group.long_attacks)
     for name in attacks:
         parse_attack(name)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ensadv import build, ensemble, losses
+from ensadv import build, ensemble, losses, prng
 
 
 class Operations(NamedTuple):
@@ -75,7 +75,7 @@ def _of_one_member(
     model: nn.Module, combine: str, image_shape: tuple[int, ...]
 ) -> tuple[float, float, float]:
     """Returns one member's operations of a prediction, of an attack's step, and of an update."""
-    variables = jax.eval_shape(lambda: ensemble.init(model, jax.random.key(0), 1, image_shape))
+    variables = jax.eval_shape(lambda: ensemble.init(model, prng.key(0), 1, image_shape))
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
 

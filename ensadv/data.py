@@ -329,7 +329,7 @@ def batch_indices(
     in each, and the batch depends on `key` and `step` alone.
 
     Args:
-        key: the run's `jax.random.key` for sampling, the same at every step.
+        key: the run's `prng.key` for sampling, the same at every step.
         step: int32 scalar, any from 0 up.
         positions: int32 [m], places 0..batch_size - 1 in the global batch.
         batch_size: of the global batch, at most `num_examples`.
@@ -371,7 +371,7 @@ def augment(keys: jax.Array, images: jax.Array, *, pad: int, flip: bool) -> jax.
     reflection does not repeat the border pixel.
 
     Args:
-        keys: `jax.random.key`s [B], one for each image, so that an image's augmentation does not
+        keys: `prng.key`s [B], one for each image, so that an image's augmentation does not
             depend on which others share its device.
         images: uint8 [B, H, W, C].
         pad: pixels on each side; 0 does not crop.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ensadv import build, costs, ensemble
+from ensadv import build, costs, ensemble, prng
 
 
 def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
@@ -41,7 +41,7 @@ def _shapes(config: ConfigDict, dataset: Mapping[str, Any]) -> tuple[Any, Any]:
     """Returns the network, and the shapes of all members' variables."""
     model = costs.one_device(config, dataset)
     shape, k = tuple(dataset['image_shape']), config.ensemble.size
-    return model, jax.eval_shape(lambda: ensemble.init(model, jax.random.key(0), k, shape))
+    return model, jax.eval_shape(lambda: ensemble.init(model, prng.key(0), k, shape))
 
 
 def _bytes(tree: Any) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ensadv import attacks, build, data, ensemble, losses, metrics, parallel, parts
+from ensadv import attacks, build, data, ensemble, losses, metrics, parallel, parts, prng
 
 REPACK_STEPS = 25  # steps after which, at the latest, fooled examples leave a long attack
 
@@ -396,7 +396,7 @@ def _member_batch(network, settings, variables, batch):
 
 def _keys(settings, places):
     """Returns each example's key: its place's, whatever the batch."""
-    key = jax.random.key(settings['seed'])
+    key = prng.key(settings['seed'])
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
 
 
@@ -436,7 +436,8 @@ def _advance_batch(network, settings, variables, num_steps, count, batch):
         step=build.attack_step(settings, num_steps),
         num_steps=count,
         epsilon=settings['epsilon'],
-        loss=settings['loss'],
+        # The network gives log-probabilities.
+        loss=losses.LOSSES[settings['loss']],
     )
 
 

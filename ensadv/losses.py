@@ -1,4 +1,4 @@
-"""What training descends and attacks climb, per example, from the ensemble's log-probabilities."""
+"""What training descends and attacks climb, per example, from an ensemble's log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -35,3 +35,8 @@ def negative_margin(log_probs: Array, labels: Array) -> Array:
 
 
 LOSSES = {'cross_entropy': cross_entropy, 'margin': negative_margin}
+# The same of log-probabilities and of logits, whose margin is that of their log-probabilities. What
+# has log-probabilities takes LOSSES: normalising them once more alters the last digits.
+LOSSES_OF_LOGITS = LOSSES | {
+    'cross_entropy': lambda logits, labels: cross_entropy(jax.nn.log_softmax(logits), labels)
+}

@@ -44,6 +44,9 @@ _OPERATIONS = (None, {'forward': float, 'train_step': float})  # older runs have
 _ENVIRONMENT = {
     'devices': {'count': _COUNT, 'kind': str},
     'versions': {'ensadv': str, 'jax': str},
+    # Older runs have no switches.
+    'xla_flags?': str,
+    'switches?': {},
 }
 
 # What a transfer set tells of a run that it was made from.

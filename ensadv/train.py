@@ -27,6 +27,7 @@ from ensadv import (
     metrics,
     nans,
     parallel,
+    prng,
     steps,
     stopping,
     workdir,
@@ -50,7 +51,7 @@ class Keys(NamedTuple):
 
 def run_keys(seed: int) -> Keys:
     """Returns the keys of the run with this seed."""
-    return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
+    return Keys(*jax.random.split(prng.key(seed), len(Keys._fields)))
 
 
 def learner_keys(config: ConfigDict) -> Keys:
@@ -314,6 +315,8 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
         step, state = saved.restore_newest(abstract) or (0, None)
         session = {'step': step, **build.environment(), 'command': sys.argv}
         if parallel.is_main():
+            if state is not None:
+                _warn_of_changes(workdir_path, session)
             workdir.write_record(workdir_path, config, facts, session)
         parallel.check_shared(workdir_path / 'config.json')
         if state is None:
@@ -433,6 +436,18 @@ def _loop(config, state, step, advance, log, writer) -> None:
                 stopping.stop()
             if any(due.values()):
                 interval = _Interval(step)
+
+
+def _warn_of_changes(workdir_path: epath.Path, session: Mapping[str, Any]) -> None:
+    """Warns if a run goes on in another environment than that of its last session."""
+    record = workdir.read_record(workdir_path)
+    if record and (changes := build.environment_changes(record['sessions'][-1], session)):
+        logging.warning(
+            '%s: goes on in another environment (%s): its numbers will differ from those of a run '
+            'that was not interrupted',
+            workdir_path,
+            '; '.join(changes),
+        )
 
 
 def _log_parameters(params: Any) -> None:

@@ -208,7 +208,7 @@ def write_record(
       workdir: the run's.
       config: its resolved config.
       facts: what stays true of the run, as its 'dataset'.
-      session: what holds from now on: 'step', 'devices', 'versions', 'xla_flags', 'command'.
+      session: what holds from now on: 'step', 'command' and `build.environment`.
         config.json has the list of all sessions.
     """
     sessions = (read_record(workdir) or {'sessions': []})['sessions']

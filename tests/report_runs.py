@@ -31,6 +31,7 @@ ENVIRONMENT = {
     'devices': {'count': 1, 'kind': 'cpu'},
     'versions': {'ensadv': '0.1.0', 'jax': '0.10.2'},
     'xla_flags': '',
+    'switches': {},
 }
 CURVE_STEPS = (1, 2, 5, 10)
 

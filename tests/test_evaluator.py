@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import attacks, build, conv, ensemble, evaluator, parallel, parts
+from ensadv import attacks, build, conv, ensemble, evaluator, losses, parallel, parts, prng
 
 # 17 test images, which divides by nothing: labels 0, 1, 2 come 5, 8 and 4 times.
 LABELS = np.array([0, 1, 2, 1, 1, 0, 2, 1, 0, 1, 1, 2, 0, 1, 2, 1, 0], np.int32)
@@ -186,13 +186,13 @@ def ripples(n=61):
 def worst_case(module, settings, images, labels):
     """The attack as one whole, on all examples as one batch."""
     network, variables = network_of(module, images.shape[1:])
-    key = jax.random.key(settings['seed'])
+    key = prng.key(settings['seed'])
     keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(len(labels)))
     return attacks.worst_case(
         lambda x: network.log_probs(variables, x), keys, images / np.float32(255), labels,
         step=build.attack_step(settings, settings['steps']), num_steps=settings['steps'],
         epsilon=settings['epsilon'], start_from=settings['start'], sigma=settings['sigma'],
-        restarts=settings['restarts'], loss=settings['loss'],
+        restarts=settings['restarts'], loss=losses.LOSSES[settings['loss']],
     )  # fmt: skip
 
 

@@ -376,6 +376,24 @@ def test_systems_trained_differently_are_told(tmp_path):
     ]
 
 
+def test_runs_made_with_other_switches_of_xla_and_jax_are_told(tmp_path):
+    sessions = {
+        'baseline': {'xla_flags': '--xla_dump_to=/tmp/y'},
+        'singleadv': {'xla_flags': '--xla_b --xla_a --xla_dump_to=/tmp/x'},
+        'doubleadv': {'xla_flags': ''},
+    }
+    for system, session in sessions.items():
+        write_run(tmp_path / system, run_config(system), {40: LAST}, session=session)
+    switch = {'correct': 0.5, 'switches': {'JAX_OPTIMIZATION_LEVEL': 'O1'}}
+    write(tmp_path, 'ensemble2adv', evaluations={40: LAST | {'pgd20': switch}})
+    assert collected(tmp_path).notes == [
+        'singleadv was trained with XLA_FLAGS=--xla_a --xla_b; most others with no switch set. '
+        'Its numbers differ by rounding at least.',
+        'ensemble2adv0 was evaluated with JAX_OPTIMIZATION_LEVEL=O1; most others with no switch '
+        'set. Its numbers differ by rounding at least.',
+    ]
+
+
 def test_evaluations_with_other_settings_than_the_last_are_left_out_of_series(tmp_path):
     old = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': {'correct': 0.9, 'settings': {'restarts': 2}}}
     write(tmp_path, evaluations={10: old, 20: old, 30: LAST | {'ifgsm5': 0.7}, 40: LAST})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ensadv import config as config_lib
+from ensadv import switches
 from ensadv.report.run import Run
 
 # What makes a system what it is; all else should be the same for all systems that are compared.
@@ -167,6 +168,7 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
             for system, value in others.items()
         ]
     notes += _notes_on_members(runs)
+    notes += _notes_on_switches(runs)
     for run in runs:
         for name in run.attacks(run.steps):
             there = [step for step in run.evaluations if name in run.attacks(step)]
@@ -177,6 +179,33 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
                     'other settings than the last one, and are left out of averages over training.'
                 )
     return notes
+
+
+def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
+    """Returns which runs were trained or evaluated with other switches of XLA and JAX than most."""
+    notes = []
+    records = {
+        'trained': {run: [] if run.members else run.record['sessions'] for run in runs},
+        'evaluated': {
+            run: [r for step in (run.steps, run.best) for r in run.attacks(step).values()]
+            for run in runs
+        },
+    }
+    for done, by_run in records.items():
+        found = {run: dict.fromkeys(map(_switches, by_run[run])) for run in runs}
+        usual = _most_frequent(one for each in found.values() for one in each)
+        notes += [
+            f'{run.name} was {done} with {" and with ".join(others)}; most others with {usual}. '
+            'Its numbers differ by rounding at least.'
+            for run, each in found.items()
+            if (others := [one for one in each if one != usual])
+        ]
+    return notes
+
+
+def _switches(record: Mapping[str, Any]) -> str:
+    texts = [f'{name}={value}' for name, value in switches.of(record).items()]
+    return ', '.join(texts) or 'no switch set'
 
 
 def _notes_on_members(runs: Sequence[Run]) -> list[str]:
