@@ -83,6 +83,7 @@ def source_configs(config: ConfigDict, systems_dir: epath.Path) -> dict[str, Con
 def _rounds(config: ConfigDict) -> list[dict[str, Any]]:
     """Returns the attacks' settings: the paper's, then ever more on whichever source stands."""
     group = config.blackbox
+    restarts = config_lib.starts_differ(group.start, group.sigma)
     return [
         {
             'attack': 'pgd',
@@ -93,7 +94,7 @@ def _rounds(config: ConfigDict) -> list[dict[str, Any]]:
             'schedule': 'cosine' if number else 'constant',
             'start': group.start,
             'sigma': group.sigma,
-            'restarts': number + 1,
+            'restarts': number + 1 if restarts else 1,
             'loss': 'best_margin' if number else 'mean_logits',
             'seed': group.seed + number,
         }

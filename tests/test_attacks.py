@@ -1,12 +1,14 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT, tiny_config
 
-from ensadv import attacks, losses
+from ensadv import attacks, build, losses, prng
 
 EPSILON = 0.1
 WEIGHTS = jax.random.normal(jax.random.key(0), (2 * 3 * 1, 2))
@@ -217,3 +219,147 @@ def test_pgd_goes_on_where_the_network_is_very_confident(gap):
 @pytest.mark.parametrize('gap', [75, 200])
 def test_a_gradient_too_faint_to_follow_is_none(gap):
     assert not attack_confident(gap).has_gradient.any()
+
+
+def logits(x):
+    """Five classes, and a summand that log-probabilities do not show: the same for all of them."""
+    z = x.reshape(len(x), -1) @ jax.random.normal(jax.random.key(7), (6, 5))
+    return z + 20 * jnp.sum(x, axis=(1, 2, 3))[:, None]
+
+
+def log_probs(x):
+    return jax.nn.log_softmax(logits(x))
+
+
+@pytest.mark.parametrize('loss', ['cross_entropy', 'margin'])
+def test_logits_and_log_probabilities_come_to_the_same(loss):
+    settings = {'num_steps': 5, 'epsilon': EPSILON, 'sigma': 0.05, 'loss': loss}
+    one, other = (
+        attacks.attack(f, KEYS, X, Y, step=attacks.pgd(0.03), **settings)
+        for f in (logits, log_probs)
+    )
+    np.testing.assert_allclose(one, other, atol=1e-4)
+    assert np.max(np.abs(one - X)) > 0.09
+
+
+def test_verdicts_on_logits_are_those_on_log_probabilities():
+    settings = {'num_steps': 5, 'epsilon': EPSILON, 'sigma': 0.05, 'restarts': 2}
+    one, other = (
+        attacks.worst_case(f, KEYS, X, Y, step=attacks.pgd(0.03), **settings)
+        for f in (logits, log_probs)
+    )
+    np.testing.assert_allclose(one.margin, other.margin, atol=1e-4)
+    np.testing.assert_allclose(one.x_adv, other.x_adv, atol=1e-4)
+
+
+def test_given_functions_take_the_outputs_as_they_are():
+    """Be they no logits at all."""
+    predict = lambda x: {'score': jnp.sum(x, axis=(1, 2, 3))}
+    outcome = attacks.worst_case(
+        predict, KEYS, X, Y, step=attacks.ifgsm(0.02), num_steps=10, epsilon=EPSILON,
+        start_from='none', loss=lambda outputs, y: -outputs['score'],
+        judge=lambda outputs, y: outputs['score'],
+    )  # fmt: skip
+    np.testing.assert_allclose(outcome.x_adv, X - EPSILON, atol=1e-6)
+
+
+def test_training_climbs_log_probabilities_as_they_are():
+    """Normalised once more, the numbers of runs would change in their last digits."""
+    config = tiny_config(attack__loss='cross_entropy', attack__start='none')
+    raw = attacks.attack(
+        logits, KEYS, X, Y, step=attacks.ifgsm(config.attack.step_size), num_steps=2,
+        epsilon=config.epsilon, start_from='none', loss=losses.cross_entropy,
+    )  # fmt: skip
+    np.testing.assert_array_equal(build.training_attack(config)(logits, KEYS, X, Y), raw)
+    assert np.any(raw != attacks.attack(
+        logits, KEYS, X, Y, step=attacks.ifgsm(config.attack.step_size), num_steps=2,
+        epsilon=config.epsilon, start_from='none',
+    ))  # fmt: skip
+
+
+PIXELS = np.asarray(X)
+
+
+@pytest.mark.parametrize('whole', [attacks.attack, attacks.worst_case])
+@pytest.mark.parametrize(
+    'change, told',
+    [
+        ({'x': (PIXELS * 255).astype(np.uint8)}, r'x: expected floats.* found uint8.* x / 255'),
+        ({'x': PIXELS * 255}, r'x: expected pixels in \[0, 1\], found .* to 20'),
+        ({'x': PIXELS - 0.5}, r'x: expected pixels in \[0, 1\], found -0'),
+        ({'x': PIXELS * np.nan}, 'x: expected pixels'),
+        ({'y': np.array([0, 1, 2, 1, 0])}, r'y: expected labels in 0..1, found 0 to 2'),
+        ({'y': np.array([0, 1, -1, 1, 0])}, r'y: expected labels in 0..1, found -1 to 1'),
+        ({'y': np.zeros(5)}, 'y: expected integer labels'),
+        ({'y': np.zeros(4, int)}, 'y: expected integer labels of shape'),
+        ({'rng': jax.random.key(0)}, 'rng: expected a key for each of 5'),
+        ({'epsilon': 8}, r'epsilon: expected a number in \[0, 1\]'),
+        ({'epsilon': -0.1}, 'epsilon'),
+        ({'sigma': 4.0}, 'sigma: expected a number'),
+        ({'sigma': None}, 'sigma: needed'),
+        ({'loss': 'ce'}, "loss: expected one of cross_entropy, margin, found 'ce'"),
+        ({'predict': lambda x: jnp.sum(x)}, 'predict: expected logits or log-probabilities'),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(whole, change, told):
+    given = {'predict': linear, 'rng': KEYS, 'x': PIXELS, 'y': Y, 'epsilon': 0.1, 'sigma': 0.05}
+    with pytest.raises(ValueError, match=told):
+        whole(**given | change, step=attacks.pgd(0.02), num_steps=1)
+
+
+@pytest.mark.parametrize('step', [attacks.ifgsm, attacks.pgd])
+def test_a_step_of_more_than_all_pixels_is_refused(step):
+    with pytest.raises(ValueError, match='step_size'):
+        step(2)
+
+
+@pytest.mark.parametrize('start', [{'start_from': 'none'}, {'sigma': 0.0}])
+def test_restarts_that_would_be_equal_are_refused(start):
+    of = functools.partial(
+        attacks.worst_case, linear, KEYS, X, Y, step=attacks.pgd(0.02), num_steps=1, epsilon=0.1,
+        **start,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match='restarts: 3 equal ones'):
+        of(restarts=3)
+    assert np.all(np.isfinite(of(restarts=1).margin))
+
+
+def test_inside_jit_what_is_known_is_checked_and_the_rest_is_taken():
+    def margins(x, epsilon):
+        settings = {'step': attacks.pgd(0.02), 'num_steps': 1, 'sigma': 0.05}
+        return attacks.worst_case(linear, KEYS, x, Y, epsilon=epsilon, **settings).margin
+
+    too_large = X * 255
+    assert np.all(np.isfinite(jax.jit(margins)(too_large, 8.0)))
+    with pytest.raises(ValueError, match='x: expected pixels'):
+        jax.jit(lambda epsilon: margins(too_large, epsilon))(0.1)
+    with pytest.raises(ValueError, match='epsilon'):
+        jax.jit(lambda x: margins(x, 8.0))(X)
+
+
+@pytest.mark.parametrize('kind', ['rbg', 'unsafe_rbg', 'threefry2x32'])
+@pytest.mark.parametrize('raw', [False, True])
+def test_other_kinds_of_keys_leave_an_example_to_itself(kind, raw):
+    with jax.default_prng_impl(kind):
+        keys = jax.random.split(jax.random.PRNGKey(3) if raw else jax.random.key(3), 5)
+        settings = {'epsilon': EPSILON, 'sigma': 0.05, 'start_from': 'gaussian'}
+        begin = lambda keys, x: attacks.restart(
+            attacks.begin(linear, x, Y[: len(x)], step=attacks.pgd(0.02), start_from='none'),
+            keys, x, 1, step=attacks.pgd(0.02), **settings,
+        ).x_adv  # fmt: skip
+        together, alone = begin(keys, X), begin(keys[3:4], X[3:4])
+        np.testing.assert_allclose(together[3], alone[0], atol=1e-6)
+        assert len(np.unique(together - X)) > 20
+
+
+def test_keys_of_our_kind_stay_what_they_are():
+    assert prng.of_examples(KEYS) is KEYS
+
+
+def test_readmes_example_runs_as_it_is(capsys):
+    section = (ROOT / 'README.md').read_text().partition('\n## Attacks on other models\n')[2]
+    code = re.search(r'```python\n(.*?)```', section, re.DOTALL)[1]
+    exec(code, {})
+    clean, robust = map(float, re.findall(r'(\d+\.\d)%', capsys.readouterr().out))
+    assert 80 < clean < 90
+    assert 10 < robust < 30

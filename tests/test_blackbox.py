@@ -261,3 +261,8 @@ def test_mistakes_in_a_study_are_told_before_a_source_is_trained(tmp_path):
         assert result.returncode == 2
         assert told in result.stderr.splitlines()[-1]
         assert not (tmp_path / 'run').exists()
+
+
+def test_equal_restarts_are_not_paid_for():
+    rounds = blackbox._rounds(config_of(blackbox__start='none', blackbox__rounds=3))
+    assert [r['restarts'] for r in rounds] == [1, 1, 1]

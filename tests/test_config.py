@@ -221,3 +221,22 @@ def test_only_fields_that_change_no_step_may_change():
     new['train']['momentum'] = 0.5
     new['seed'] = 4
     assert config_lib.changed_fields(old, new) == ['seed: 0 -> 4', 'train.momentum: 0.9 -> 0.5']
+
+
+@pytest.mark.parametrize(
+    'changes, told',
+    [
+        ({'start': 'none'}, 'equal with eval.pgd.start: none'),
+        ({'sigma': 0.0}, 'equal with eval.pgd.start, eval.pgd.sigma: gaussian and 0'),
+    ],
+)
+def test_restarts_that_would_be_equal_are_refused(changes, told):
+    config = default.get_config()
+    config.eval.pgd.update(changes)
+    config_lib.validate(config)
+    config.eval.pgd.restarts = 3
+    with pytest.raises(ConfigError, match=r'eval\.pgd\.restarts: 3 of them') as caught:
+        config_lib.validate(config)
+    assert told in str(caught.value)
+    config.eval.pgd.start = 'uniform'
+    config_lib.validate(config)
