@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import build, checkpoints, claims, parallel, runs, selection, workdir
+from ensadv import config as config_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.results import Results, Unit
 
@@ -207,15 +208,17 @@ class Job:
             if not self._results.missing(step, self._results.units)
         }
         attack = selection.selection_attack(self._wanted_by_run())
-        best = selection.best_step(evaluations, attack, self._config.eval.select_on)
+        best = selection.best_step(evaluations, attack, self._config_of_run())
         return {step for step in (best, max(evaluations, default=None)) if step is not None}
 
-    def _wanted_by_run(self) -> tuple[str, ...]:
-        """Returns the attacks that the run itself asks for, which may be more than this job's."""
+    def _config_of_run(self) -> Mapping[str, Any]:
+        """Returns the run's own config, which may ask for other attacks than this job's."""
         record = workdir.read_record(self._workdir)
-        if record is None:
-            return build.attack_names(self._config)
-        stored = record['config']['eval']
+        return record['config'] if record else config_lib.to_dict(self._config)
+
+    def _wanted_by_run(self) -> tuple[str, ...]:
+        """Returns the attacks that the run itself asks for."""
+        stored = self._config_of_run()['eval']
         names = tuple(stored['attacks'])
         judged = stored['blackbox_path'] and 'blackbox' not in names
         return (*names, 'blackbox') if judged else names
@@ -223,12 +226,15 @@ class Job:
     def _is_done(self, step: int) -> bool:
         """Returns whether nobody needs the snapshot for an attack on every snapshot any more.
 
-        By this process's view.
+        The run's own have to be there with its own settings. By this process's view.
         """
-        wanted = [Unit(name, 'test') for name in self._wanted_by_run()]
-        if self._config.eval.select_on == 'validation':
-            wanted.append(Unit(selection.selection_attack(self._wanted_by_run()), 'validation'))
-        return not self._results.missing(step, [*self._results.units, *wanted])
+        config, wanted = self._config_of_run(), self._wanted_by_run()
+        units = [(name, 'test') for name in wanted]
+        if config['eval']['select_on'] == 'validation':
+            units.append((selection.selection_attack(wanted), 'validation'))
+        return not self._results.missing(step, self._results.units) and all(
+            self._results.has_configured(step, *unit, config) for unit in units
+        )
 
     def _prune(self, snapshots: checkpoints.Checkpoints) -> None:
         """Deletes snapshots that have all attacks, the run's own too, but for the last and best."""
@@ -310,7 +316,9 @@ def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
             raise UserError(f'--workdir={workdir_path}: another process is evaluating this')
         if parallel.is_main() and results.missing(step, units):
             session = {'step': step, **build.environment(), 'command': sys.argv}
-            workdir.write_record(workdir_path, config, facts, session)
+            # As of a run that was trained, the config stays that of its beginning.
+            is_new = workdir.read_record(workdir_path) is None
+            workdir.write_record(workdir_path, config if is_new else None, facts, session)
         parallel.check_shared(workdir_path / 'config.json')
         try:
             results.evaluate(step, units, lambda _: variables)
@@ -334,6 +342,8 @@ def show(workdir_path: epath.Path) -> bool:
     """Prints a run's accuracies, a line for each evaluated step, and returns if there are any."""
     evaluations = workdir.read_evaluations(workdir_path) if parallel.is_main() else {}
     for step, content in evaluations.items():
-        shown = '  '.join(f'{r["name"]} {r["accuracy"]:.4f}' for r in content['attacks'])
+        shown = '  '.join(
+            f'{selection.ledger_key(r)} {r["accuracy"]:.4f}' for r in content['attacks']
+        )
         print(f'step {step}  n {content["attacks"][0]["n"]}  {shown}')
     return parallel.agree(bool(evaluations))

@@ -1,5 +1,7 @@
 """A workdir's eval/: results and ledgers, one pair of files for each step's weights."""
 
+import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +21,19 @@ LEDGER_SUFFIXES = ('correct', 'margin', 'settings', 'fooled_at')  # of each atta
 
 
 class Unit(NamedTuple):
-    """An attack on a split; results have it once per snapshot.
+    """An attack with its settings on a split; results have it once per snapshot.
 
     The split 'examples' is the first few of the test split, whose images are kept to be looked at.
+
+    Attributes:
+      name: the attack's.
+      split: 'test', 'validation' or 'examples'.
+      settings: see `selection.identity`.
     """
 
     name: str
     split: str
-
-    @property
-    def key(self) -> str:
-        """Its name in the ledger."""
-        return self.name if self.split == 'test' else f'{self.split}_{self.name}'
+    settings: str
 
 
 class Results:
@@ -61,30 +64,42 @@ class Results:
         self._config = config
         self._workdir = workdir_path
         self._make_network = make_network
+        self._settings: dict[Unit, dict[str, Any]] = {}
         names = build.attack_names(config)
-        self.units = [Unit(name, 'test') for name in names]
+        self.units = [self._unit(name) for name in names]
         if config.eval.select_on == 'validation':
-            self.units.append(Unit(selection.selection_attack(names), 'validation'))
-        self.long_units = [Unit(name, 'test') for name in config.eval.long_attacks]
+            self.units.append(self._unit(selection.selection_attack(names), 'validation'))
+        self.long_units = [self._unit(name) for name in config.eval.long_attacks]
         self.final_units = list(self.long_units)
         shown = selection.strongest(names)
         if config.eval.examples and shown:
-            self.final_units.append(Unit(shown, 'examples'))
-        self._settings = {
-            unit: build.evaluation_settings(config, unit.name)
-            for unit in (*self.units, *self.final_units)
-        }
+            self.final_units.append(self._unit(shown, 'examples'))
+        self._keys: dict[Unit, str] | None = None  # of what other steps have
         self._evaluator: Evaluator | None = None
         self._writer: Any = None
 
+    def _unit(self, name: str, split: str = 'test') -> Unit:
+        settings = build.evaluation_settings(self._config, name)
+        unit = Unit(name, split, selection.identity(settings))
+        self._settings[unit] = settings
+        return unit
+
     def missing(self, step: int, units: Sequence[Unit]) -> list[Unit]:
         """Returns which of these units the step's files lack."""
-        done = self._finished(step)
+        done = self._read(step)
         return [
             unit
             for unit in units
             if unit not in done and not (unit.split == 'examples' and self._has_examples(step))
         ]
+
+    def has_configured(self, step: int, name: str, split: str, config: Mapping[str, Any]) -> bool:
+        """Returns whether a step has an attack with the settings of a run's config.json."""
+        return any(
+            (unit.name, unit.split) == (name, split)
+            and selection.is_configured(name, result['settings'], config)
+            for unit, result in self._read(step).items()
+        )
 
     def evaluate(
         self, step: int, units: Sequence[Unit], restore: Callable[[ensemble.Network], Any]
@@ -108,15 +123,19 @@ class Results:
                 self._write_examples(step, unit, variables)
                 continue
             start = time.monotonic()
-            verdicts = self._verdicts(unit, variables, f'{self.label} step {step} {unit.key}')
+            key = self._key(unit, self._read(step))
+            verdicts = self._verdicts(unit, variables, f'{self.label} step {step} {key}')
             result = self._result(unit, verdicts)
+            self._warn_of_no_gradient(key, verdicts)
             result['seconds'] = round(time.monotonic() - start, 3)
             if parallel.is_main():
-                self._add(step, unit, result, self._ledger(unit, verdicts))
-            self._writer.write_scalars(step, {f'accuracy/{unit.key}': result['accuracy']})
-        done = self._finished(step)
+                key = self._add(step, unit, result, verdicts)
+            self._writer.write_scalars(step, {f'accuracy/{key}': result['accuracy']})
+        done = self._read(step)
         shown = ', '.join(
-            f'{unit.key} {done[unit]["accuracy"]:.3f}' for unit in units if unit in done
+            f'{selection.ledger_key(done[unit])} {done[unit]["accuracy"]:.3f}'
+            for unit in units
+            if unit in done
         )
         logging.info('%s: step %d: %s', self.label, step, shown)
 
@@ -135,6 +154,17 @@ class Results:
             return
         path, reason = problem
         remedy = 'evaluating again' if again else 'its snapshot is gone, so it stays without'
+        if again and path.suffix == '.npz':
+            others = [
+                selection.ledger_key(result)
+                for unit, result in self._read(step).items()
+                if unit not in self._settings
+            ]
+            remedy += (
+                f', but for {", ".join(others)}, which this command does not ask for'
+                if others
+                else ''
+            )
         logging.warning('%s: damaged (%s); %s', path, reason, remedy)
         # Accuracies without a ledger are worth more than nothing.
         if again or path.suffix == '.json':
@@ -149,7 +179,7 @@ class Results:
         except (UserError, TypeError, KeyError) as error:
             return path, str(error)
         path = workdir.evaluation_path(self._workdir, step, '.npz')
-        arrays = [f'{unit.key}_correct' for unit in done]
+        arrays = [f'{selection.ledger_key(result)}_correct' for result in done.values()]
         reason = _why_unreadable(path, arrays)
         return (path, reason) if reason else None
 
@@ -207,7 +237,7 @@ class Results:
 
     def _verdicts(self, unit: Unit, variables: Any, label: str) -> Verdicts | LongVerdicts:
         images, labels = self._splits[unit.split]
-        if unit == Unit('blackbox', 'test'):
+        if unit.name == 'blackbox':
             images = self._transfer_images
         evaluate = self._evaluator.evaluate
         if unit in self.long_units:
@@ -236,19 +266,22 @@ class Results:
             last = (verdicts.last_margin > 0) & verdicts.has_gradient
             result['last_iterate_accuracy'] = float(np.mean(last))
         result['no_gradient'] = int(np.sum(stands & ~verdicts.has_gradient))
-        if result['no_gradient']:
+        result['settings'] = self._settings[unit]
+        result['select_on'] = self._config.eval.select_on
+        return result | self._environment
+
+    def _warn_of_no_gradient(self, key: str, verdicts: Verdicts | LongVerdicts) -> None:
+        stands = verdicts.margin > 0
+        if count := np.sum(stands & ~verdicts.has_gradient):
             logging.warning(
                 '%s: %s: no gradient, or one of zeros or NaN only, on %d of the %d examples that '
                 'stand: they were not attacked, and do not count as robust. Try another '
                 'eval.<attack>.loss',
                 self.label,
-                unit.key,
-                result['no_gradient'],
+                key,
+                count,
                 np.sum(stands),
             )
-        result['settings'] = self._settings[unit]
-        result['select_on'] = self._config.eval.select_on
-        return result | self._environment
 
     def _curve(self, verdicts: LongVerdicts) -> dict[str, Any]:
         """Returns accuracies over the first restart's steps: of the worst and current iterate."""
@@ -262,18 +295,58 @@ class Results:
             'iterate_n': stayed,
         }
 
-    def _ledger(self, unit: Unit, verdicts: Verdicts | LongVerdicts) -> dict[str, np.ndarray]:
+    def _ledger(
+        self, unit: Unit, key: str, verdicts: Verdicts | LongVerdicts
+    ) -> dict[str, np.ndarray]:
         """Returns a unit's part of the ledger."""
         prefix = '' if unit.split == 'test' else f'{unit.split}_'
         arrays = {
             f'{prefix}label': self._splits[unit.split][1],
-            f'{unit.key}_correct': (verdicts.margin > 0) & verdicts.has_gradient,
-            f'{unit.key}_margin': verdicts.margin,
-            f'{unit.key}_settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
+            f'{key}_correct': (verdicts.margin > 0) & verdicts.has_gradient,
+            f'{key}_margin': verdicts.margin,
+            f'{key}_settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
         }
         if isinstance(verdicts, LongVerdicts):
-            arrays[f'{unit.key}_fooled_at'] = verdicts.fooled_at
+            arrays[f'{key}_fooled_at'] = verdicts.fooled_at
         return arrays
+
+    def _key(self, unit: Unit, there: Mapping[Unit, Mapping[str, Any]]) -> str:
+        """Returns what a unit is called in the ledger and among the scalars of TensorBoard.
+
+        That is the attack's name, where its settings are those of the run's config.json, and else
+        the name and what differs. It is the same at all steps, and another for each settings.
+
+        Args:
+          unit: not of the split 'examples'.
+          there: what the step's files have already.
+        """
+        if self._keys is None:
+            self._keys = self._read_keys()
+        if unit in there:
+            return selection.ledger_key(there[unit])
+        here = {selection.ledger_key(result): other for other, result in there.items()}
+        # An older version replaced results, and so gave the name to others at other steps.
+        if (key := self._keys.get(unit)) and key not in here:
+            return key
+        name, settings = unit.name, self._settings[unit]
+        plain = name if unit.split == 'test' else f'{unit.split}_{name}'
+        config = workdir.read_record(self._workdir)['config']
+        others = [selection.as_configured(name, settings, config)]
+        holders = [*self._keys.items(), *((other, key) for key, other in here.items())]
+        others += [json.loads(other.settings) for other, key in holders if key == plain]
+        keys = ['_'.join([plain, *selection.differences(settings, [other])]) for other in others]
+        numbered = (f'{keys[-1]}_{number}' for number in itertools.count(2))
+        used = {*here, *self._keys.values()}
+        return next(key for key in itertools.chain(keys, numbered) if key not in used)
+
+    def _read_keys(self) -> dict[Unit, str]:
+        """Returns what each unit is called that some step has."""
+        keys: dict[Unit, str] = {}
+        for step in workdir.evaluated_steps(self._workdir):
+            with contextlib.suppress(UserError, TypeError, KeyError):  # damaged
+                for unit, result in self._read(step).items():
+                    keys.setdefault(unit, selection.ledger_key(result))
+        return keys
 
     def _has_examples(self, step: int) -> bool:
         # Whatever their settings, which they tell: nobody would gain from others in their place.
@@ -283,7 +356,7 @@ class Results:
         """Writes the first test examples' worst points, to be looked at, and the predictions."""
         images, labels = self._splits['test']
         count = min(self._config.eval.examples, len(labels))
-        label = f'{self.label} step {step} {unit.key}'
+        label = f'{self.label} step {step} {unit.split} {unit.name}'
         worst = self._evaluator.worst_points(
             variables, self._settings[unit], images, labels, label, places=np.arange(count)
         )
@@ -306,42 +379,48 @@ class Results:
         if not path.exists():
             return {}
         content = workdir.read_json(path)
-        results = (*content['attacks'], *content['validation'])
-        return {Unit(result['name'], result['split']): result for result in results}
-
-    def _finished(self, step: int) -> dict[Unit, dict[str, Any]]:
-        """Returns a step's results, as far as they stay valid."""
         return {
-            unit: result
-            for unit, result in self._read(step).items()
-            if result['settings'] == self._settings.get(unit, result['settings'])
+            Unit(result['name'], result['split'], selection.identity(result['settings'])): result
+            for result in (*content['attacks'], *content['validation'])
         }
 
     def _add(
-        self, step: int, unit: Unit, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-    ) -> None:
-        """Adds a unit to a step's files, as they are by now.
+        self,
+        step: int,
+        unit: Unit,
+        result: Mapping[str, Any],
+        verdicts: Verdicts | LongVerdicts,
+    ) -> str:
+        """Adds a unit to a step's files, as they are by now, and returns its key.
 
-        The .json never has what the ledger has not, nor what it has with other settings: what is
-        not valid any more leaves the .json first, and what is new comes to the ledger first.
+        Nothing is replaced but what is of the same settings. What is new comes to the ledger first,
+        so that the .json never has what the ledger has not.
         """
-        done = self._finished(step)
-        if len(done) < len(self._read(step)):
-            self._write(step, done)
+        done = self._read(step)
+        key = self._key(unit, done)
         path = workdir.evaluation_path(self._workdir, step, '.npz')
         ledger = workdir.read_arrays(path) if path.exists() else {}
         kept = {'label', 'validation_label'}
-        kept |= {f'{other.key}_{suffix}' for other in done for suffix in LEDGER_SUFFIXES}
-        ledger = {key: array for key, array in ledger.items() if key in kept}
+        kept |= {
+            f'{selection.ledger_key(other)}_{suffix}'
+            for other in done.values()
+            for suffix in LEDGER_SUFFIXES
+        }
+        ledger = {name: array for name, array in ledger.items() if name in kept}
+        ledger |= self._ledger(unit, key, verdicts)
         fingerprint = workdir.read_record(self._workdir)['dataset']['fingerprint']
-        workdir.write_arrays(path, ledger | arrays | {'fingerprint': np.array(fingerprint)})
-        self._write(step, done | {unit: result})
+        workdir.write_arrays(path, ledger | {'fingerprint': np.array(fingerprint)})
+        self._write(step, done | {unit: {**result, 'key': key}})
+        self._keys[unit] = key
+        return key
 
     def _write(self, step: int, done: Mapping[Unit, Any]) -> None:
         record = workdir.read_record(self._workdir)
-        # In the config's order; then what was asked for at another time, and stays.
-        ordered = [unit for unit in self._settings if unit in done]
-        ordered += [unit for unit in done if unit not in self._settings]
+        # In the config's order; then what was asked for at another time, and stays. Of a name the
+        # first stays the first.
+        names = [unit.name for unit in self._settings]
+        names += [unit.name for unit in done]
+        ordered = sorted(done, key=lambda unit: names.index(unit.name))
         content = {
             'system': self._config.system,
             'seed': self._config.seed,

@@ -69,7 +69,7 @@ def find(path: epath.Path, field: str, base: ConfigDict, snapshot: str = 'last')
     if snapshot == 'best':
         chosen = selection.selection_attack(build.attack_names(config))
         evaluations = workdir.read_evaluations(path)
-        step = parallel.agree(selection.best_step(evaluations, chosen, config.eval.select_on))
+        step = parallel.agree(selection.best_step(evaluations, chosen, record['config']))
         if step not in steps:
             which = 'was never evaluated' if step is None else f'is of step {step}'
             raise UserError(

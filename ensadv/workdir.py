@@ -198,7 +198,7 @@ def check_data(workdir: epath.Path, dataset: Mapping[str, Any]) -> None:
 
 def write_record(
     workdir: epath.Path,
-    config: ConfigDict,
+    config: ConfigDict | None,
     facts: Mapping[str, Any],
     session: Mapping[str, Any],
 ) -> None:
@@ -206,13 +206,14 @@ def write_record(
 
     Args:
       workdir: the run's.
-      config: its resolved config.
+      config: its resolved config; None: the one that is there stays.
       facts: what stays true of the run, as its 'dataset'.
       session: what holds from now on: 'step', 'command' and `build.environment`.
         config.json has the list of all sessions.
     """
-    sessions = (read_record(workdir) or {'sessions': []})['sessions']
-    content = {'config': config_lib.to_dict(config), **facts, 'sessions': [*sessions, session]}
+    record = read_record(workdir) or {'sessions': []}
+    settings = record['config'] if config is None else config_lib.to_dict(config)
+    content = {'config': settings, **facts, 'sessions': [*record['sessions'], session]}
     write_json(workdir / 'config.json', content)
 
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import tiny_config
 
 from ensadv import build, checkpoints, evaluate, evaluator, selection, train
+from ensadv import config as config_lib
 from ensadv import workdir as workdir_lib
 from ensadv.errors import UserError
 
@@ -33,6 +34,16 @@ def copy_of_trained(trained, tmp_path):
     config, path = trained
     shutil.copytree(path, tmp_path / 'copy')
     return config.copy_and_resolve_references(), epath.Path(tmp_path) / 'copy'
+
+
+def best_step(config, path):
+    return selection.best_step(
+        workdir_lib.read_evaluations(path), 'ifgsm2', config_lib.to_dict(config)
+    )
+
+
+def ledger_path(path, step):
+    return workdir_lib.evaluation_path(path, step, '.npz')
 
 
 def test_writes_results_and_the_ledger_behind_them(copy_of_trained):
@@ -65,7 +76,7 @@ def test_keeps_the_best_and_the_last_snapshot(copy_of_trained):
     job = evaluate.Job(config, path)
     job.evaluate_pending()
     job.close()
-    best = selection.best_step(workdir_lib.read_evaluations(path), 'ifgsm2')
+    best = best_step(config, path)
     assert checkpoints.open_snapshots(path).steps() == sorted({best, 6})
 
 
@@ -93,15 +104,20 @@ def test_only_what_is_missing_is_evaluated(copy_of_trained, monkeypatch):
     assert evaluate_with() == []
     kept = len(checkpoints.open_snapshots(path).steps())
     assert evaluate_with(eval__attacks=('clean', 'ifgsm2', 'ifgsm3')) == ['ifgsm3'] * kept
-    # Another setting is another attack; what was asked for before stays.
-    assert (
-        evaluate_with(eval__attacks=('ifgsm2',), eval__ifgsm__step_size=0.01) == ['ifgsm2'] * kept
-    )
-    last = workdir_lib.read_evaluations(path)[6]['attacks']
-    assert [r['name'] for r in last] == ['ifgsm2', 'clean', 'ifgsm3']
-    assert last[0]['settings']['step_size'] == 0.01
+    # Another setting is another attack; what was asked for before stays, and is not made again.
+    before = workdir_lib.read_evaluations(path)[6]['attacks']
+    others = {'eval__attacks': ('ifgsm2',), 'eval__ifgsm__step_size': 0.01}
+    assert evaluate_with(**others) == ['ifgsm2_step_size=0.01'] * kept
+    assert evaluate_with(**others) == []
+    assert evaluate_with() == []
+    attacked, added, *last = workdir_lib.read_evaluations(path)[6]['attacks']
+    assert [last[0], attacked, last[1]] == before
+    assert (added['name'], added['key']) == ('ifgsm2', 'ifgsm2_step_size=0.01')
+    assert added['settings'] == before[1]['settings'] | {'step_size': 0.01}
     ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
-    assert all(f'{r["name"]}_margin' in ledger for r in last)
+    for result in (added, *before):
+        assert ledger[f'{result["key"]}_correct'].sum() == result['correct']
+        assert json.loads(str(ledger[f'{result["key"]}_settings'])) == result['settings']
     with pytest.raises(UserError, match=r'eval\.num_examples: 30 -> 20'):
         evaluate_with(eval__attacks=('pgd2',), eval__num_examples=20)
 
@@ -161,9 +177,11 @@ def test_what_another_process_wrote_meanwhile_stays(copy_of_trained, monkeypatch
     assert all(f'{name}_margin' in ledger for name in names_of(path, 2))
 
 
-def test_results_never_stand_beside_a_ledger_of_other_settings(copy_of_trained, monkeypatch):
+def test_results_stay_whole_where_others_die_between_ledger_and_json(copy_of_trained, monkeypatch):
     config, path = copy_of_trained
     job_of(config, path).evaluate_pending()
+    before = workdir_lib.read_evaluations(path)
+    arrays = {step: workdir_lib.read_arrays(ledger_path(path, step)) for step in before}
     original = workdir_lib.write_json
 
     def dies_after_the_ledger(target, content):
@@ -172,21 +190,22 @@ def test_results_never_stand_beside_a_ledger_of_other_settings(copy_of_trained, 
         original(target, content)
 
     monkeypatch.setattr(workdir_lib, 'write_json', dies_after_the_ledger)
+    other = {'eval__ifgsm__step_size': 0.01}
     with pytest.raises(OSError, match='power loss'):
-        job_of(config, path, eval__ifgsm__step_size=0.01).evaluate_pending()
-    ledger_path = workdir_lib.evaluation_path(path, 6, '.npz')
-    step = next(
-        s for s in checkpoints.open_snapshots(path).steps() if names_of(path, s) == ['clean']
-    )
-    ledger_path = workdir_lib.evaluation_path(path, step, '.npz')
-    settings = json.loads(str(workdir_lib.read_arrays(ledger_path)['ifgsm2_settings']))
-    assert settings['step_size'] == 0.01
-    # With the old settings it is done again, and not taken for done.
+        job_of(config, path, **other).evaluate_pending()
     monkeypatch.setattr(workdir_lib, 'write_json', original)
-    job_of(config, path).evaluate_pending()
-    assert names_of(path, step) == ['clean', 'ifgsm2']
-    settings = json.loads(str(workdir_lib.read_arrays(ledger_path)['ifgsm2_settings']))
-    assert settings['step_size'] == 0.0375
+    assert workdir_lib.read_evaluations(path) == before
+    (half,) = (s for s in before if len(workdir_lib.read_arrays(ledger_path(path, s))) > 8)
+    ledger = workdir_lib.read_arrays(ledger_path(path, half))
+    assert set(ledger) - set(arrays[half]) == {
+        f'ifgsm2_step_size=0.01_{suffix}' for suffix in ('correct', 'margin', 'settings')
+    }
+    for name, array in arrays[half].items():
+        np.testing.assert_array_equal(ledger[name], array)
+    # What is half written is no result: it is made again.
+    job_of(config, path, **other).evaluate_pending()
+    keys = [r['key'] for r in workdir_lib.read_evaluations(path)[half]['attacks']]
+    assert keys == ['clean', 'ifgsm2', 'ifgsm2_step_size=0.01']
 
 
 def test_what_no_attack_could_be_made_on_is_not_called_robust(copy_of_trained, monkeypatch, caplog):
@@ -220,7 +239,7 @@ def test_long_attacks_are_made_on_the_best_and_the_last(copy_of_trained):
     settings = {'eval__long_attacks': ('pgd7',), 'eval__iterate_examples': 10}
     job_of(config, path, **settings).evaluate_pending()
     evaluations = workdir_lib.read_evaluations(path)
-    best = selection.best_step(evaluations, 'ifgsm2')
+    best = best_step(config, path)
     for step in (2, 4, 6):
         assert ('pgd7' in names_of(path, step)) == (step in (best, 6))
     result = evaluations[6]['attacks'][-1]
@@ -242,7 +261,7 @@ def test_examples_are_kept_of_the_best_and_the_last(copy_of_trained):
     shown = {'eval__examples': 5, 'eval__attacks': ('clean', 'pgd3', 'ifgsm2')}
     job = job_of(config, path, **shown)
     job.evaluate_pending()
-    best = selection.best_step(workdir_lib.read_evaluations(path), 'ifgsm2')
+    best = best_step(config, path)
     for step in (2, 4, 6):
         assert (workdir_lib.read_examples(path, step) is not None) == (step in (best, 6))
     kept = workdir_lib.read_examples(path, 6)
@@ -267,7 +286,20 @@ def test_examples_are_kept_of_the_best_and_the_last(copy_of_trained):
 
 
 def evaluation(**accuracies):
-    return {'attacks': [{'name': k, 'accuracy': v} for k, v in accuracies.items()]}
+    """Returns a step's results under attacks as OWN has them; <name>_other is with other ones."""
+    results = [
+        {
+            'name': key.removesuffix('_other'),
+            'accuracy': accuracy,
+            'settings': {'seed': int(key.endswith('_other'))},
+        }
+        for key, accuracy in accuracies.items()
+    ]
+    return {'attacks': results, 'validation': []}
+
+
+OWN = {'eval': {'attacks': ['clean', 'ifgsm5'], 'select_on': 'test', 'seed': 0}}
+HELD_OUT = {'eval': OWN['eval'] | {'select_on': 'validation'}}
 
 
 @pytest.mark.parametrize(
@@ -279,18 +311,24 @@ def evaluation(**accuracies):
         ({1: {'ifgsm5': 0.3}, 2: {'clean': 0.9, 'pgd50': 0.8}}, 1),
         ({1: {'clean': 0.9}}, None),
         ({}, None),
+        # Accuracies under other settings are not compared with these.
+        ({1: {'ifgsm5': 0.3}, 2: {'ifgsm5': 0.4}, 3: {'ifgsm5_other': 0.9}}, 2),
+        ({1: {'ifgsm5': 0.3}, 2: {'ifgsm5_other': 0.9, 'ifgsm5': 0.2}}, 1),
+        ({1: {'ifgsm5_other': 0.1, 'ifgsm5': 0.2}, 2: {'ifgsm5': 0.3, 'ifgsm5_other': 0}}, 2),
+        ({1: {'ifgsm5_other': 0.9}, 2: {'ifgsm5_other': 0.8}, 3: {'ifgsm5': 0.1}}, 3),
+        ({1: {'ifgsm5_other': 0.8}, 2: {'ifgsm5_other': 0.9}}, 2),
     ],
 )
 def test_the_best_step_is_that_of_the_highest_accuracy(evaluations, expected):
     evaluations = {step: evaluation(**values) for step, values in evaluations.items()}
-    assert selection.best_step(evaluations, 'ifgsm5') == expected
+    assert selection.best_step(evaluations, 'ifgsm5', OWN) == expected
     # The same on the other split, which must not see the test's.
     swapped = {
         step: {'attacks': [], 'validation': content['attacks']}
         for step, content in evaluations.items()
     }
-    assert selection.best_step(swapped, 'ifgsm5', 'validation') == expected
-    assert selection.best_step(swapped, 'ifgsm5') is None
+    assert selection.best_step(swapped, 'ifgsm5', HELD_OUT) == expected
+    assert selection.best_step(swapped, 'ifgsm5', OWN) is None
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from ensadv import (
     selection,
     train,
 )
+from ensadv import config as config_lib
 from ensadv import workdir as workdir_lib
 from ensadv.errors import TrainingError
 
@@ -219,7 +220,7 @@ def test_a_follower_started_before_the_trainer_evaluates_each_snapshot_once(work
         _, log = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, log
     evaluations = workdir_lib.read_evaluations(workdir)
-    kept = sorted({selection.best_step(evaluations, 'ifgsm2'), 6})
+    kept = sorted({selection.best_step(evaluations, 'ifgsm2', config_lib.to_dict(config)), 6})
     assert snapshot_steps(workdir) == kept
     for step in (2, 4, 6):
         assert evaluated(workdir, step) == [*UNITS, *(['pgd3'] if step in kept else [])]
@@ -447,27 +448,39 @@ def test_a_snapshot_that_appears_while_others_are_deleted_stays(workdir, fake, m
     assert snapshot_steps(workdir) == [2, 4, 6]
 
 
-def test_the_best_is_the_best_under_the_attacks_as_they_are_set_now(workdir, fake, in_thread):
-    """While a stronger attack takes the old one's place, step by step."""
+def test_the_best_stays_that_under_the_settings_of_the_run(workdir, fake):
+    """Others are made on what is left, and their accuracies are not compared with the run's own."""
     config = config_for()
-    make_run(config, workdir, steps=(2, 6))
-    fake.accuracies = {(2, 'ifgsm2'): 0.6, (6, 'ifgsm2'): 0.5}
+    make_run(config, workdir)
+    fake.accuracies = {(2, 'ifgsm2'): 0.6, (4, 'ifgsm2'): 0.2, (6, 'ifgsm2'): 0.5}
     evaluate.run(config, workdir)
-    fake.accuracies = {(2, 'ifgsm2'): 0.4, (6, 'ifgsm2'): 0.2}
-    config.eval.ifgsm.step_size = 0.1
-    other = claims.Claims(workdir / 'claims')
-    assert other.take('6')
-    job = evaluate.Job(config, workdir)
-    job.evaluate_pending()
     assert snapshot_steps(workdir) == [2, 6]
-    other.close()
-    job.evaluate_pending()
-    job.close()
+    changed = config.copy_and_resolve_references()
+    changed.eval.ifgsm.step_size = 0.1
+    key = 'ifgsm2_step_size=0.1'
+    fake.accuracies = {(2, key): 0.1, (6, key): 0.2}
+    evaluate.run(changed, workdir)
     assert snapshot_steps(workdir) == [2, 6]
+    evaluate.run(config, workdir)
+    assert fake.calls == [*((s, n) for s in (2, 4, 6) for n in UNITS), (2, key), (6, key)]
     accuracies = [
-        c['attacks'][1]['accuracy'] for c in workdir_lib.read_evaluations(workdir).values()
+        [result['accuracy'] for result in content['attacks']]
+        for content in workdir_lib.read_evaluations(workdir).values()
     ]
-    assert accuracies == [0.4, 0.2]
+    assert accuracies == [[0.5, 0.6, 0.1], [0.5, 0.2], [0.5, 0.5, 0.2]]
+
+
+def test_a_snapshot_without_the_runs_own_settings_is_not_deleted(workdir, fake):
+    config = config_for()
+    make_run(config, workdir)
+    changed = config.copy_and_resolve_references()
+    changed.eval.ifgsm.step_size = 0.1
+    evaluate.run(changed, workdir)
+    assert snapshot_steps(workdir) == [2, 4, 6]
+    fake.accuracies = {(4, 'ifgsm2'): 0.9}
+    evaluate.run(config, workdir)
+    assert snapshot_steps(workdir) == [4, 6]
+    assert len(fake.calls) == len(set(fake.calls)) == 9
 
 
 def test_an_evaluator_with_other_attacks_keeps_the_snapshot_it_is_at(workdir, fake, in_thread):
@@ -511,7 +524,7 @@ def test_the_best_is_chosen_on_the_split_asked_for(workdir, fake, select_on, bes
     evaluate.run(config, workdir)
     assert snapshot_steps(workdir) == [best, 6]
     evaluations = workdir_lib.read_evaluations(workdir)
-    assert selection.best_step(evaluations, 'ifgsm2', select_on) == best
+    assert selection.best_step(evaluations, 'ifgsm2', config_lib.to_dict(config)) == best
     for step, content in evaluations.items():
         results = [*content['attacks'], *content['validation']]
         assert {result['select_on'] for result in results} == {content['select_on']} == {select_on}

@@ -82,6 +82,17 @@ def test_is_attacked_as_one_and_goes_on_by_its_workdir_alone(root, tmp_path, mon
     before = workdir_lib.evaluation_path(path, 2, '.json').stat().mtime
     evaluate.run(config, path)
     assert workdir_lib.evaluation_path(path, 2, '.json').stat().mtime == before
+    # With other settings too, which come beside them; the first ones stay those of its config.
+    other = ensemble_config(
+        root, 'wide', 'deep', eval__long_attacks=('pgd3',), eval__pgd__loss='margin'
+    )
+    evaluate.run(other, path)
+    added = workdir_lib.read_evaluations(path)[2]['attacks']
+    assert [r['key'] for r in added] == ['clean', 'ifgsm2', 'pgd3', 'pgd3_loss=margin']
+    assert added[:3] == content['attacks']
+    record = workdir_lib.read_record(path)
+    assert record['config']['eval']['pgd']['loss'] == 'cross_entropy'
+    assert len(record['sessions']) == 2
 
 
 @pytest.mark.parametrize(
