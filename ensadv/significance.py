@@ -51,17 +51,21 @@ def compare(
 ) -> dict[str, Comparison]:
     """Compares two ledgers example by example, for every attack that both have.
 
+    Of an attack that was made with several settings, those that both have are compared, each with
+    its like. How a system combines its members is its own, and no setting here.
+
     Args:
       first, second: the content of eval/<step>.npz: 'label' int [n] and, for each attack,
         '<attack>_correct' bool [n] and, if known, '<attack>_settings' (JSON); and the data's
         'fingerprint', if known. The validation split's part is left alone.
 
     Returns:
-      By attack, in the order of the first.
+      By attack, in the order of the first; by the names of its arrays in both ledgers, where they
+      differ, as in 'pgd20, pgd20_loss=margin'.
 
     Raises:
       UserError: if one is no ledger, they are not of the same examples, or an attack that both have
-        was made with other settings, or they have none in common.
+        was made with other settings only, or they have none in common.
     """
     for which, ledger in (('first', first), ('second', second)):
         if reason := malformed(ledger):
@@ -73,17 +77,22 @@ def compare(
     if wrong := int(np.sum(labels[0] != labels[1])):
         raise UserError(f'ledgers of other examples: found {wrong} of {sizes[0]} labels to differ')
     names = [_attacks(ledger) for ledger in (first, second)]
-    common = [name for name in names[0] if name in names[1]]
+    common = [(a, b) for a in names[0] for b in names[1] if _name(first, a) == _name(second, b)]
     if not common:
         found = ' and '.join(', '.join(each) or 'none' for each in names)
         raise UserError(f'ledgers without an attack in common: found {found}')
     if str(first.get('fingerprint')) != str(second.get('fingerprint')):
         raise UserError('ledgers of other examples: found two data sets (fingerprints)')
     comparisons = {}
-    for name in common:
-        if changed := _changed_settings(first, second, name):
+    alike = [(a, b) for a, b in common if _made_alike(first, a, second, b)]
+    compared = {_name(first, a) for a, _ in alike}
+    for a, b in common:
+        if (name := _name(first, a)) not in compared:
+            changed = _changed_settings(first, a, second, b)
             raise UserError(f'ledgers of other attacks: {name} with {changed}')
-        a, b = first[f'{name}_correct'], second[f'{name}_correct']
+    for keys in alike:
+        name = ', '.join(dict.fromkeys(keys))
+        a, b = (each[f'{key}_correct'] for each, key in zip((first, second), keys, strict=True))
         if not a.shape == b.shape == labels[0].shape:
             found = f'found {len(a)} and {len(b)} for {sizes[0]} labels'
             raise UserError(f'ledgers of other examples: {name}: {found}')
@@ -100,30 +109,46 @@ def malformed(ledger: Mapping[str, np.ndarray]) -> str | None:
         correct = ledger[f'{name}_correct']
         if correct.dtype != bool or correct.ndim != 1:
             return f'{name}_correct: expected bool [n], found {correct.dtype} {correct.shape}'
-        if f'{name}_settings' in ledger and _settings(ledger, name) is None:
+        if f'{name}_settings' in ledger and settings_of(ledger, name) is None:
             return f'{name}_settings: expected a JSON object'
     return None
 
 
-def _settings(ledger: Mapping[str, np.ndarray], name: str) -> dict[str, Any] | None:
-    """Returns an attack's settings; None if they are none."""
+def settings_of(ledger: Mapping[str, np.ndarray], key: str) -> dict[str, Any] | None:
+    """Returns an attack's settings; None if there are none.
+
+    Args:
+      ledger: the content of eval/<step>.npz.
+      key: what the names of its arrays begin with.
+    """
     try:
-        settings = json.loads(str(ledger[f'{name}_settings']))
-    except (ValueError, RecursionError):
+        settings = json.loads(str(ledger[f'{key}_settings']))
+    except (KeyError, ValueError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
 
 
+def _name(ledger: Mapping[str, np.ndarray], key: str) -> str:
+    """Returns the name of an attack: 'pgd20', whatever its arrays are called."""
+    settings = settings_of(ledger, key) or {}
+    return f'{settings["attack"]}{settings.get("steps", "")}' if 'attack' in settings else key
+
+
+def _made_alike(
+    first: Mapping[str, np.ndarray], a: str, second: Mapping[str, np.ndarray], b: str
+) -> bool:
+    """Returns whether attacks of one name are the same: by their settings, or else their keys."""
+    known = None not in (settings_of(first, a), settings_of(second, b))
+    return not _changed_settings(first, a, second, b) if known else a == b
+
+
 def _changed_settings(
-    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], name: str
+    first: Mapping[str, np.ndarray], a: str, second: Mapping[str, np.ndarray], b: str
 ) -> str:
-    """Returns which settings of an attack differ; how a system combines is its own."""
-    key = f'{name}_settings'
-    if key not in first or key not in second:
-        return ''
-    a, b = (_settings(ledger, name) for ledger in (first, second))
-    differ = [k for k in sorted({*a, *b} - {'combine'}) if a.get(k) != b.get(k)]
-    return ', '.join(f'{k} {a.get(k)} and {b.get(k)}' for k in differ)
+    """Returns which settings of two attacks differ, but for how a system combines."""
+    one, other = settings_of(first, a) or {}, settings_of(second, b) or {}
+    differ = [k for k in sorted({*one, *other} - {'combine'}) if one.get(k) != other.get(k)]
+    return ', '.join(f'{k} {one.get(k)} and {other.get(k)}' for k in differ)
 
 
 def _attacks(ledger: Mapping[str, np.ndarray]) -> list[str]:

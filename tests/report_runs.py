@@ -75,7 +75,7 @@ def write_run(
       config: its resolved config.
       evaluations: by step and attack an accuracy, or which examples are correct as bool [n], or
         what to change in the result, with one of them as 'correct'. 'validation_<attack>' is of
-        the validation split.
+        the validation split, and '<attack>_<suffix>' another result of the attack.
       dataset: as config.json has it.
       parameters, operations: as config.json has them; None: an older run.
       session: what to add to the session of training.
@@ -117,14 +117,14 @@ def write_ledger(path, config, step, outcomes, dataset=DIGITS) -> None:
     """Writes eval/<step>.npz; see `write_run`."""
     arrays = {'fingerprint': np.array(dataset['fingerprint'])}
     for key, outcome in outcomes.items():
-        correct = _correct(config, outcome)
+        correct, name = _correct(config, outcome), _name(key)
         prefix = 'validation_' if key.startswith('validation_') else ''
         arrays[f'{prefix}label'] = np.arange(len(correct), dtype=np.int32) % 10
         arrays[f'{key}_correct'] = correct
         arrays[f'{key}_margin'] = np.where(correct, 1, -1).astype(np.float32)
-        settings = json.dumps(_settings(config, key.removeprefix('validation_')), sort_keys=True)
+        settings = json.dumps(_result(config, key, outcome)['settings'], sort_keys=True)
         arrays[f'{key}_settings'] = np.array(settings)
-        if key in config.eval.long_attacks:
+        if name in config.eval.long_attacks:
             arrays[f'{key}_fooled_at'] = np.where(correct, -1, 0).astype(np.int32)
     workdir.write_arrays(workdir.evaluation_path(epath.Path(path), step, '.npz'), arrays)
 
@@ -206,12 +206,12 @@ def _correct(config: ConfigDict, outcome: Any) -> np.ndarray:
 
 def _result(config: ConfigDict, key: str, outcome: Any) -> dict[str, Any]:
     """Returns an attack's result, as `results.Results` makes it."""
-    name = key.removeprefix('validation_')
+    name = _name(key)
     correct, settings = _correct(config, outcome), _settings(config, name)
     accuracy = float(np.mean(correct))
     result = {
         'name': name,
-        'split': 'test' if name == key else 'validation',
+        'split': 'validation' if key.startswith('validation_') else 'test',
         'n': len(correct),
         'correct': int(np.sum(correct)),
         'accuracy': accuracy,
@@ -233,10 +233,15 @@ def _result(config: ConfigDict, key: str, outcome: Any) -> dict[str, Any]:
     else:
         result['last_iterate_accuracy'] = accuracy
     result |= {'no_gradient': 0, 'settings': settings, 'select_on': config.eval.select_on}
-    result |= {**ENVIRONMENT, 'seconds': 1.5}
+    result |= {**ENVIRONMENT, 'seconds': 1.5, 'key': key}
     changes = outcome if isinstance(outcome, Mapping) else {}
     settings |= changes.get('settings', {})
     return result | {k: v for k, v in changes.items() if k not in ('correct', 'settings')}
+
+
+def _name(key: str) -> str:
+    """Returns the attack of a key: 'pgd20' of 'validation_pgd20' and of 'pgd20_loss=margin'."""
+    return key.removeprefix('validation_').partition('_')[0]
 
 
 def _settings(config: ConfigDict, name: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def machines(collection: Collection) -> list[str]:
     """Returns on what the runs were trained and evaluated."""
     runs = collection.runs
     trained = [session for run in runs if not run.members for session in run.record['sessions']]
-    evaluated = [r for run in runs for r in run.attacks(run.steps).values()]
+    evaluated = [r for run in runs for r in run.results(run.steps)]
     return [
         f'{done} on {_environments(sessions)}.'
         for done, sessions in (('Trained', trained), ('Evaluated', evaluated))

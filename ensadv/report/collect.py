@@ -4,15 +4,16 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from ensadv import workdir
+from ensadv import selection, workdir
 from ensadv.errors import UserError
-from ensadv.report import comparable
-from ensadv.report.run import Run, find, read
+from ensadv.report import comparable, worst_case
+from ensadv.report.run import Run, find, name_of, read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,11 +40,36 @@ class Collection:
 
     @property
     def attacks(self) -> list[str]:
-        """All attacks at the last steps, in the runs' order; the long ones come last."""
-        results = [result for run in self.runs for result in run.attacks(run.steps).values()]
-        names = [result['name'] for result in sorted(results, key=lambda r: 'curve' in r)]
+        """The labels of all attacks at the last steps, in the runs' order; long ones come last."""
+        found = {k: r for run in self.runs for k, r in run.attacks(run.steps).items()}
+        names = [result['name'] for result in sorted(found.values(), key=lambda r: 'curve' in r)]
         wanted = [name for run in self.runs for name in run.wanted]
-        return list(dict.fromkeys([*(name for name in wanted if name in names), *names]))
+        names = list(dict.fromkeys([*(name for name in wanted if name in names), *names]))
+        # The worst case of a name comes last.
+        order = dict.fromkeys(label for run in self.runs for label in run.labels.values())
+        labels = [label for label in order | found if label in found]
+        return sorted(labels, key=lambda label: names.index(name_of(label)))
+
+    @property
+    def over_training(self) -> list[str]:
+        """Of `attacks`, those that have a label of their name with the most evaluations.
+
+        What was evaluated later, when only the best and the last snapshot were there, has few:
+        their mean would be one of selected snapshots.
+        """
+        counts = {
+            label: sum(label in run.attacks(step) for run in self.runs for step in run.evaluations)
+            for label in self.attacks
+        }
+        return [
+            label
+            for label, count in counts.items()
+            if count == max(counts[other] for other in counts if name_of(other) == name_of(label))
+        ]
+
+    def of_all(self, attacks: Sequence[str]) -> list[str]:
+        """Returns those attacks that every run's last step has."""
+        return [a for a in attacks if all(a in run.attacks(run.steps) for run in self.runs)]
 
 
 def collect(root: epath.Path, order: Sequence[str]) -> Collection:
@@ -79,7 +105,33 @@ def collect(root: epath.Path, order: Sequence[str]) -> Collection:
         reasons = rule(runs)
         apart += [(run.name, reasons[run]) for run in runs if run in reasons]
         runs = [run for run in runs if run not in reasons]
-    return Collection(runs, sorted(apart), comparable.notes_on(runs))
+    labels = comparable.labels(runs)
+    runs = worst_case.add([dataclasses.replace(run, labels=labels) for run in runs])
+    collection = Collection(runs, sorted(apart), [])
+    notes = comparable.notes_on(runs, collection.over_training)
+    return dataclasses.replace(collection, notes=notes)
+
+
+def strongest(attacks: Sequence[str], runs: Sequence[Run]) -> str | None:
+    """Returns the attack with the most steps; of those of one name that which fools the most.
+
+    That is the worst case, where there is one. Else it is by the mean over the runs that have it at
+    their last step. An example without a gradient is not fooled, and so makes no attack a strong
+    one.
+
+    Args:
+      attacks: labels.
+      runs: labelled.
+    """
+
+    def standing(label: str) -> tuple[float, bool]:
+        found = [run.attacks(run.steps) for run in runs]
+        results = [results[label] for results in found if label in results]
+        unfooled = statistics.mean((r['correct'] + r['no_gradient']) / r['n'] for r in results)
+        return unfooled, not worst_case.is_worst(label)
+
+    name = selection.strongest(list(map(name_of, attacks)))
+    return min((a for a in attacks if name_of(a) == name), key=standing, default=None)
 
 
 def _read(path: epath.Path, name: str) -> Run | str:
@@ -120,7 +172,7 @@ def _unfinished(run: Run) -> str:
         reached = max(run.evaluations, default=None)
         done = 'not evaluated yet' if reached is None else f'evaluated up to step {reached:,}'
         return f'unfinished: {done}, of {run.steps:,} steps'
-    there = run.attacks(run.steps)
+    there = [result['name'] for result in run.results(run.steps)]
     missing = [name for name in run.wanted if name not in there]
     judges = [result['name'] for result in run.evaluations[run.steps]['validation']]
     if run.config['eval']['select_on'] == 'validation' and run.judge not in judges:

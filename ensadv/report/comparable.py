@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ensadv import config as config_lib
-from ensadv import switches
-from ensadv.report.run import Run
+from ensadv import selection, switches
+from ensadv.report.run import Run, made, name_of
 
 # What makes a system what it is; all else should be the same for all systems that are compared.
 _OF_A_SYSTEM = ('system', 'seed', 'model.width', 'ensemble', 'train.adversarial_weight', 'eval')
 # Of two seeds of a system these may differ, beside what `config.MUTABLE_FIELDS` names.
 _OF_A_SEED = ('seed', 'ensemble.members_from')
-# How a system combines its members is its own, and not a setting of the attack.
-_OF_AN_ATTACK = 'combine'
 _DIFFERENCES_TOLD = 3
+# Of a long attack: how many examples stay to its end. It decides no verdict.
+_STAYING = 'iterate_examples'
 
 
 def _apart(runs: Sequence[Run], facts: Mapping[str, Callable[[Run], Any]]) -> dict[Run, str]:
@@ -53,29 +53,77 @@ def other_threat_model(runs: Sequence[Run]) -> dict[Run, str]:
 
 
 def other_attacks(runs: Sequence[Run]) -> dict[Run, str]:
-    """Returns the runs one of whose attacks was made with other settings, or on other examples."""
+    """Returns the runs one of whose attacks was made only otherwise, or on other examples.
+
+    What was made with other settings beside the usual ones is of use to nobody less.
+    """
     reasons: dict[Run, str] = {}
-    results = {
-        run: [r for step in {run.steps, run.best} for r in run.attacks(step).values()]
-        for run in runs
-    }
-    for name in dict.fromkeys(result['name'] for run in runs for result in results[run]):
+    found = {run: _made(run) for run in runs}
+    for name in dict.fromkeys(name for run in runs for name, _ in found[run]):
         settings = {
-            run: {_settings(result) for result in results[run] if result['name'] == name}
+            run: [settings for other, settings in found[run] if other == name]
             for run in runs
             if run not in reasons
         }
-        usual = _most_frequent(one for found in settings.values() for one in found)
-        for run, found in settings.items():
-            for other in found - {usual}:
-                reasons[run] = f'{name} {_difference(json.loads(other), json.loads(usual))}'
+        usual = _most_frequent(one for mine in settings.values() for one in mine)
+        for run, mine in settings.items():
+            if mine and usual not in mine:
+                reasons[run] = f'{name} {_difference(json.loads(mine[0]), json.loads(usual))}'
     return reasons
 
 
-def _settings(result: Mapping[str, Any]) -> str:
-    """Returns all that decides a result but for the network, as JSON, which can be counted."""
-    rest = {key: value for key, value in result['settings'].items() if key != _OF_AN_ATTACK}
-    return json.dumps(rest | {'examples': result['n']}, sort_keys=True)
+def _made(run: Run) -> list[tuple[str, str]]:
+    """Returns how the attacks at a run's last and best step were made, each once."""
+    steps = [step for step in (run.steps, run.best) if step is not None]
+    return list(dict.fromkeys(made(result) for step in steps for result in run.results(step)))
+
+
+def labels(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
+    """Returns what to call each attack of the runs' last and best steps, by `made`.
+
+    That is its name; where it was made with several settings, or with others than the runs' own
+    configs have for it, the name and what differs, as in 'pgd20 loss=margin'. Of a name the one as
+    configured comes first. A long attack on which fewer examples stay, and all else is the same,
+    has no label: it tells nothing more.
+    """
+    having: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        for name, settings in _made(run):
+            having.setdefault(name, {}).setdefault(settings, []).append(run)
+    found = {}
+    for name, by_settings in having.items():
+        shown = [text for text in by_settings if not _tells_nothing_more(text, by_settings)]
+        settings = {text: json.loads(text) for text in shown}
+        own = {
+            text: [_as_configured(name, settings[text], run) for run in by_settings[text]]
+            for text in shown
+        }
+        for text in sorted(shown, key=lambda text: settings[text] not in own[text]):
+            differences = selection.differences(settings[text], [*settings.values(), *own[text]])
+            found[name, text] = ' '.join([name, ', '.join(differences)]).strip()
+    return found
+
+
+def _as_configured(name: str, settings: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Returns an attack's settings as the run's config has them, but for how many examples stay."""
+    wanted = selection.as_configured(name, settings, run.config)
+    return {field: wanted[field] for field in settings if field != _STAYING} | _staying(settings)
+
+
+def _staying(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in settings.items() if field == _STAYING}
+
+
+def _tells_nothing_more(text: str, by_settings: Mapping[str, Sequence[Run]]) -> bool:
+    """Returns whether all its runs have the attack with more examples that stay to the end too."""
+    settings = json.loads(text)
+    others = {other: json.loads(other) for other in by_settings}
+    return any(
+        others[other] | _staying(settings) == settings
+        and others[other].get(_STAYING, 0) > settings.get(_STAYING, 0)
+        and set(by_settings[text]) <= set(by_settings[other])
+        for other in by_settings
+    )
 
 
 def _difference(found: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
@@ -155,8 +203,13 @@ def twice(runs: Sequence[Run]) -> dict[Run, str]:
     return reasons
 
 
-def notes_on(runs: Sequence[Run]) -> list[str]:
-    """Returns in what systems differ that should be the same, and what was left out of series."""
+def notes_on(runs: Sequence[Run], over_training: Sequence[str]) -> list[str]:
+    """Returns in what systems differ that should be the same, and what was left out of series.
+
+    Args:
+      runs: labelled.
+      over_training: the attacks whose series are shown.
+    """
     notes = []
     settings = [(run.system, each) for run in runs for each in trained(run, _OF_A_SYSTEM)]
     for field in dict.fromkeys(field for _, found in settings for field in found):
@@ -170,12 +223,13 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
     notes += _notes_on_members(runs)
     notes += _notes_on_switches(runs)
     for run in runs:
-        for name in run.attacks(run.steps):
-            there = [step for step in run.evaluations if name in run.attacks(step)]
-            left = len(there) - len(run.series(name)[0])
+        for label in (label for label in run.attacks(run.steps) if label in over_training):
+            names = [{result['name'] for result in run.results(step)} for step in run.evaluations]
+            there = sum(name_of(label) in each for each in names)
+            left = there - len(run.series(label)[0])
             if left:
                 notes.append(
-                    f'{run.name}: {left} of {len(there)} evaluations of {name} were made with '
+                    f'{run.name}: {left} of {there} evaluations of {label} were made with '
                     'other settings than the last one, and are left out of averages over training.'
                 )
     return notes
@@ -187,7 +241,7 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
     records = {
         'trained': {run: [] if run.members else run.record['sessions'] for run in runs},
         'evaluated': {
-            run: [r for step in (run.steps, run.best) for r in run.attacks(step).values()]
+            run: [r for step in (run.steps, run.best) for r in run.results(step)]
             for run in runs
         },
     }

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ensadv import selection, significance
+from ensadv import significance
 from ensadv.errors import UserError
-from ensadv.report import paper
-from ensadv.report.collect import Collection
+from ensadv.report import paper, worst_case
+from ensadv.report.collect import Collection, strongest
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
 from ensadv.tables import Row, Table
@@ -89,6 +89,7 @@ class Outcomes:
       correct: bool [attacks, runs, n], runs in the order of `systems`.
       resampled: float64 [num, attacks, runs], see `significance.resample`.
       notes: what was left out.
+      strongest: the attack by which robustness is judged, see `collect.strongest`.
     """
 
     systems: Mapping[str, Sequence[Run]]
@@ -96,11 +97,7 @@ class Outcomes:
     correct: np.ndarray
     resampled: np.ndarray
     notes: Sequence[str]
-
-    @property
-    def strongest(self) -> str | None:
-        """The attack by which robustness is judged: that with the most steps."""
-        return selection.strongest(self.attacks)
+    strongest: str | None
 
     def places(self, system: str) -> list[int]:
         """Returns the places of a system's runs among all of them."""
@@ -146,15 +143,16 @@ def read_outcomes(collection: Collection) -> Outcomes:
             continue
         kept.setdefault(run.system, []).append(run)
     runs = [run for mine in kept.values() for run in mine]
-    attacks = [
-        name for name in collection.attacks if all(f'{name}_correct' in run.ledger for run in runs)
-    ]
+    found = {run: run.attacks(run.steps) for run in runs}
+    attacks = [name for name in collection.attacks if all(name in found[run] for run in runs)]
     if not runs or not attacks:
-        return Outcomes({}, [], np.zeros((0, 0, 0), bool), np.zeros((0, 0, 0)), notes)
-    correct = np.stack([[run.ledger[f'{name}_correct'] for run in runs] for name in attacks])
+        return Outcomes({}, [], np.zeros((0, 0, 0), bool), np.zeros((0, 0, 0)), notes, None)
+    correct = np.stack(
+        [[worst_case.correct(found[run][name], run.ledger) for run in runs] for name in attacks]
+    )
     resampled = significance.resample(correct.reshape(-1, correct.shape[-1]))
     resampled = resampled.reshape(-1, *correct.shape[:2])
-    return Outcomes(kept, attacks, correct, resampled, notes)
+    return Outcomes(kept, attacks, correct, resampled, notes, strongest(attacks, runs))
 
 
 def _usual_labels(runs: Sequence[Run]) -> bytes:
@@ -172,13 +170,8 @@ def _labels(run: Run) -> bytes:
 
 def _check_ledger(run: Run, labels: bytes) -> None:
     """Raises UserError if a ledger is not that of its run's results, or of other examples."""
-    ledger = run.ledger
-    for name, result in run.attacks(run.steps).items():
-        correct = ledger.get(f'{name}_correct')
-        counts = (result['n'], result['correct'])
-        fits = correct is not None and (len(correct), int(np.sum(correct))) == counts
-        if not fits or len(correct) != len(ledger['label']):
-            raise UserError(f'its ledger and its results differ in {name}')
+    for result in run.results(run.steps):
+        worst_case.check(result, run.ledger)
     if _labels(run) != labels:
         raise UserError('its ledger is of other examples')
 

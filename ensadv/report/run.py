@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,12 +23,16 @@ class Run:
       name: of its workdir, below the directory that is reported on.
       record: its config.json.
       evaluations: its eval/<step>.json, by step, in order.
+      labels: what attacks are called, by `made`; see `comparable.labels`.
+      worst: by step and label further results, see `worst_case.add`.
     """
 
     path: epath.Path
     name: str
     record: Mapping[str, Any]
     evaluations: Mapping[int, Mapping[str, Any]]
+    labels: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    worst: Mapping[int, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     @property
     def system(self) -> str:
@@ -76,23 +81,28 @@ class Run:
     @property
     def best(self) -> int | None:
         """The step of the best snapshot."""
-        return selection.best_step(self.evaluations, self.judge, self.config['eval']['select_on'])
+        return selection.best_step(self.evaluations, self.judge, self.config)
+
+    def results(self, step: int) -> Sequence[Mapping[str, Any]]:
+        """Returns all results at a step; of an attack as many as it was made with settings."""
+        return self.evaluations[step]['attacks']
 
     def attacks(self, step: int) -> dict[str, Mapping[str, Any]]:
-        """Returns the results at a step, by attack."""
-        return {result['name']: result for result in self.evaluations[step]['attacks']}
+        """Returns the results at a step that have a label, by it, and those of the worst case."""
+        found = ((self.labels.get(made(result)), result) for result in self.results(step))
+        named = {label: result for label, result in found if label is not None}
+        return named | self.worst.get(step, {})
 
     def series(self, attack: str, key: str = 'accuracy') -> tuple[np.ndarray, np.ndarray]:
         """Returns steps and values, float64 [m], of every evaluation that has this attack.
 
-        Those made with other settings than at the last step are left out. NaN where a result
-        lacks the value.
+        All are made with the same settings, those of the attack's label. NaN where a result lacks
+        the value.
         """
-        last = self.attacks(self.steps)[attack]['settings']
         points = [
             (step, results[attack].get(key))
             for step in self.evaluations
-            if attack in (results := self.attacks(step)) and results[attack]['settings'] == last
+            if attack in (results := self.attacks(step))
         ]
         steps, values = zip(*points, strict=True)
         return np.array(steps, float), np.array(values, float)
@@ -105,16 +115,35 @@ class Run:
 
     @functools.cached_property
     def ledger(self) -> Mapping[str, np.ndarray]:
-        """The last step's ledger.
+        """The last step's ledger; raises UserError as `ledger_at` does."""
+        return self.ledger_at(self.steps)
+
+    def ledger_at(self, step: int) -> Mapping[str, np.ndarray]:
+        """Returns a step's ledger.
 
         Raises:
           UserError: if it is missing, damaged or no ledger.
         """
-        path = workdir.evaluation_path(self.path, self.steps, '.npz')
+        path = workdir.evaluation_path(self.path, step, '.npz')
         ledger = workdir.read_ledger(path)
         if reason := significance.malformed(ledger):
             raise UserError(f'{path}: {reason}')
         return ledger
+
+
+# How a system combines its members is its own, and not a setting of the attack.
+_OF_A_SYSTEM = 'combine'
+
+
+def made(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns an attack's name, and as JSON all that decides its result but for the network."""
+    rest = {key: value for key, value in result['settings'].items() if key != _OF_A_SYSTEM}
+    return result['name'], json.dumps(rest | {'examples': result['n']}, sort_keys=True)
+
+
+def name_of(label: str) -> str:
+    """Returns the name of a label's attack: 'pgd20' of 'pgd20 loss=margin'."""
+    return label.partition(' ')[0]
 
 
 def find(root: epath.Path) -> Iterator[epath.Path]:

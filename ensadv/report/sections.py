@@ -13,8 +13,8 @@ from ensadv import analysis, plane_files, records, selection, tables, workdir
 from ensadv.config import parse_attack
 from ensadv.errors import UserError
 from ensadv.report import basis, computation, drawing, figures, findings, page, pictures, table1
-from ensadv.report.collect import Collection
-from ensadv.report.run import Run
+from ensadv.report.collect import Collection, strongest
+from ensadv.report.run import Run, name_of
 from ensadv.report.table1 import attack_name
 
 BASIS, APART = 'How these numbers were made', 'Not in this report'
@@ -73,10 +73,13 @@ def accuracy(numbers: Sequence[table1.Numbers], notes: Sequence[str]) -> page.Se
 
 def over_training(collection: Collection, writer: Writer) -> page.Section:
     """Figures 2a and 2b, of whatever attacks are there; of one evaluation each there is no line."""
-    short = [n for n in collection.attacks if any(n in run.wanted for run in collection.runs)]
+    runs = collection.runs
+    short = [a for a in collection.over_training if any(name_of(a) in r.wanted for r in runs)]
+    names = list(dict.fromkeys(map(name_of, short)))
     attacks = []
-    if strongest := selection.strongest(short):
-        attacks = [selection.selection_attack(short), 'pgd20' if 'pgd20' in short else strongest]
+    if most := selection.strongest(names):
+        chosen = (selection.selection_attack(names), 'pgd20' if 'pgd20' in names else most)
+        attacks = [strongest([a for a in short if name_of(a) == name], runs) for name in chosen]
     blocks = []
     # One figure where both are the same attack.
     for name, attack in zip(('figure2a', 'figure2b'), dict.fromkeys(attacks), strict=False):
@@ -102,14 +105,14 @@ def over_training(collection: Collection, writer: Writer) -> page.Section:
 
 def over_attack_steps(collection: Collection, writer: Writer) -> page.Section:
     """Figure 2c, for each kind of long attack the longest."""
-    long = [name for name in collection.attacks if parse_attack(name)[1]]
+    long = [name for name in collection.attacks if parse_attack(name_of(name))[1]]
     curves = {name: _curves(collection, name) for name in long}
     blocks = []
     for kind in ('pgd', 'ifgsm'):
-        named = [n for n in long if curves[n] and parse_attack(n)[0] == kind]
-        if not named:
+        named = [n for n in long if curves[n] and parse_attack(name_of(n))[0] == kind]
+        attack = strongest(collection.of_all(named) or named, collection.runs)
+        if attack is None:
             continue
-        attack = max(named, key=lambda name: parse_attack(name)[1])
         figure = figures.over_attack_steps(curves[attack], attack=kind.upper())
         sizes = sorted({c.iterate_n for c in curves[attack].values() if c.iterate_n})
         on = f', on the first {" or ".join(f"{n:,}" for n in sizes)} examples' if sizes else ''
@@ -144,7 +147,7 @@ def _curves(collection: Collection, attack: str) -> dict[str, figures.AttackCurv
     curves = {}
     for system, runs in collection.systems.items():
         results = [run.attacks(run.best).get(attack, {}) for run in runs if run.best is not None]
-        found = [result for result in results if 'curve' in result]
+        found = [result for result in results if result.get('curve', {}).get('steps')]
         if not found:
             continue
         steps = found[0]['curve']['steps']
@@ -231,6 +234,8 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
     run, found = first
     settings = json.loads(str(found['settings']))
     attack = f'{settings["attack"].upper()}{settings["steps"]}'
+    own = selection.as_configured(attack.lower(), settings, run.config)
+    others = ', '.join(selection.differences(settings, [own]))
     figure = pictures.examples(
         found['image'],
         found['label'],
@@ -240,7 +245,8 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
         class_names=basis.class_names(run),
     )
     caption = (
-        f'The first test images, the worst point that {attack} found for each system at its last '
+        f'The first test images, the worst point that {attack}{f" ({others})" if others else ""} '
+        'found for each system at its last '
         f'snapshot, and the perturbation (magnified). Not chosen: the first of the test split.'
         f'{_in_grey(found["image"])}'
     )

@@ -9,9 +9,9 @@ import numpy as np
 
 from ensadv import analysis
 from ensadv.config import parse_attack
-from ensadv.report import paper
-from ensadv.report.collect import Collection
-from ensadv.report.run import Run
+from ensadv.report import paper, worst_case
+from ensadv.report.collect import Collection, strongest
+from ensadv.report.run import Run, name_of
 from ensadv.tables import Row, Table
 
 LAST_EVALUATIONS = 10  # that Table 1a averages
@@ -56,11 +56,14 @@ class Numbers(NamedTuple):
 
 
 def attack_name(attack: str) -> str:
-    """Returns an attack's name as the paper writes it: 'PGD20', 'black-box'."""
-    kind, steps = parse_attack(attack)
-    if kind == 'blackbox':
-        return 'black-box'
-    return f'{kind.upper()}{steps}' if steps else kind
+    """Returns an attack's label as the paper writes names: 'PGD20', 'black-box'.
+
+    Settings that differ follow: 'PGD20 (loss=margin)'.
+    """
+    kind, steps = parse_attack(name_of(attack))
+    name = 'black-box' if kind == 'blackbox' else f'{kind.upper()}{steps}' if steps else kind
+    settings = attack.removeprefix(name_of(attack)).strip()
+    return f'{name} ({settings})' if settings else name
 
 
 def tables(collection: Collection) -> list[Numbers]:
@@ -75,7 +78,8 @@ def tables(collection: Collection) -> list[Numbers]:
         f'{_sizes(runs)} test examples.'
     )
     last = {run: _at(run, run.steps) for run in runs}
-    averaged = {run: _averaged(run) for run in runs}
+    over_training = collection.over_training
+    averaged = {run: _averaged(run, over_training) for run in runs}
     best = {run: _at(run, run.best, long=False) for run in runs}
     final = {run: _at(run, run.best, long=True) for run in runs}
     of_best = _of_best(runs)
@@ -143,11 +147,11 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _averaged(run: Run) -> dict[str, Value]:
+def _averaged(run: Run, over_training: Sequence[str]) -> dict[str, Value]:
     """Returns the means of a run's last evaluations, outliers replaced as in the paper."""
     values = {}
     for name, result in run.attacks(run.steps).items():
-        if 'curve' in result:
+        if 'curve' in result or name not in over_training:
             continue  # long attacks are made on two snapshots only
         accuracy, count = analysis.mean_of_last(cleaned(run, name)[1], LAST_EVALUATIONS)
         last, _ = analysis.mean_of_last(
@@ -207,10 +211,32 @@ def _numbers(
     shown = {mark for mark in '*†' if any(mark in cell for row in rows for cell in row.cells[3:])}
     marks = [_MARK] if '*' in shown else []
     notes = [note for note in notes if note[0] != '†' or '†' in shown]
+    notes += _settings_notes(collection, attacks)
     return Numbers(
         Table(name, title, header, tuple(rows), (*notes, *marks, *_paper_notes(collection, rows))),
         csv_rows if attacks else [],
     )
+
+
+def _settings_notes(collection: Collection, attacks: Sequence[str]) -> list[str]:
+    """Returns, for each attack of which a table has several settings, which of them count."""
+    names = [name_of(attack) for attack in attacks]
+    notes = []
+    for name in (name for name in dict.fromkeys(names) if names.count(name) > 1):
+        mine = collection.of_all([a for a in attacks if name_of(a) == name])
+        if not (chosen := strongest(mine, collection.runs)):
+            continue
+        which = (
+            f'What counts is {attack_name(chosen)}, which fooled the most of what all runs have.'
+        )
+        if worst_case.is_worst(chosen):
+            several = [attack_name(a) for a in mine if a != chosen]
+            which = (
+                f'What counts is the {worst_case.WORST}: an example only if none of what all runs '
+                f'have fooled it, {" and ".join(several)}.'
+            )
+        notes.append(f'{attack_name(name)} was made with several settings. {which}')
+    return notes
 
 
 _MARK = (
@@ -244,8 +270,12 @@ def _of_paper(
         return {}
     steps = [(run, step) for run in runs for step in (run.steps, run.best) if step is not None]
     results = [found for run, step in steps for found in run.attacks(step).items()]
-    others = {name for name, result in results if not paper.is_its_attack(result['settings'])}
-    return {name: numbers[name] for name in attacks if name in numbers and name not in others}
+    others = {
+        label
+        for label, result in results
+        if not paper.is_its_attack(result['settings']) or worst_case.is_worst(label)
+    }
+    return {a: numbers[name_of(a)] for a in attacks if name_of(a) in numbers and a not in others}
 
 
 def _paper(accuracy: float | None) -> str:

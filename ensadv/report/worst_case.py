@@ -1,0 +1,113 @@
+"""The worst case over an attack's settings: an example counts only if none of them fooled it.
+
+One loss may find what another misses, and for each network another one. So what is judged is not
+the attack with the settings that were best on average, but all of them together.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ensadv import selection, significance
+from ensadv.errors import UserError
+from ensadv.report.run import Run, name_of
+
+WORST = 'worst case'  # in labels
+
+
+def is_worst(label: str) -> bool:
+    """Returns whether a label is that of a worst case."""
+    return label == f'{name_of(label)} {WORST}'
+
+
+def add(runs: Sequence[Run]) -> list[Run]:
+    """Returns the runs with a further result for each attack of which all have several settings.
+
+    It is made from the ledgers of the last and the best step, of the settings that all runs have at
+    their last step. Where a ledger is not that of the results, there is none.
+
+    Args:
+      runs: labelled.
+    """
+    labels = runs[0].labels.values() if runs else ()
+    shared = [a for a in labels if all(a in run.attacks(run.steps) for run in runs)]
+    names = [name_of(label) for label in shared]
+    groups = {
+        name: [label for label in shared if name_of(label) == name]
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    }
+    return [_with_worst(run, groups) for run in runs]
+
+
+def _with_worst(run: Run, groups: Mapping[str, Sequence[str]]) -> Run:
+    worst: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for step in {run.steps, run.best} - {None}:
+        there = run.attacks(step)
+        for name, labels in groups.items():
+            if all(label in there for label in labels):
+                with contextlib.suppress(UserError):
+                    result = _worst([there[label] for label in labels], run.ledger_at(step))
+                    worst.setdefault(step, {})[f'{name} {WORST}'] = result
+    return dataclasses.replace(run, worst=worst)
+
+
+def _worst(parts: Sequence[Mapping[str, Any]], ledger: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns a result as of an attack that tries all of these.
+
+    Raises:
+      UserError: if the ledger is not that of the results.
+    """
+    for part in parts:
+        check(part, ledger)
+    keys = [selection.ledger_key(part) for part in parts]
+    first = parts[0]
+    result = {
+        **first,
+        'parts': keys,
+        'settings': {
+            field: value
+            for field, value in first['settings'].items()
+            if all(part['settings'].get(field) == value for part in parts)
+        },
+        # Of the last iterates nobody knows which example each is of.
+        'last_iterate_accuracy': None,
+    }
+    if 'curve' in first:
+        result['curve'] = {'steps': [], 'accuracy': [], 'iterate_accuracy': [], 'iterate_n': 0}
+        result['last_iterate_n'] = 0
+    right = correct(result, ledger)
+    return result | {
+        'correct': int(np.sum(right)),
+        'accuracy': float(np.mean(right)),
+        'no_gradient': int(np.sum(_stands(ledger, keys) & ~right)),
+    }
+
+
+def _stands(ledger: Mapping[str, np.ndarray], keys: Sequence[str]) -> np.ndarray:
+    return np.all([ledger[f'{key}_margin'] > 0 for key in keys], axis=0)
+
+
+def correct(result: Mapping[str, Any], ledger: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns which examples a result counts as correct, bool [n].
+
+    In the worst case those that nothing fooled, and that some settings found a gradient for.
+    """
+    if 'parts' not in result:
+        return ledger[f'{selection.ledger_key(result)}_correct']
+    attacked = np.any([ledger[f'{key}_correct'] for key in result['parts']], axis=0)
+    return _stands(ledger, result['parts']) & attacked
+
+
+def check(result: Mapping[str, Any], ledger: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError if a ledger is not that of a result which a run has written."""
+    key = selection.ledger_key(result)
+    found = ledger.get(f'{key}_correct')
+    counts = (result['n'], result['correct'])
+    fits = found is not None and (len(found), int(np.sum(found))) == counts
+    fits &= significance.settings_of(ledger, key) in (None, result['settings'])
+    if not fits or len(found) != len(ledger['label']):
+        raise UserError(f'its ledger and its results differ in {key}')
