@@ -1,5 +1,6 @@
 """The planes job: decision regions of two runs, or of a run's members, as in Figure 4."""
 
+import itertools
 import json
 import math
 import sys
@@ -40,7 +41,8 @@ def run(config: ConfigDict, path: epath.Path) -> epath.Path:
 
     Each of two runs is attacked as the ensemble it is, and so is each member by itself. The files
     are planes/<name>.npz, .png and .pdf of the run, where <name> is 'members' or made of both
-    workdirs' names. What is there already, of the same snapshots and settings, is only drawn anew.
+    workdirs' names; with other settings or images than those that are there a number follows. What
+    is there already, of the same snapshots and settings, is only drawn anew.
 
     Args:
       config: the run's, with what is asked for in config.planes.
@@ -56,7 +58,8 @@ def run(config: ConfigDict, path: epath.Path) -> epath.Path:
     pair = _find(config, path)
     wanted = _record(config, pair)
     name = 'members' if len(pair) == 1 else '-'.join(run.path.name for run in pair)
-    file = path / 'planes' / f'{name}.npz'
+    number = parallel.agree(_number(path / 'planes', name, wanted) if parallel.is_main() else None)
+    file = _path(path / 'planes', name, number)
     made = _made_before(file, wanted) if parallel.is_main() else None
     if parallel.agree(made is None):
         made = _make(config, pair, wanted)
@@ -152,8 +155,26 @@ def _record(config: ConfigDict, pair: Sequence[runs.Run]) -> dict[str, Any]:
     return json.loads(json.dumps(record))
 
 
+def _path(folder: epath.Path, name: str, number: int) -> epath.Path:
+    return folder / (f'{name}.npz' if number == 1 else f'{name}_{number}.npz')
+
+
+def _number(folder: epath.Path, name: str, wanted: dict[str, Any]) -> int:
+    """Returns the number of the first file that is not there, or has no planes of other settings.
+
+    Those of other snapshots, from before the run went on, give their place.
+    """
+    for number in itertools.count(1):
+        try:
+            found = plane_files.read(_path(folder, name, number)).record
+        except UserError:  # not there, or damaged
+            return number
+        if all(found.get(field) == wanted[field] for field in _DECISIVE):
+            return number
+
+
 def _made_before(file: epath.Path, wanted: dict[str, Any]) -> Planes | None:
-    """Returns the planes of the file, if they are what would be made."""
+    """Returns the planes of the file, if they are of the same snapshots as would be made."""
     if not file.exists():
         return None
     try:
@@ -162,8 +183,6 @@ def _made_before(file: epath.Path, wanted: dict[str, Any]) -> Planes | None:
         logging.warning('%s; it is made anew', error)
         return None
     found = made.record
-    if any(found.get(field) != wanted[field] for field in _DECISIVE):
-        return None
     same = [
         old['step'] == new['step'] and not config_lib.changed_fields(old['config'], new['config'])
         for old, new in zip(found['runs'], wanted['runs'], strict=True)

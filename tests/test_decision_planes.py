@@ -249,7 +249,12 @@ def test_what_is_made_is_not_made_again(root, two_runs, tmp_path, monkeypatch):
         ),
     ):
         assert len(calls) == number
-        decision_planes.run(asked(root, 'one', planes__other='two', **changes), one)
+        # Beside what is there, and only once.
+        for _ in range(2):
+            file = decision_planes.run(asked(root, 'one', planes__other='two', **changes), one)
+            assert file.name == f'{path.stem}_{number + 2}.npz'
+            plane_files.write(file, made._replace(record=calls[-1][2]))
+    assert path.read_bytes() == before
     record = workdir_lib.read_record(one)
     record['config']['train']['momentum'] = 0.5
     workdir_lib.write_json(one / 'config.json', record)
