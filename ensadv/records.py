@@ -86,6 +86,7 @@ _RUN = {
 # eval/<step>.json, see `results.Results`.
 _RESULT = _ENVIRONMENT | {
     'name': str,
+    'key?': str,
     'n': _COUNT,
     'correct': _NUMBER,
     'accuracy': float,

@@ -121,6 +121,36 @@ def test_attacks_made_otherwise_and_other_data_are_not_compared():
         )
 
 
+def made_with(**losses: tuple[str, str]) -> dict[str, np.ndarray]:
+    """A ledger from {'pgd20': ('margin', '11010')}; __ stands for the = of a key."""
+    arrays = ledger()
+    for key, (loss, outcomes) in losses.items():
+        key = key.replace('__', '=')
+        settings = {'attack': 'pgd', 'steps': 20, 'loss': loss}
+        arrays[f'{key}_correct'] = np.array([outcome == '1' for outcome in outcomes])
+        arrays[f'{key}_settings'] = np.array(json.dumps(settings))
+    return arrays
+
+
+def test_of_several_settings_each_is_compared_with_its_like():
+    first = made_with(pgd20=('margin', '11000'), pgd20_loss__cross_entropy=('entropy', '11110'))
+    second = made_with(pgd20=('entropy', '10000'), pgd20_loss__margin=('margin', '11100'))
+    found = significance.compare(first, second)
+    assert {name: comparison.counts for name, comparison in found.items()} == {
+        'pgd20, pgd20_loss=margin': (2, 0, 1, 2),
+        'pgd20_loss=cross_entropy, pgd20': (1, 3, 0, 1),
+    }
+    # What one of them has alone is left out.
+    one = made_with(pgd20=('margin', '01000'))
+    assert list(significance.compare(first, one)) == ['pgd20']
+    assert significance.compare(first, one)['pgd20'].counts == (1, 1, 0, 3)
+    with pytest.raises(UserError, match='pgd20 with loss margin and entropy'):
+        significance.compare(one, made_with(pgd20=('entropy', '11111')))
+    # Of an older ledger the settings are not known: it is the attack of that key.
+    older = {k: v for k, v in one.items() if not k.endswith('_settings')}
+    assert list(significance.compare(first, older)) == ['pgd20']
+
+
 def table(*rows: str) -> np.ndarray:
     """bool [rows, n] from rows such as '0110'."""
     return np.array([[outcome == '1' for outcome in row] for row in rows])
