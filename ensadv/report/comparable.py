@@ -241,8 +241,7 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
     records = {
         'trained': {run: [] if run.members else run.record['sessions'] for run in runs},
         'evaluated': {
-            run: [r for step in (run.steps, run.best) for r in run.results(step)]
-            for run in runs
+            run: [r for step in (run.steps, run.best) for r in run.results(step)] for run in runs
         },
     }
     for done, by_run in records.items():
