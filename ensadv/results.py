@@ -75,7 +75,7 @@ class Results:
             for unit in (*self.units, *self.final_units)
         }
         self._evaluator: Evaluator | None = None
-        self._writer: Any = None
+        self._writer: metrics.Writer | None = None
 
     def missing(self, step: int, units: Sequence[Unit]) -> list[Unit]:
         """Returns which of these units the step's files lack."""
@@ -113,12 +113,12 @@ class Results:
             result['seconds'] = round(time.monotonic() - start, 3)
             if parallel.is_main():
                 self._add(step, unit, result, self._ledger(unit, verdicts))
-            self._writer.write_scalars(step, {f'accuracy/{unit.key}': result['accuracy']})
+            self._writer.scalars(step, {f'accuracy/{unit.key}': result['accuracy']})
+        self._writer.flush()
         done = self._finished(step)
-        shown = ', '.join(
-            f'{unit.key} {done[unit]["accuracy"]:.3f}' for unit in units if unit in done
-        )
-        logging.info('%s: step %d: %s', self.label, step, shown)
+        shown = [f'{unit.key} {done[unit]["accuracy"]:.3f}' for unit in units if unit in done]
+        if shown:  # not so if there were only examples to be written
+            logging.info('%s: step %d: %s', self.label, step, ', '.join(shown))
 
     def put_aside_damaged(self, step: int, again: bool) -> None:
         """Renames a step's files if one is damaged, so that they are made again.
@@ -165,7 +165,6 @@ class Results:
     def close(self) -> None:
         """Waits until the metrics are written."""
         if self._writer is not None:
-            self._writer.flush()
             self._writer.close()
             self._writer = None
 
@@ -184,7 +183,16 @@ class Results:
         parallel.check_same('the data', dataset.fingerprint)
         self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
         self._environment = build.environment()
-        self._writer = metrics.open_writer(self._workdir / 'eval')
+        self._writer = self._open_writer()
+
+    def _open_writer(self) -> metrics.Writer:
+        """Opens TensorBoard's file, and writes what there is: once each, whoever was killed."""
+        writer = metrics.Writer(self._workdir / 'eval', first_step=0)
+        for step in workdir.evaluated_steps(self._workdir) if parallel.is_main() else ():
+            results = self._read(step).items()
+            accuracies = {f'accuracy/{unit.key}': result['accuracy'] for unit, result in results}
+            writer.scalars(step, accuracies, log=False)
+        return writer
 
     def _read_data(self, *judged: Mapping[str, Any]) -> data.Dataset:
         """Reads what is evaluated on; `judged` are the configs of the runs that are evaluated."""

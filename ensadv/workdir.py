@@ -56,6 +56,14 @@ def storage_error(path: epath.Path, reason: str) -> StorageError:
     )
 
 
+def reason(error: BaseException) -> str:
+    """Returns the first line of the innermost cause: Orbax and CLU wrap what the storage raised."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0][:200]}'
+
+
 def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
     """Writes JSON, complete or not at all, with a checksum of itself.
 
