@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
@@ -71,13 +72,18 @@ class _EventFile:
 def _drop_overtaken(directory: epath.Path, first_step: int) -> None:
     """Tells TensorBoard to drop what it has read so far of `first_step` and later."""
     from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    file = _import_tensorboard().EventFileWriter(str(directory))
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    content = io.BytesIO()
+    records = RecordWriter(content)
+    records.write(_event(0, file_version='brain.Event:2').SerializeToString())
     # The first one that it reads in a directory drops nothing, and older files may have none.
     for _ in range(2):
-        file.add_event(_event(first_step, session_log=start))
-    file.close()
+        records.write(_event(first_step, session_log=start).SerializeToString())
+    # It reads files by their names: this one before whatever begins in the same second.
+    name = f'events.out.tfevents.{int(time.time()):010d}.0'
+    workdir.write_bytes(directory / name, content.getvalue())
 
 
 class Writer:

@@ -1,6 +1,7 @@
 """The files of a run's workdir, except weights: config.json and eval/<step>.json, .npz."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -57,11 +58,17 @@ def storage_error(path: epath.Path, reason: str) -> StorageError:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the first line of the innermost cause: Orbax and CLU wrap what the storage raised."""
+    """Returns why something cannot be read or written, in a line.
+
+    Orbax, CLU and TensorStore wrap what the storage said.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines() or ['']
-    return f'{type(error).__name__}: {lines[0][:200]}'
+    text = str(error).strip()
+    for cause in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)):
+        if cause in text:
+            return cause
+    return f'{type(error).__name__}: {text.splitlines()[0][:200] if text else ""}'
 
 
 def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
