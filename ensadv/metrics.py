@@ -167,14 +167,16 @@ class _Profile:
 
     def __init__(self, directory: epath.Path, first_step: int, num_steps: int):
         self._directory = directory
-        self._first_step, self._num_steps = first_step, num_steps
+        self._first_step: int | None = first_step
+        self._num_steps = num_steps
         self._until: int | None = None
 
     def step(self, step: int) -> None:
         """Is told that step `step` is reached."""
         if self._until is not None and step >= self._until:
             self.close()
-        elif step == self._first_step:
+        elif self._first_step is not None and step >= self._first_step:
+            self._first_step = None
             self._until = step + self._num_steps
             with self._explained():
                 jax.profiler.start_trace(str(self._directory))
