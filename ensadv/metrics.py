@@ -15,6 +15,8 @@ from etils import epath
 from ensadv import parallel, progress, workdir
 from ensadv.tf_import import import_tensorflow
 
+_PREFIX = 'events.out.tfevents.'  # of the names of TensorBoard's files
+
 
 @functools.cache
 def _import_clu() -> ModuleType | None:
@@ -81,9 +83,13 @@ def _drop_overtaken(directory: epath.Path, first_step: int) -> None:
     # The first one that it reads in a directory drops nothing, and older files may have none.
     for _ in range(2):
         records.write(_event(first_step, session_log=start).SerializeToString())
-    # It reads files by their names: this one before whatever begins in the same second.
-    name = f'events.out.tfevents.{int(time.time()):010d}.0'
-    workdir.write_bytes(directory / name, content.getvalue())
+    # It reads files in the order of their names, which begin with the second: after those of
+    # earlier processes, and before the one that follows.
+    this_second = lambda: f'{_PREFIX}{int(time.time()):010d}.'
+    there = directory.iterdir() if directory.exists() else ()
+    if any(path.name.startswith(this_second()) for path in there):
+        time.sleep(1)
+    workdir.write_bytes(directory / f'{this_second()}0', content.getvalue())
 
 
 class Writer:

@@ -14,7 +14,7 @@ from absl import logging
 from ensadv import parallel, terminal
 
 LOG_SECONDS = 30  # between two lines of a bar where there is no terminal
-COMPILING = 'compiling (usually 5 to 60 s)'
+COMPILING = 'compiling (usually 5 s to 2 min)'
 _LINE = '{desc}: {percentage:.0f}% ({n_fmt}/{total_fmt}), {rate_fmt}, {remaining} left{postfix}'
 
 

@@ -76,6 +76,8 @@ class Results:
         }
         self._evaluator: Evaluator | None = None
         self._writer: metrics.Writer | None = None
+        self._shown: dict[str, int] = {}  # each scalar's latest step in TensorBoard's file
+        self._in_order = True
 
     def missing(self, step: int, units: Sequence[Unit]) -> list[Unit]:
         """Returns which of these units the step's files lack."""
@@ -113,7 +115,7 @@ class Results:
             result['seconds'] = round(time.monotonic() - start, 3)
             if parallel.is_main():
                 self._add(step, unit, result, self._ledger(unit, verdicts))
-            self._writer.scalars(step, {f'accuracy/{unit.key}': result['accuracy']})
+            self._show(step, {f'accuracy/{unit.key}': result['accuracy']})
         self._writer.flush()
         done = self._finished(step)
         shown = [f'{unit.key} {done[unit]["accuracy"]:.3f}' for unit in units if unit in done]
@@ -166,6 +168,9 @@ class Results:
         """Waits until the metrics are written."""
         if self._writer is not None:
             self._writer.close()
+            if not self._in_order:
+                self._open_writer()
+                self._writer.close()
             self._writer = None
 
     def _open(self) -> None:
@@ -183,16 +188,23 @@ class Results:
         parallel.check_same('the data', dataset.fingerprint)
         self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
         self._environment = build.environment()
-        self._writer = self._open_writer()
+        self._open_writer()
 
-    def _open_writer(self) -> metrics.Writer:
-        """Opens TensorBoard's file, and writes what there is: once each, whoever was killed."""
-        writer = metrics.Writer(self._workdir / 'eval', first_step=0)
+    def _open_writer(self) -> None:
+        """Opens TensorBoard's file, and writes what there is: once each, and in order."""
+        self._writer = metrics.Writer(self._workdir / 'eval', first_step=0)
+        self._shown, self._in_order = {}, True
         for step in workdir.evaluated_steps(self._workdir) if parallel.is_main() else ():
             results = self._read(step).items()
             accuracies = {f'accuracy/{unit.key}': result['accuracy'] for unit, result in results}
-            writer.scalars(step, accuracies, log=False)
-        return writer
+            self._show(step, accuracies, log=False)
+
+    def _show(self, step: int, accuracies: Mapping[str, float], *, log: bool = True) -> None:
+        """Writes scalars for TensorBoard, which may drop those of later steps."""
+        self._writer.scalars(step, accuracies, log=log)
+        for tag in accuracies:
+            self._in_order &= self._shown.get(tag, -1) < step
+            self._shown[tag] = step
 
     def _read_data(self, *judged: Mapping[str, Any]) -> data.Dataset:
         """Reads what is evaluated on; `judged` are the configs of the runs that are evaluated."""
