@@ -131,12 +131,15 @@ def _make(
     network, variables = runs.load(sources, combine='logits', dtype=config.eval.dtype)
     evaluator = Evaluator(network, config.eval.batch_size)
 
+    judged = 'transfer set: the sources'
+
     def largest_margin(images: np.ndarray, places: np.ndarray) -> np.ndarray:
         """An example stands while any source is right."""
-        return np.max(evaluator.member_margins(variables, images, labels[places]), axis=1)
+        margins = evaluator.member_margins(variables, images, labels[places], judged)
+        return np.max(margins, axis=1)
 
     everything = np.arange(n)
-    clean = evaluator.member_margins(variables, images, labels)
+    clean = evaluator.member_margins(variables, images, labels, judged)
     stored, margin = images.copy(), np.max(clean, axis=1)
     fooled_per_round = []
     for number, settings in enumerate(made_by['rounds']):

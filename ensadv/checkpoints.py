@@ -99,7 +99,7 @@ class Checkpoints:
             if wait or parallel.num_processes() > 1:
                 manager.wait_until_finished()
         except Exception as error:  # whatever Orbax, TensorStore and the storage raise
-            raise workdir.storage_error(self._directory, _reason(error)) from error
+            raise workdir.storage_error(self._directory, workdir.reason(error)) from error
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads the tree of `step` onto all devices.
@@ -119,7 +119,7 @@ class Checkpoints:
         try:
             tree, written = self._read(step, abstract)
         except Exception as error:  # a file that lacks, is empty, or is not what it was
-            problem = _reason(error)
+            problem = workdir.reason(error)
         else:
             found = _checksums(jax.device_get(tree))
             if wrong := sorted(name for name in found if written.get(name) != found[name]):
@@ -205,7 +205,7 @@ class Checkpoints:
             manager.wait_until_finished()
             manager.close()
         except Exception as error:
-            raise workdir.storage_error(self._directory, _reason(error)) from error
+            raise workdir.storage_error(self._directory, workdir.reason(error)) from error
 
 
 def _checksums(tree: Any) -> dict[str, int]:
@@ -214,14 +214,6 @@ def _checksums(tree: Any) -> dict[str, int]:
     return {
         jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves
     }
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the first line of the innermost cause: Orbax wraps, and lists each file's trouble."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or ['']
-    return f'{type(error).__name__}: {lines[0][:200]}'
 
 
 def _require_storage_client(directory: epath.Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ensadv import config as config_lib
-from ensadv import workdir
+from ensadv import terminal, workdir
 from ensadv.errors import ConfigError, UserError
 
 MODES = ('train', 'evaluate', 'study', 'blackbox', 'compare', 'report', 'planes', 'describe')
@@ -210,20 +211,28 @@ def config() -> ConfigDict:
 
 
 def set_up_logging() -> None:
-    """Shows what this program and CLU log, and the warnings of everything else."""
+    """Shows what this program logs, and the warnings of everything else."""
 
     def ours(record: python_logging.LogRecord) -> bool:
         parts = Path(record.pathname).parts
         return (
-            # Orbax logs each thread's part of an error that it raises as well.
-            (record.levelno >= python_logging.WARNING and 'orbax' not in parts)
+            # Orbax and CLU log each thread's part of an error that they raise as well.
+            (record.levelno >= python_logging.WARNING and not {'orbax', 'clu'} & set(parts))
             or 'ensadv' in parts
-            or parts[-1] == 'logging_writer.py'
         )
 
     logging.get_absl_handler().addFilter(ours)
     # So do its unfinished writes, when they find that nobody waits for them any more.
     sys.unraisablehook = lambda args: logging.debug('%s', args.err_msg, exc_info=args.exc_value)
-    # On a terminal the progress bars say it all.
+    # And TensorBoard's thread, whose error the next writing raises.
+    threading.excepthook = _tell_of_thread
+    # Where progress bars are drawn they say it all.
     if not FLAGS['verbosity'].present:
-        logging.set_verbosity(logging.WARNING if sys.stderr.isatty() else logging.INFO)
+        logging.set_verbosity(logging.WARNING if terminal.draws_bars() else logging.INFO)
+
+
+def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
+    if type(args.thread).__module__.startswith('tensorboard.'):
+        logging.debug('%s', args.thread, exc_info=args.exc_value)
+    else:
+        threading.__excepthook__(args)

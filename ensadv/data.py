@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ensadv import workdir
+from ensadv import progress, workdir
 from ensadv.errors import UserError
 from ensadv.tf_import import import_tensorflow
 
@@ -134,6 +134,7 @@ class Dataset:
 
 
 @functools.lru_cache(maxsize=1)  # a run's training and evaluation use the same one
+@progress.waiting('reading data')
 def load(
     name: str, *, data_dir: str | None = None, path: str | None = None, download: bool = False
 ) -> Dataset:

@@ -1,5 +1,6 @@
 """Networks under attack: every example once, in batches over all devices."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ensadv import attacks, build, data, ensemble, losses, metrics, parallel, parts, prng
+from ensadv import attacks, build, data, ensemble, losses, parallel, parts, prng
+from ensadv.progress import Bar
 
 REPACK_STEPS = 25  # steps after which, at the latest, fooled examples leave a long attack
 
@@ -73,6 +75,8 @@ class Evaluator:
         self.network = network
         self._batch_size = batch_size
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._called: set[tuple[str, int]] = set()  # the functions and batch sizes that were
+        self._bar: Bar | None = None
 
     def evaluate(
         self,
@@ -94,7 +98,7 @@ class Evaluator:
         judge = self._attack_batch if 'steps' in settings else self._clean_batch
         n, columns = len(labels), []
         robust = seen = 0
-        with metrics.progress(total=n, label=label, unit='image') as bar:
+        with self._progress(total=n, label=label, unit='image') as bar:
             for places in self._batches(np.arange(n), n):
                 batch = places, images[places], labels[places]
                 columns.append(judge(variables, settings, n, batch))
@@ -155,7 +159,6 @@ class Evaluator:
         stay = np.arange(n) < settings['iterate_examples']
         stands, iterate_margin = [], []
         packed = _Packed(n)
-        bar = metrics.progress(total=n * num_steps * restarts, label=label, unit='image step')
 
         def over(places, count, f, *shared):
             for batch in self._batches(places, n):
@@ -163,7 +166,8 @@ class Evaluator:
                 packed.put(batch, f(*shared, examples))
                 bar.update(len(batch) * count)
 
-        with bar:
+        total = n * num_steps * restarts
+        with self._progress(total=total, label=label, unit='image step') as bar:
             for batch in self._batches(np.arange(n), n):
                 packed.put(batch, begin(variables, (batch, images[batch], labels[batch])))
             for number in range(restarts):
@@ -216,7 +220,7 @@ class Evaluator:
         n = 1 << (len(places) - 1).bit_length()
         step = self._compile(n, 'transfer', same, _transfer_batch, 2)
         results = []
-        with metrics.progress(total=len(places), label=label, unit='image') as bar:
+        with self._progress(total=len(places), label=label, unit='image') as bar:
             for batch in self._batches(places, n):
                 results.append(step(variables, numbers, (batch, images[batch], labels[batch])))
                 bar.update(len(batch))
@@ -249,7 +253,7 @@ class Evaluator:
         num_steps, restarts = settings['steps'], settings['restarts']
         results = []
         total = len(places) * num_steps * restarts
-        with metrics.progress(total=total, label=label, unit='image step') as bar:
+        with self._progress(total=total, label=label, unit='image step') as bar:
             for batch in self._batches(places, n):
                 examples = batch, images[batch], labels[batch]
                 x_worst = images[batch] / np.float32(255)
@@ -281,20 +285,34 @@ class Evaluator:
         n = len(x)
         step = self._compile(n, 'log_probs', {}, _log_probs_batch, 1)
         results = []
-        with metrics.progress(total=n, label=label, unit='image') as bar:
+        with self._progress(total=n, label=label, unit='image') as bar:
             for batch in self._batches(np.arange(n), n):
                 results.append(step(variables, x[batch]))
                 bar.update(len(batch))
         return np.concatenate(results)
 
-    def member_margins(self, variables: Any, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Returns each member's margin on each image, float32 [n, k], for uint8 images [n, ...]."""
+    def member_margins(
+        self, variables: Any, images: np.ndarray, labels: np.ndarray, label: str
+    ) -> np.ndarray:
+        """Returns each member's margin on each image, float32 [n, k].
+
+        Args:
+          variables, images, labels, label: as in `evaluate`.
+        """
         n = len(labels)
         step = self._compile(n, 'members', {}, _member_batch, 1)
-        batches = self._batches(np.arange(n), n)
-        return np.concatenate(
-            [step(variables, (batch, images[batch], labels[batch])) for batch in batches]
-        )
+        results = []
+        with self._progress(total=n, label=label, unit='image') as bar:
+            for batch in self._batches(np.arange(n), n):
+                results.append(step(variables, (batch, images[batch], labels[batch])))
+                bar.update(len(batch))
+        return np.concatenate(results)
+
+    @contextlib.contextmanager
+    def _progress(self, *, total: int, label: str, unit: str) -> Iterator[Bar]:
+        """Gives a bar, on which what is called inside says that it compiles."""
+        with Bar(total=total, label=label, unit=unit) as self._bar:
+            yield self._bar
 
     def _size(self, n: int) -> int:
         """Returns how many examples a call over all devices takes, where there are n in all."""
@@ -339,7 +357,11 @@ class Evaluator:
                 return np.pad(leaf, widths, mode='edge')
 
             given = np.arange(size) < count, jax.tree.map(pad, batch)
-            return jax.tree.map(lambda leaf: leaf[:count], compiled(*shared, given))
+            compiles = (kind, size) not in self._called
+            with self._bar.compiling() if compiles else contextlib.nullcontext():
+                result = compiled(*shared, given)
+            self._called.add((kind, size))
+            return jax.tree.map(lambda leaf: leaf[:count], result)
 
         return call
 

@@ -15,7 +15,7 @@ from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
-from ensadv import build, data, inspection, metrics
+from ensadv import build, data, inspection, progress
 from ensadv.errors import TrainingError
 from ensadv.inspection import Place, Rows, first_not_finite
 from ensadv.optim import TrainState
@@ -114,14 +114,14 @@ def replay(
       The step that begins there, and the state before it; None if all steps to `last` are finite.
     """
     finite = bool(all_finite(state))
-    with metrics.progress(total=last - first, label='replay', unit='step') as progress:
+    with progress.Bar(total=last - first, label='replay', unit='step') as bar:
         for step in range(first, last):
             before = jax.tree.map(jnp.copy, state)  # advancing reuses the state's memory
             state, sums = advance(state, 1)
             finite &= all(map(np.isfinite, jax.device_get(sums).values()))
             if not finite or not all_finite(state):
                 return step, before
-            progress.update()
+            bar.update()
     return None
 
 

@@ -76,7 +76,9 @@ class Results:
             self.final_units.append(self._unit(shown, 'examples'))
         self._keys: dict[Unit, str] | None = None  # of what other steps have
         self._evaluator: Evaluator | None = None
-        self._writer: Any = None
+        self._writer: metrics.Writer | None = None
+        self._shown: dict[str, int] = {}  # each scalar's latest step in TensorBoard's file
+        self._in_order = True
 
     def _unit(self, name: str, split: str = 'test') -> Unit:
         settings = build.evaluation_settings(self._config, name)
@@ -130,14 +132,16 @@ class Results:
             result['seconds'] = round(time.monotonic() - start, 3)
             if parallel.is_main():
                 key = self._add(step, unit, result, verdicts)
-            self._writer.write_scalars(step, {f'accuracy/{key}': result['accuracy']})
+            self._show(step, {f'accuracy/{key}': result['accuracy']})
+        self._writer.flush()
         done = self._read(step)
-        shown = ', '.join(
+        shown = [
             f'{selection.ledger_key(done[unit])} {done[unit]["accuracy"]:.3f}'
             for unit in units
             if unit in done
-        )
-        logging.info('%s: step %d: %s', self.label, step, shown)
+        ]
+        if shown:  # not so if there were only examples to be written
+            logging.info('%s: step %d: %s', self.label, step, ', '.join(shown))
 
     def put_aside_damaged(self, step: int, again: bool) -> None:
         """Renames a step's files if one is damaged, so that they are made again.
@@ -195,8 +199,10 @@ class Results:
     def close(self) -> None:
         """Waits until the metrics are written."""
         if self._writer is not None:
-            self._writer.flush()
             self._writer.close()
+            if not self._in_order:
+                self._open_writer()
+                self._writer.close()
             self._writer = None
 
     def _open(self) -> None:
@@ -214,7 +220,25 @@ class Results:
         parallel.check_same('the data', dataset.fingerprint)
         self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
         self._environment = build.environment()
-        self._writer = metrics.open_writer(self._workdir / 'eval')
+        self._open_writer()
+
+    def _open_writer(self) -> None:
+        """Opens TensorBoard's file, and writes what there is: once each, and in order."""
+        self._writer = metrics.Writer(self._workdir / 'eval', first_step=0)
+        self._shown, self._in_order = {}, True
+        for step in workdir.evaluated_steps(self._workdir) if parallel.is_main() else ():
+            accuracies = {
+                f'accuracy/{selection.ledger_key(result)}': result['accuracy']
+                for result in self._read(step).values()
+            }
+            self._show(step, accuracies, log=False)
+
+    def _show(self, step: int, accuracies: Mapping[str, float], *, log: bool = True) -> None:
+        """Writes scalars for TensorBoard, which may drop those of later steps."""
+        self._writer.scalars(step, accuracies, log=log)
+        for tag in accuracies:
+            self._in_order &= self._shown.get(tag, -1) < step
+            self._shown[tag] = step
 
     def _read_data(self, *judged: Mapping[str, Any]) -> data.Dataset:
         """Reads what is evaluated on; `judged` are the configs of the runs that are evaluated."""

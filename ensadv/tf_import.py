@@ -11,8 +11,10 @@ def import_tensorflow() -> ModuleType:
     Raises:
       ImportError: if it is not installed.
     """
-    # Without this it tells at length how it would compute.
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    # Without this it tells at length how it would compute, and what else it will raise. JAX has put
+    # a 1 there, which is too little.
+    if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
+        os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     import tensorflow as tf
 

@@ -28,6 +28,7 @@ from ensadv import (
     nans,
     parallel,
     prng,
+    progress,
     steps,
     stopping,
     workdir,
@@ -211,27 +212,38 @@ class _CallLength:
         self._calls = 0
         self.most = 1
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the next call, the first, compiles."""
+        return not self._calls
+
     def add(self, num_steps: int, seconds: float) -> None:
         """Takes in what a call took."""
         self._calls += 1
-        if self._calls > 1:  # the first compiles
+        if self._calls > 1:
             affordable = max(1, int(CALL_SECONDS * num_steps / seconds))
             self.most = min(self._steps_per_call, affordable)
 
 
 class _Interval:
-    """Sums of metrics since they were last written."""
+    """Sums of metrics since they were last written, and the time of the calls that gave them."""
 
     def __init__(self, step: int):
         self.first_step = step
         self._sums: list[Mapping[str, Array]] = []
-        self._start = time.monotonic()
+        self._start_timing(step)
 
-    def add(self, sums: Mapping[str, Array]) -> None:
+    def _start_timing(self, step: int) -> None:
+        self._timed_from, self._start = step, time.monotonic()
+
+    def add(self, step: int, sums: Mapping[str, Array], *, compiled: bool) -> None:
+        """Takes in a call that reached `step`; of one that compiled the time does not count."""
         self._sums.append(sums)
+        if compiled:
+            self._start_timing(step)
 
     def means(self, step: int, batch_size: int) -> dict[str, float]:
-        """Returns the averages over the interval's steps.
+        """Returns the averages over the interval's steps, and the rate if some were timed.
 
         Raises:
           nans.NotFiniteError: if one of them is not finite.
@@ -240,8 +252,8 @@ class _Interval:
         means = {name: value / (step - self.first_step) for name, value in sums.items()}
         if not all(map(math.isfinite, means.values())):
             raise nans.NotFiniteError(self.first_step, step)
-        seconds = time.monotonic() - self._start
-        means['examples_per_second'] = (step - self.first_step) * batch_size / seconds
+        if timed := step - self._timed_from:
+            means['examples_per_second'] = timed * batch_size / (time.monotonic() - self._start)
         return means
 
 
@@ -320,7 +332,8 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             workdir.write_record(workdir_path, config, facts, session)
         parallel.check_shared(workdir_path / 'config.json')
         if state is None:
-            state = jax.jit(make_state)(keys)
+            with progress.waiting(f'{label}: drawing the first weights'):
+                state = jax.jit(make_state)(keys)
             _log_parameters(abstract.params)
         else:
             logging.info('%s: going on from the checkpoint of step %d', label, step)
@@ -398,8 +411,7 @@ def _loop(config, state, step, advance, log, writer) -> None:
     """Advances from `step` to the last, writing what is due on the way."""
     train, schedule = config.train, build.schedule(config)
     interval = _Interval(step)
-    seconds_per_step: list[float] = []  # of every interval but the first, which compiles
-    first_step = step
+    seconds_per_step: list[float] = []
     length = _CallLength(train.steps_per_call)
     log.step(step)
     if step == train.steps:  # its snapshot was lost, and the checkpoint is there
@@ -407,11 +419,13 @@ def _loop(config, state, step, advance, log, writer) -> None:
     with stopping.deferred():
         while step < train.steps:
             stop = next_stop(step, config, parallel.agree(length.most))
+            compiles = length.compiles
             start = time.monotonic()
-            state, sums = advance(state, stop - step)
+            with log.compiling() if compiles else contextlib.nullcontext():
+                state, sums = advance(state, stop - step)
             length.add(stop - step, time.monotonic() - start)
             step = stop
-            interval.add(sums)
+            interval.add(step, sums, compiled=compiles)
             last = step == train.steps
             stops = parallel.any_process(stopping.requested())
             due = {
@@ -425,13 +439,16 @@ def _loop(config, state, step, advance, log, writer) -> None:
                 if not nans.all_finite(state):
                     raise nans.NotFiniteError(interval.first_step, step)
                 log.scalars(step, means | {'learning_rate': float(schedule(step - 1))})
-                if interval.first_step > first_step:
-                    seconds_per_step.append(train.batch_size / means['examples_per_second'])
+                if rate := means.get('examples_per_second'):
+                    seconds_per_step.append(train.batch_size / rate)
             log.step(step)
-            writer.write(
-                step, state, snapshot=due['snapshot'], checkpoint=due['checkpoint'],
-                seconds_per_step=seconds_per_step,
-            )  # fmt: skip
+            if due['snapshot'] or due['checkpoint']:
+                log.flush()  # what is before a checkpoint is not written again
+            with log.untimed():
+                writer.write(
+                    step, state, snapshot=due['snapshot'], checkpoint=due['checkpoint'],
+                    seconds_per_step=seconds_per_step,
+                )  # fmt: skip
             if stops:
                 stopping.stop()
             if any(due.values()):

@@ -1,6 +1,7 @@
 """The files of a run's workdir, except weights: config.json and eval/<step>.json, .npz."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -54,6 +55,20 @@ def storage_error(path: epath.Path, reason: str) -> StorageError:
         f'{path}: cannot be written: {reason}. What was written before is whole: once there is '
         'space and permission, the same command goes on from it'
     )
+
+
+def reason(error: BaseException) -> str:
+    """Returns why something cannot be read or written, in a line.
+
+    Orbax, CLU and TensorStore wrap what the storage said.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    for cause in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)):
+        if cause in text:
+            return cause
+    return f'{type(error).__name__}: {text.splitlines()[0][:200] if text else ""}'
 
 
 def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:

@@ -145,6 +145,23 @@ def empty_files(folder) -> None:
             path.write_bytes(b'')
 
 
+def tensorboard_values(directory) -> dict[str, list[tuple[int, float]]]:
+    """Returns what TensorBoard shows of a directory: each scalar's steps and values."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {
+        tag: [
+            (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
+            for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()['tensors']
+        if not tag.startswith('_')
+    }
+
+
 def variables_like(config: ConfigDict):
     """Returns the shapes of a snapshot."""
     from ensadv import build

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import empty_files
+from conftest import empty_files, tensorboard_values
 from test_follow import UNITS, config_for, evaluated, fake, ledgers, make_run, snapshot_steps
 
 from ensadv import checkpoints, evaluate
@@ -78,6 +78,11 @@ def test_damaged_results_are_made_again(workdir, finished, fake, caplog, suffix,
         for name, array in ledger.items():
             np.testing.assert_array_equal(array, arrays[step][name])
     assert snapshot_steps(workdir) == [4, 6]
+    shown = tensorboard_values(workdir / 'eval')
+    assert {tag: [step for step, _ in pairs] for tag, pairs in shown.items()} == {
+        f'accuracy/{name}': [2, 4, 6] for name in UNITS
+    }
+    assert dict(shown['accuracy/ifgsm2'])[4] == pytest.approx(0.9)
 
 
 def test_whole_results_are_left_alone(workdir, finished, fake):

@@ -339,7 +339,7 @@ def test_transfer_attack_makes_every_member_err():
     network, variables = network_of(Ripples(), k=2, combine='logits')
     images, labels = ripples(30)
     bench = evaluator.Evaluator(network, 8)
-    clean = bench.member_margins(variables, images, labels)
+    clean = bench.member_margins(variables, images, labels, 'members')
     assert clean.shape == (30, 2)
     x = images / np.float32(255)
     logits = network.member_logits(variables, x)

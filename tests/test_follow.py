@@ -50,7 +50,7 @@ from ensadv import evaluate, evaluator, metrics
 small_network.install()
 
 evaluate.POLL_SECONDS = 0.1
-metrics._import_clu = lambda: None
+metrics._import_clu = metrics._import_tensorboard = lambda: None
 hang_at = sys.argv.pop(1)
 original = evaluator.Evaluator.evaluate
 
@@ -179,7 +179,8 @@ def fake(monkeypatch):
 def _quick(monkeypatch):
     """Short waits, no TensorFlow, and no snapshot is deleted that lacks one of UNITS."""
     monkeypatch.setattr(evaluate, 'POLL_SECONDS', 0.05)
-    monkeypatch.setattr(metrics, '_import_clu', lambda: None)
+    for name in ('_import_clu', '_import_tensorboard'):
+        monkeypatch.setattr(metrics, name, lambda: None)
     delete = checkpoints.Checkpoints.delete
 
     def checked(self, step):

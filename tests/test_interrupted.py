@@ -14,6 +14,7 @@ from conftest import (
     run_environment,
     run_main,
     snapshot_bytes,
+    tensorboard_values,
     tiny_config,
 )
 
@@ -71,6 +72,9 @@ def test_killed_and_started_again_gives_the_same_bits(workdir, undisturbed):
     reached = max(checkpoints.open_checkpoints(workdir, 3).steps())
     assert 100 <= reached < 600
     assert goes_on(workdir, reached) == undisturbed
+    # TensorBoard's files are whole before the checkpoint, and show nothing twice after it.
+    shown = [step for step, _ in tensorboard_values(workdir)['loss']]
+    assert shown == list(range(50, 601, 50))
 
 
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(workdir, undisturbed):

@@ -46,7 +46,8 @@ def bucket():
 @pytest.fixture
 def without_tensorboard(monkeypatch):
     """TensorBoard's files are TensorFlow's to write: see the last test."""
-    monkeypatch.setattr(metrics, '_import_clu', lambda: None)
+    for name in ('_import_clu', '_import_tensorboard'):
+        monkeypatch.setattr(metrics, name, lambda: None)
 
 
 def weights(config, path, step):
@@ -167,8 +168,11 @@ def test_tensorboards_files_on_tensorflows_file_systems(ram):
     log.hyperparameters({'seed': 0})
     log.scalars(4, {'loss': 0.5})
     log.close()
-    (file,) = ram.glob('events.*')
-    events = [tf.compat.v1.Event.FromString(r.numpy()) for r in tf.data.TFRecordDataset(str(file))]
+    events = [
+        tf.compat.v1.Event.FromString(record.numpy())
+        for file in ram.glob('events.*')
+        for record in tf.data.TFRecordDataset(str(file))
+    ]
     values = {
         value.tag: float(tf.make_ndarray(value.tensor))
         for event in events

@@ -9,7 +9,13 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from conftest import empty_files, snapshot_bytes, tiny_config, variables_like
+from conftest import (
+    empty_files,
+    snapshot_bytes,
+    tensorboard_values,
+    tiny_config,
+    variables_like,
+)
 from etils import epath
 
 from ensadv import build, checkpoints, claims, ensemble, parallel, stopping, train
@@ -51,21 +57,12 @@ def test_writes_what_the_design_says(workdir):
 
 
 def test_scalars_reach_tensorboard(workdir):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util import tensor_util
-
     train.run(tiny_config('singleadv'), workdir)
-    events = EventAccumulator(str(workdir))
-    events.Reload()
-    values = {
-        tag: {e.step: float(tensor_util.make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)}
-        for tag in events.Tags()['tensors']
-        if not tag.startswith('_')
-    }
+    values = {tag: dict(pairs) for tag, pairs in tensorboard_values(workdir).items()}
     losses = {'loss', 'clean_loss', 'adversarial_loss', 'gradient_norm'}
     accuracies = {'clean_accuracy', 'adversarial_accuracy'}
     for tag in losses | accuracies | {'learning_rate', 'examples_per_second'}:
-        assert {2, 4} <= set(values[tag]), tag
+        assert set(values[tag]) == {2, 4}, tag
     # The rate of the last update of each interval: the fourth, number 3, is the first reduced one.
     np.testing.assert_allclose([values['learning_rate'][s] for s in (2, 4)], [0.1, 0.02], rtol=1e-5)
     np.testing.assert_allclose(
@@ -314,10 +311,25 @@ def test_a_profile_is_written_when_asked_for(workdir):
     assert list(pathlib.Path(workdir).rglob('*.xplane.pb'))
 
 
+def test_the_rate_leaves_the_compilation_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train.time, 'monotonic', lambda: now[0])
+    sums = {'loss': np.float32(3)}
+    interval = train._Interval(0)
+    now[0] = 60.0
+    interval.add(1, sums, compiled=True)
+    assert interval.means(1, batch_size=8) == {'loss': 3}  # nothing was timed
+    now[0] = 62.0
+    interval.add(3, sums, compiled=False)
+    assert interval.means(3, batch_size=8) == {'loss': 2, 'examples_per_second': 8}
+
+
 def test_calls_are_short_enough_for_a_signal():
     length = train._CallLength(steps_per_call=10)
     assert length.most == 1
-    length.add(1, 60.0)  # it compiled
+    assert length.compiles
+    length.add(1, 60.0)
+    assert not length.compiles
     assert length.most == 1
     length.add(1, train.CALL_SECONDS / 4)
     assert length.most == 4
