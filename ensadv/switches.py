@@ -34,6 +34,9 @@ _WITHOUT_EFFECT = re.compile(
 )
 _OF_LIBRARIES = re.compile(r'LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|(DNNL|ONEDNN)_\w+')
 _XLA_FLAGS_WITHOUT_EFFECT = ('--xla_dump', '--xla_force_host_platform_device_count')
+# Gives XLA:CPU's convolutions and products to Eigen, which gets some wrong where a thread's queue
+# of tasks is full (benchmarks/full_queue.py).
+_WRONG_ON_CPU = '--xla_cpu_experimental_ynn_fusion_type'
 
 
 def pin() -> None:
@@ -42,8 +45,13 @@ def pin() -> None:
     Before the first key is made and JAX's backend starts.
 
     Raises:
-      UserError: if an environment variable of JAX has a value that JAX does not take.
+      UserError: if an environment variable of JAX has a value that JAX does not take, or XLA_FLAGS
+        a flag with which a CPU computes wrong numbers.
     """
+    if _WRONG_ON_CPU in os.environ.get('XLA_FLAGS', ''):
+        raise UserError(
+            f'XLA_FLAGS: expected without {_WRONG_ON_CPU}, with which a CPU computes wrong numbers'
+        )
     jax = _jax()
     overridden = []
     for name, value in PINNED.items():

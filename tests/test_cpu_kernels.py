@@ -90,3 +90,14 @@ def test_a_run_computes_nothing_that_may_be_wrong(tmp_path, monkeypatch, kind):
     # Training's program and the attack's are among them.
     assert sum('dot(' in text for text in texts) >= 2
     assert [sum_ for text in texts for sum_ in sums_by_eigen(text)] == []
+
+
+def test_the_flag_that_gives_them_to_eigen_is_refused(tmp_path):
+    flags = '--xla_cpu_experimental_ynn_fusion_type='
+    command = ['--config=configs/singleadv.py', *overrides(TINY), f'--workdir={tmp_path}/run']
+    result = run_main(*command, xla_flags=flags)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(
+        f'error: XLA_FLAGS: expected without {flags[:-1]}'
+    )
+    assert not (tmp_path / 'run').exists()
