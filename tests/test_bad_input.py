@@ -68,6 +68,10 @@ def folders(tmp_path_factory):
 
 def assert_told(result: Result, *names: str) -> None:
     """Asserts that a mistake was told as it should be, and names one of these."""
+    # What is said before the data are read is no part of it.
+    lines = result.stderr.splitlines(keepends=True)
+    told = ''.join(line for line in lines if not line.endswith('] reading data\n'))
+    result = result._replace(stderr=told)
     assert result.code == 2, result
     assert result.stderr.startswith('error: '), result
     assert len(result.stderr.splitlines()) == 1, result
