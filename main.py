@@ -20,10 +20,9 @@ import ensadv
 from configs import default
 from ensadv import command_line, stopping, switches, workdir
 from ensadv import config as config_lib
-from ensadv.command_line import fail
+from ensadv.command_line import CONFIGS, fail
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
 
-CONFIGS = epath.Path(__file__).parent / 'configs'
 FLAGS = flags.FLAGS
 
 
@@ -123,12 +122,17 @@ def describe(config: ConfigDict) -> None:
     record = workdir.read_record(command_line.workdir_path()) if FLAGS.workdir else None
     if record is not None and record['config']['data']['name'] == config.data.name:
         dataset = record['dataset']
+        held_out = dataset.get('num_validation', 0)
+        dataset = dataset | {'num_train': dataset['num_train'] + held_out}
     else:
         name, group = config.data.name, config.data
         shape, classes = data.spec(name, data_dir=group.data_dir, path=group.path)
+        num_train, num_test = data.sizes(name, path=group.path)
         # Sizes do not depend on the pixels' mean and deviation.
         dataset = {'name': name, 'image_shape': shape, 'num_classes': classes}
-        dataset |= {'mean': [0.0], 'std': [1.0]}
+        dataset |= {'mean': [0.0], 'std': [1.0], 'num_train': num_train, 'num_test': num_test}
+    describe.check(config, dataset, CONFIGS)
+    dataset['num_train'] -= config.data.validation_examples
     print(describe.describe(config, dataset))
 
 
@@ -148,16 +152,18 @@ def run(mode: str) -> None:
         return
     config = command_line.config()
     switches.pin()
-    if config.eval.blackbox_path:
-        # A run keeps it, and may go on in another directory.
-        config.eval.blackbox_path = str(workdir.absolute(config.eval.blackbox_path))
+    for group, field in ((config.eval, 'blackbox_path'), (config.data, 'path')):
+        if group[field]:  # a run keeps it, and may go on in another directory
+            group[field] = str(workdir.absolute(group[field]))
     if config.ensemble.members_from and mode != 'evaluate':
         raise ConfigError(f'ensemble.members_from: only for --mode=evaluate, found --mode={mode}')
     if mode == 'describe':
         describe(config)
         return
     if not FLAGS.workdir:
-        raise UserError('--workdir: needed, the directory that is written to')
+        raise UserError('--workdir: needed, the directory that is written to, as --workdir=runs/1')
+    if mode == 'train' and config.study.systems and config.system == 'custom':
+        raise ConfigError('study.systems: names systems, so this is for --mode=study')
     from ensadv import compilation_cache, parallel
 
     compilation_cache.enable(FLAGS.compilation_cache)
@@ -169,6 +175,8 @@ def run(mode: str) -> None:
         parallel.check_same('the command', command | {'config': resolved})
         parallel.check_same('XLA_FLAGS or a switch of JAX', switches.of(switches.recorded()))
         compute(mode, config, path)
+        if mode != 'planes' and parallel.is_main():
+            print(command_line.where())
 
 
 def compute(mode: str, config: ConfigDict, path: epath.Path) -> None:
@@ -197,8 +205,7 @@ def compute(mode: str, config: ConfigDict, path: epath.Path) -> None:
 def main(argv: list[str]) -> None:
     command_line.set_up_logging()
     if len(argv) > 1:
-        fail(f'unexpected argument {argv[1]!r}; flags begin with --')
-    stopping.install()
+        fail(str(command_line.unexpected(argv[1])))
     try:
         run(FLAGS.mode)
     except UserError as error:
@@ -212,5 +219,14 @@ def main(argv: list[str]) -> None:
         fail(str(stopped), code=stopped.exit_code)
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Parses the command line, and waits where that says so."""
+    stopping.install()
+    try:
+        return command_line.parse(argv, default.get_config)
+    except stopping.Stopped as stopped:
+        fail(str(stopped), code=stopped.exit_code)
+
+
 if __name__ == '__main__':
-    app.run(main, flags_parser=lambda argv: command_line.parse(argv, default.get_config))
+    app.run(main, flags_parser=parse)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from ml_collections import ConfigDict
 
 import ensadv
@@ -83,13 +84,33 @@ def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, n
     Raises:
       ConfigError: if fewer are there than config.eval.num_examples.
     """
-    there = len(dataset.label_test)
+    n = num_examples(config, len(dataset.label_test))
+    classes, first = (
+        len(np.unique(labels)) for labels in (dataset.label_test, dataset.label_test[:n])
+    )
+    if 2 * first < min(n, classes):
+        logging.warning(
+            'eval.num_examples: the first %d test examples are of %d of %d classes: the test split '
+            'is sorted, so they do not stand for it. Shuffle the file',
+            n,
+            first,
+            classes,
+        )
+    return tuple(array[:n] for array in dataset.split('test'))
+
+
+def num_examples(config: ConfigDict, there: int) -> int:
+    """Returns how many of the test examples that there are are evaluated.
+
+    Raises:
+      ConfigError: if fewer are there than config.eval.num_examples.
+    """
     n = config.eval.num_examples or there
     if n > there:
         raise ConfigError(
             f'eval.num_examples: expected at most the {there} test examples, found {n}'
         )
-    return tuple(array[:n] for array in dataset.split('test'))
+    return n
 
 
 def model(

@@ -1,15 +1,20 @@
 """The command line: flags, the config with its overrides, what is shown, and how it ends."""
 
+import contextlib
+import difflib
 import importlib.machinery
 import importlib.util
+import linecache
 import logging as python_logging
 import os
 import re
+import shlex
 import stat
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,13 +23,38 @@ from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ensadv import config as config_lib
-from ensadv import terminal, workdir
-from ensadv.errors import ConfigError, UserError
+from ensadv import flag_values, terminal, workdir
+from ensadv.errors import ConfigError, TrainingError, UserError
 
-MODES = ('train', 'evaluate', 'study', 'blackbox', 'compare', 'report', 'planes', 'describe')
+# Modes, and what each does, for --help.
+MODES = {
+    'train': 'train a system, and evaluate its snapshots on the way (the default)',
+    'evaluate': 'evaluate what a run has not evaluated yet, or by other attacks',
+    'study': 'train and evaluate several systems and seeds, and report on them',
+    'blackbox': 'make a transfer set, the examples of the black-box attack',
+    'compare': 'compare two ledgers, example by example',
+    'report': 'write tables, figures and a page on all runs below --workdir',
+    'planes': 'draw decision planes of two runs',
+    'describe': 'say what a config amounts to, without training',
+}
 WITHOUT_CONFIG = ('compare', 'report')
+OF_A_RUN = ('evaluate', 'planes')  # modes that need one
+CONFIGS = epath.Path(__file__).parents[1] / 'configs'
+# With images that come with scikit-learn.
+EXAMPLE = 'python main.py --config=configs/small.py --config.data.name=digits --workdir=runs/small'
 FLAGS = flags.FLAGS
-flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
+
+
+class _ModeParser(flags.EnumParser):
+    def parse(self, argument: str) -> str:
+        if argument not in self.enum_values:
+            hint = config_lib.nearest(argument.lower(), self.enum_values)
+            raise ValueError(f'expected one of {", ".join(self.enum_values)}{hint}')
+        return argument
+
+
+flag_values.register()
+flags.DEFINE(_ModeParser(list(MODES)), 'mode', 'train', 'What to do.', flags.FLAGS)
 flags.DEFINE_string(
     'config',
     None,
@@ -41,21 +71,8 @@ flags.DEFINE_list('ledgers', None, 'For --mode=compare: two files eval/<step>.np
 
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]*)')
 _LONGEST_MESSAGE = 600
-
-
-class _FractionParser(flags.FloatParser):
-    """Takes 8/255 too, which is how everyone writes it."""
-
-    def convert(self, argument: int | float | str) -> float:
-        if not isinstance(argument, str):
-            return super().convert(argument)
-        numerator, slash, denominator = argument.partition('/')
-        if slash and not super().convert(denominator):
-            raise ValueError('division by zero')
-        return super().convert(numerator) / (super().convert(denominator) if slash else 1)
-
-
-config_flags.register_flag_parser_for_type(float, _FractionParser())
+_FIELD_ACCESS = (ConfigDict.__getattr__.__code__, ConfigDict.__setattr__.__code__)
+_POLL_SECONDS = 2  # between two looks for a run that is to begin
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -115,32 +132,143 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
     Returns:
       What is left of the command line.
     """
+    if {'--help', '-help', '-h'} & set(argv[1:]):
+        print(help_text())
+        sys.exit(0)
     try:
         # Or the value of --config.epsilon 8/255 would end the flags.
         FLAGS.set_gnu_getopt()
         rest = FLAGS(argv, known_only=True)
         overrides = [(arg, m[1]) for arg in rest[1:] if (m := _OVERRIDE.match(arg))]
         found = _without_overrides(get_default)
-        if found is None and overrides:
-            where = f', and no run is in {FLAGS.workdir} yet' if FLAGS.workdir else ''
-            raise ConfigError(f'--config: needed for {overrides[0][0]}{where}')
+        if found is None and FLAGS.workdir and FLAGS.mode == 'evaluate':
+            # What is told of the overrides is told before it waits.
+            _parse_overrides(rest, overrides, get_default())
+            if not FLAGS.config.eval.follow:
+                raise no_config()
+            _wait_for_run(FLAGS.config.eval.follow_timeout)
+            for name in [name for name in FLAGS if name.partition('.')[0] == 'config']:
+                delattr(FLAGS, name)
+            found = _config_of_run(get_default)
         if found is not None:
-            known = config_lib.field_types(found)
-            for arg, field in overrides:
-                if field not in known:
-                    hint = config_lib.nearest(field, known)
-                    raise ConfigError(f'{arg}: unknown config field {field}{hint}')
-                # ml_collections would join the two; of other fields the last one counts.
-                if known[field] is tuple and sum(field == other for _, other in overrides) > 1:
-                    raise ConfigError(f'{arg}: {field} is given more than once')
-            # From here on --config is the config itself.
-            del FLAGS.config
-            config_flags.DEFINE_config_dict('config', found, sys_argv=rest)
+            return _parse_overrides(rest, overrides, found)
+        if overrides:
+            raise no_config(f' for {overrides[0][0]}')
         return FLAGS(rest)
+    except flags.UnrecognizedFlagError as error:
+        fail(f'{error}{_flag_hint(error.flagname, get_default())}')
     except (UserError, flags.Error) as error:
         fail(str(error))
+    except TrainingError as error:
+        fail(str(error), code=1)
     except Exception as error:  # of ml_collections, which checks little
         fail(f'{" ".join(argv[1:])}: {type(error).__name__}: {error}')
+
+
+def _parse_overrides(
+    rest: list[str], overrides: Sequence[tuple[str, str]], found: ConfigDict
+) -> list[str]:
+    """Makes --config the config itself, with the overrides, and returns what else is left."""
+    known = config_lib.field_types(found)
+    for arg, field in overrides:
+        if field not in known:
+            hint = config_lib.nearest_field(field, known)
+            raise ConfigError(f'{arg}: unknown config field {field}{hint}')
+        # ml_collections would join the two; of other fields the last one counts.
+        if known[field] is tuple and sum(field == other for _, other in overrides) > 1:
+            raise ConfigError(f'{arg}: {field} is given more than once')
+    if 'config' in FLAGS:
+        del FLAGS.config
+    config_flags.DEFINE_config_dict('config', found, sys_argv=rest)
+    return FLAGS(rest)
+
+
+def _flag_hint(name: str, known: ConfigDict) -> str:
+    """Returns what a flag that there is not may have meant: config fields without config."""
+    return config_lib.nearest_field(name, config_lib.field_types(known), '--config.')
+
+
+def help_text() -> str:
+    """Returns what --help prints: modes, flags, and how to begin."""
+    width = max(map(len, MODES))
+    modes = [f'  --mode={mode.ljust(width)}  {what}' for mode, what in MODES.items()]
+    others = [flag for flag in FLAGS.flags_by_module_dict()[__name__] if flag.name != 'mode']
+    shown = {flag.name: flag.help.partition('. ')[0].rstrip('.') for flag in others}
+    shown |= {
+        'config.FIELD=VALUE': 'Sets a field of the config',
+        'helpfull': 'All flags, at length',
+    }
+    width = max(map(len, shown))
+    shown = [f'  --{name.ljust(width)}  {text}' for name, text in shown.items()]
+    return '\n'.join(
+        [
+            'Trains ensembles of image classifiers adversarially, and measures their robustness.',
+            '',
+            'A first run, of minutes, on images that come with scikit-learn:',
+            f'  {EXAMPLE}',
+            'On images of your own: see configs/small.py. All fields: configs/default.py.',
+            '',
+            *modes,
+            '',
+            *shown,
+        ]
+    )
+
+
+def unexpected(argument: str) -> UserError:
+    """Returns what to tell of an argument that is no flag."""
+    name = argument.partition('=')[0]
+    if argument == 'help':
+        meant = 'did you mean --help?'
+    elif argument in MODES:
+        meant = f'did you mean --mode={argument}?'
+    elif argument.endswith('.py'):
+        meant = f'did you mean --config={argument}?'
+    elif '=' in argument:
+        meant = f'did you mean --{"" if name.startswith("config.") else "config."}{argument}?'
+    elif argument.lower() in ('true', 'false', 'yes', 'no'):
+        meant = f'a field of True or False takes it after =, as --config.eval.inline={argument}'
+    else:
+        meant = 'flags begin with --'
+    return UserError(f'unexpected argument {argument!r}; {meant}')
+
+
+def no_config(needed_for: str = '') -> UserError:
+    """Returns what to tell where neither --config nor the workdir gives a config."""
+    if FLAGS.mode in OF_A_RUN:
+        if not FLAGS.workdir:
+            return UserError(
+                f'--workdir: needed, that of a run, as in --mode={FLAGS.mode} --workdir=runs/small'
+            )
+        return UserError(f'--workdir={FLAGS.workdir}: {workdir.no_run(workdir_path())}')
+    where = ''
+    if FLAGS.workdir:
+        where = f'; --workdir={FLAGS.workdir}: {workdir.no_run(workdir_path())}'
+    command = EXAMPLE if FLAGS.mode == 'train' else '--config=configs/small.py'
+    return ConfigError(
+        f'--config: needed{needed_for}, as in {command}{where}; --help lists modes and flags'
+    )
+
+
+def _wait_for_run(seconds: float) -> None:
+    """Waits until training has begun in --workdir.
+
+    Raises:
+      TrainingError: if it has not after so long.
+    """
+    path = workdir_path()
+    print(
+        f'{path}: waiting until training begins here (no config.json yet), {seconds:g} s at most '
+        '(eval.follow_timeout)', file=sys.stderr, flush=True,
+    )  # fmt: skip
+    end = time.monotonic() + seconds
+    while not (path / 'config.json').exists():
+        if time.monotonic() > end:
+            raise TrainingError(
+                f'--workdir={FLAGS.workdir}: no training began here in {seconds:g} s '
+                f'(eval.follow_timeout): {workdir.no_run(path)}'
+            )
+        time.sleep(min(_POLL_SECONDS, seconds))
 
 
 def _without_overrides(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
@@ -149,6 +277,11 @@ def _without_overrides(get_default: Callable[[], ConfigDict]) -> ConfigDict | No
         return _run_config_file(FLAGS.config, get_default)
     if not FLAGS.workdir or FLAGS.mode in WITHOUT_CONFIG:
         return None
+    return _config_of_run(get_default)
+
+
+def _config_of_run(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
+    """Returns the config of the run in --workdir, if there is one."""
     path = workdir_path()
     record = workdir.read_record(path)
     if record is None:
@@ -167,7 +300,7 @@ def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> Config
     """
     file, colon, text = path.partition(':')
     if not Path(file).is_file():
-        raise ConfigError(f'--config={path}: found no such file')
+        raise ConfigError(f'--config={path}: found no such file{_config_hint(file)}')
     loader = importlib.machinery.SourceFileLoader('config_file', file)
     module = importlib.util.module_from_spec(
         importlib.util.spec_from_file_location(loader.name, file, loader=loader)
@@ -183,11 +316,46 @@ def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> Config
     except ConfigError as error:
         raise ConfigError(f'--config={path}: {error}') from error
     except (Exception, SystemExit) as error:
-        frames = traceback.walk_tb(error.__traceback__)
+        frames = list(traceback.walk_tb(error.__traceback__))
         lines = [line for frame, line in frames if frame.f_code.co_filename == file]
         where = f'line {lines[-1]}: ' if lines else ''
-        raise ConfigError(f'--config={path}: {where}{type(error).__name__}: {error}') from error
+        what = f'{type(error).__name__}: {error}'
+        last = frames[-1][0]
+        if lines and last.f_code in _FIELD_ACCESS:
+            line = linecache.getline(file, lines[-1])
+            what = _unknown_field(last.f_locals['attribute'], line, get_default())
+        raise ConfigError(f'--config={path}: {where}{what}') from error
     return config
+
+
+def _unknown_field(name: str, line: str, default: ConfigDict) -> str:
+    """Returns what to tell of a field, or a group of fields, that a config file misspells.
+
+    ml_collections would show all that the group has.
+
+    Args:
+      name: as ml_collections was asked for it.
+      line: of the file, which often has the group before it, as in config.train.stpes = 5.
+      default: the config whose fields are all there are.
+    """
+    dotted = re.search(rf'\w\.((?:\w+\.)*{re.escape(name)})\b', line)
+    found = dotted[1] if dotted else name
+    known = config_lib.field_types(default)
+    groups = {field.rpartition('.')[0] for field in known} - {''}
+    return f'unknown config field {found}{config_lib.nearest_field(found, {*known, *groups})}'
+
+
+def _config_hint(file: str) -> str:
+    """Returns which config a path that is none may have meant, or all there are."""
+    names = sorted(path.stem for path in CONFIGS.glob('*.py') if path.stem != '__init__')
+    name = file.removesuffix('.py').replace('/', '.').rpartition('.')[2].lower()
+    close = difflib.get_close_matches(name, names, n=1)
+    folder = CONFIGS
+    with contextlib.suppress(ValueError):
+        folder = CONFIGS.relative_to(Path.cwd())
+    if close:
+        return f' (did you mean --config={folder / close[0]}.py?)'
+    return f'; in {folder} there are {", ".join(names)}'
 
 
 def config() -> ConfigDict:
@@ -198,7 +366,7 @@ def config() -> ConfigDict:
     """
     found = FLAGS.config
     if found is None:
-        raise ConfigError('--config: needed, as in --config=configs/ensemble4adv.py')
+        raise no_config()
     try:
         found.to_dict()
     except Exception as error:  # whatever the user's own references to other fields compute
@@ -236,3 +404,20 @@ def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
         logging.debug('%s', args.thread, exc_info=args.exc_value)
     else:
         threading.__excepthook__(args)
+
+
+def where() -> str:
+    """Returns what to tell at the end of a job: where its results are, and what shows them."""
+    folder = shlex.quote(FLAGS.workdir)
+    lines = {
+        'results': folder,
+        'accuracies': f'python main.py --mode=evaluate --workdir={folder}',
+        'tables and figures': f'python main.py --mode=report --workdir={folder}',
+    }
+    if FLAGS.mode == 'study':
+        del lines['accuracies']
+    if FLAGS.mode == 'blackbox':
+        file = shlex.quote(f'{FLAGS.workdir.rstrip("/")}/blackbox.npz')
+        lines = {'to judge a run by it': f'--config.eval.blackbox_path={file}'}
+    width = max(map(len, lines)) + 1
+    return '\n'.join(f'{f"{name}:".ljust(width)} {what}' for name, what in lines.items())

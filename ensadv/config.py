@@ -73,6 +73,30 @@ def nearest(found: str, allowed: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ''
 
 
+def nearest_field(found: str, fields: Iterable[str], prefix: str = '') -> str:
+    """Returns as `nearest` does which field a name may mean: 'steps' or 'train.lr', say.
+
+    Args:
+      found: the name.
+      fields: all there are, as `field_types` names them.
+      prefix: of the names in the answer.
+    """
+    found = found.replace('-', '_')
+    last = found.rpartition('.')[2]
+    # Of fields with one name a newcomer mostly means training's.
+    fields = sorted(fields, key=lambda field: not field.startswith('train.'))
+
+    def has_name(field: str) -> bool:
+        name = field.rpartition('.')[2]
+        return last in (name, ''.join(word[0] for word in name.split('_')))  # lr: learning_rate
+
+    named = list(filter(has_name, fields))
+    near = [field for field in named if f'.{found}'.endswith(f'.{field}')]
+    near += difflib.get_close_matches(found, named, n=1, cutoff=0) if '.' in found else named
+    near += difflib.get_close_matches(found, fields, n=1, cutoff=0.75)
+    return f" (did you mean '{prefix}{near[0]}'?)" if near else ''
+
+
 def shown(value: Any) -> str:
     """Returns a value as messages have it."""
     try:
@@ -99,9 +123,9 @@ def parse_attack(name: str, field: str = 'eval.attacks') -> tuple[str, int]:
     if kind not in ATTACKS or not digits or not 1 <= int(digits) <= MAX_ATTACK_STEPS:
         examples = (*WITHOUT_STEPS, *(f'{a}{n}' for a in ATTACKS for n in (5, 7, 20, 500)))
         raise ConfigError(
-            f"{field}: unknown attack '{shown(name)}'{nearest(shown(name), examples)}; "
+            f"{field}: unknown attack '{shown(name)}'{nearest(shown(name).lower(), examples)}; "
             f'allowed: {", ".join(WITHOUT_STEPS)}, or one of {", ".join(ATTACKS)} with a number of '
-            f"steps up to {MAX_ATTACK_STEPS}, as in --config.eval.attacks=\"('clean', 'pgd20')\""
+            f'steps up to {MAX_ATTACK_STEPS}, as pgd20'
         )
     return kind, int(digits)
 
@@ -337,7 +361,7 @@ def _get(config: ConfigDict, field: str) -> Any:
 def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...]) -> None:
     found = _get(config, field)
     if found not in allowed:
-        hint = nearest(shown(found), allowed)
+        hint = nearest(shown(found).lower(), allowed)
         raise ConfigError(f"{field}: unknown '{shown(found)}'{hint}; allowed: {', '.join(allowed)}")
 
 
@@ -363,7 +387,9 @@ def _number(
     if not fits or (above and found == low) or (below and found == high):
         least = f'{">" if above else ">="} {low:g}'
         most = _limit(found, high, MAX_NUMBER, '<' if below else '<=')
-        raise ConfigError(f'{field}: expected a number {least}{most}, found {shown(found)}')
+        pixels = high == 1 and field.endswith(('epsilon', 'step_size', 'sigma'))
+        where = '; pixels are in [0, 1]: 8/255, not 8' if pixels else ''
+        raise ConfigError(f'{field}: expected a number {least}{most}, found {shown(found)}{where}')
 
 
 def _limit(found: Any, high: float, usual: float, sign: str = '<=') -> str:

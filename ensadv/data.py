@@ -28,6 +28,13 @@ _TFDS = {
     'svhn_cropped': ((32, 32, 3), 10),
     'mnist': ((28, 28, 1), 10),
 }
+# And training and test examples, for `sizes`.
+_TFDS_SIZES = {
+    'cifar10': (50_000, 10_000),
+    'cifar100': (50_000, 10_000),
+    'svhn_cropped': (73_257, 26_032),
+    'mnist': (60_000, 10_000),
+}
 NAMES = (*_TFDS, 'digits', 'npz')
 
 # What figures call the classes; those of other data sets go by their numbers.
@@ -177,9 +184,7 @@ def hold_out(dataset: Dataset, n: int) -> Dataset:
         DataError: nothing would be left to train on.
     """
     total = len(dataset.label_train)
-    found = f'data.validation_examples: found {n}'
-    allowed = f'{dataset.name} has {total} training examples, allowed are 0..{total - 1}'
-    _require(0 <= n < total, f'{found}; {allowed}')
+    check_held_out(dataset.name, total, n)
     if n == 0:
         return dataset
     held_out = np.zeros(total, bool)
@@ -195,6 +200,13 @@ def hold_out(dataset: Dataset, n: int) -> Dataset:
     )
 
 
+def check_held_out(name: str, total: int, n: int) -> None:
+    """Raises DataError unless n of so many training examples leave some to train on."""
+    found = f'data.validation_examples: found {n}'
+    allowed = f'{name} has {total} training examples, allowed are 0..{total - 1}'
+    _require(0 <= n < total, f'{found}; {allowed}')
+
+
 def spec(
     name: str, *, data_dir: str | None = None, path: str | None = None
 ) -> tuple[tuple[int, int, int], int]:
@@ -207,6 +219,14 @@ def spec(
         return _TFDS[name]
     dataset = load(name, path=path)
     return dataset.image_shape, dataset.num_classes
+
+
+def sizes(name: str, *, path: str | None = None) -> tuple[int, int]:
+    """Numbers of training and test examples, with nothing held out; as `spec`."""
+    if name in _TFDS:
+        return _TFDS_SIZES[name]
+    dataset = load(name, path=path)
+    return len(dataset.label_train), len(dataset.label_test)
 
 
 def flips_by_default(name: str) -> bool:

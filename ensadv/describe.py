@@ -5,9 +5,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, costs, ensemble, prng
+from ensadv import blackbox, build, costs, data, ensemble, prng, study, train
+
+
+def check(config: ConfigDict, dataset: Mapping[str, Any], systems_dir: epath.Path) -> None:
+    """Refuses what training, or the study, would refuse, but for what its devices decide.
+
+    Args:
+      config: validated, with its references unresolved.
+      dataset: 'num_test', and 'num_train', with nothing held out.
+      systems_dir: configs/.
+
+    Raises:
+      UserError: as training would.
+    """
+    build.num_examples(config, dataset['num_test'])
+    data.check_held_out(dataset['name'], dataset['num_train'], config.data.validation_examples)
+    if config.study.systems:
+        for _ in study.runs(config, systems_dir):
+            pass
+        if 'blackbox' in config.eval.attacks and not config.eval.blackbox_path:
+            blackbox.source_configs(config, systems_dir)
+            return
+    for name in build.attack_names(config):
+        build.evaluation_settings(config, name)
 
 
 def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
@@ -15,10 +39,14 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
 
     Args:
       config: validated.
-      dataset: 'name', 'image_shape', 'num_classes', 'mean' and 'std', as
+      dataset: 'name', 'image_shape', 'num_classes', 'num_train', 'mean' and 'std', as
         `data.Dataset.describe` gives them.
+
+    Raises:
+      ConfigError: if the batch does not fit the data or the devices.
     """
     config = build.resolve(config)
+    train.check_fits(config, dataset)
     sections = {
         f'{config.system}': _system(config, dataset),
         'parameters': _parameters(config, dataset),

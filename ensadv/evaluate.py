@@ -261,7 +261,7 @@ def run(config: ConfigDict, workdir_path: epath.Path) -> None:
         show(workdir_path)
         return
     if not config.eval.follow and workdir.read_record(workdir_path) is None:
-        raise UserError(f'--workdir={workdir_path}: no run is here (no config.json)')
+        raise UserError(f'--workdir={workdir_path}: {workdir.no_run(workdir_path)}')
     job = Job(config, workdir_path, label=config.system)
     try:
         if config.eval.follow:

@@ -26,6 +26,7 @@ _CONFIG = {
         'combine': str,
         'training': str,
         'members_snapshot?': str,
+        'members_from?': (str, None),
     },
     'train': {
         'steps': _COUNT,
@@ -80,7 +81,7 @@ _RUN = {
     'parameters': _LARGE,
     'operations?': _OPERATIONS,
     'members?': [_MEMBER],
-    'sessions': [_ENVIRONMENT | {'seconds_per_step?': float}],
+    'sessions': [_ENVIRONMENT | {'seconds_per_step?': float, 'workdir?': str}],
 }
 
 # eval/<step>.json, see `results.Results`.

@@ -54,7 +54,7 @@ def find(path: epath.Path, field: str, base: ConfigDict, snapshot: str = 'last')
     """
     record = workdir.read_record(path)
     if record is None:
-        raise UserError(f'{field}: {path}: no run is here (no config.json)')
+        raise UserError(f'{field}: {path}: {workdir.no_run(path)}')
     config = config_lib.from_dict(record['config'], base.copy_and_resolve_references())
     snapshots = checkpoints.open_snapshots(path)
     steps = snapshots.steps()

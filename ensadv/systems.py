@@ -13,7 +13,7 @@ from ensadv.errors import ConfigError
 
 RunOne = Callable[[ConfigDict, epath.Path, str], None]  # config, workdir, label
 _COMMON = (('probs', 'joint'), ('logits', 'joint'))  # combine and training of all systems
-NO_SYSTEMS = ('__init__', 'blackbox', 'default', 'quickstart', 'table1')
+NO_SYSTEMS = ('__init__', 'blackbox', 'default', 'quickstart', 'small', 'table1')
 
 
 def known(systems_dir: epath.Path) -> list[str]:

@@ -164,8 +164,12 @@ def make_train_steps(config: ConfigDict, model: Any, dataset: data.Dataset) -> C
     return parallel.run_on_devices(train_steps, 4, donate_first=True)
 
 
-def check_fits(config: ConfigDict, dataset: data.Dataset) -> None:
+def check_fits(config: ConfigDict, dataset: Mapping[str, Any]) -> None:
     """Checks what depends on the data and the devices.
+
+    Args:
+      config: a validated config.
+      dataset: 'num_train' and 'image_shape', as `data.Dataset.describe` gives them.
 
     Raises:
       ConfigError: naming the field.
@@ -175,12 +179,12 @@ def check_fits(config: ConfigDict, dataset: data.Dataset) -> None:
         raise ConfigError(
             f'train.batch_size: expected a multiple of the {devices} devices, found {batch_size}'
         )
-    if batch_size > len(dataset.label_train):
+    if batch_size > dataset['num_train']:
         raise ConfigError(
-            f'train.batch_size: expected at most the {len(dataset.label_train)} training examples, '
+            f'train.batch_size: expected at most the {dataset["num_train"]} training examples, '
             f'found {batch_size}'
         )
-    side = min(dataset.image_shape[:2])
+    side = min(dataset['image_shape'][:2])
     if config.data.pad >= side:
         raise ConfigError(
             f"data.pad: expected less than the images' {side} pixels, found {config.data.pad}"
@@ -299,8 +303,8 @@ def run(
 def _train(config, workdir_path, on_snapshot, label) -> None:
     """Trains from the newest checkpoint, or from step 0, to the last step."""
     dataset = build.dataset(config)
-    check_fits(config, dataset)
     description = dataset.describe()
+    check_fits(config, description)
     workdir.check_data(workdir_path, description)
     parallel.check_same('the data', dataset.fingerprint)
     group = config.model

@@ -1,6 +1,7 @@
 """The files of a run's workdir, except weights: config.json and eval/<step>.json, .npz."""
 
 import contextlib
+import difflib
 import errno
 import io
 import json
@@ -18,6 +19,7 @@ from ensadv import config as config_lib
 from ensadv import records
 from ensadv.errors import ConfigError, StorageError, UserError
 
+_MOST_FOLDERS = 500  # that are looked at for the names of runs
 _CHECKSUM = 'crc32'  # of a JSON file's other fields, without which a flipped digit looks right
 
 
@@ -149,6 +151,8 @@ def read_ledger(path: epath.Path) -> dict[str, np.ndarray]:
 def read_record(workdir: epath.Path) -> dict[str, Any] | None:
     """Returns config.json's content ('config', 'dataset', ...), or None where there is none.
 
+    Where the workdir has moved since it was written, what moved with it is named at its new place.
+
     Raises:
       UserError: if it is damaged, or not a run's.
     """
@@ -158,7 +162,82 @@ def read_record(workdir: epath.Path) -> dict[str, Any] | None:
     record = read_json(path)
     if reason := records.not_of_a_run(record):
         raise UserError(f'{path}: not the config.json of a run ({reason})')
+    _follow_moves(record, workdir)
     return record
+
+
+def _follow_moves(record: dict[str, Any], workdir: epath.Path) -> None:
+    """Corrects a record's paths of what has the same place relative to the run as it had before."""
+    config, sessions = record['config'], record['sessions']
+    before = sessions[-1].get('workdir') if sessions else None
+
+    def now(path: str, beside: epath.Path) -> str:
+        # What a study makes lies beside its runs, and so members of an ensemble may: that is all
+        # that is known where an older version wrote the record.
+        found = [path, _moved(path, str(beside), workdir.parent)]
+        if before is not None:
+            found.insert(0, _moved(path, before, workdir))
+        return next((each for each in found if epath.Path(each).exists()), path)
+
+    if before == str(workdir):
+        return
+    if path := config['eval']['blackbox_path']:
+        config['eval']['blackbox_path'] = now(path, epath.Path(path).parent.parent)
+    if paths := config['ensemble'].get('members_from'):
+        paths = [now(path, epath.Path(path).parent) for path in paths.split(',')]
+        config['ensemble']['members_from'] = ','.join(paths)
+    for member in record.get('members', ()):
+        path = member['workdir']
+        member['workdir'] = now(path, epath.Path(path).parent)
+
+
+def _moved(path: str, before: str, now: epath.Path) -> str:
+    """Returns the path that is to `now` what another is to `before`."""
+    parts, old = path.split('/'), before.split('/')
+    pairs = enumerate(zip(parts, old, strict=False))
+    shared = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(parts), len(old)))
+    for _ in old[shared:]:
+        now = now.parent
+    return str(now.joinpath(*parts[shared:]))
+
+
+def no_run(path: epath.Path) -> str:
+    """Returns what to tell where a run was expected at a path: that none is, and which are near."""
+    if path.is_dir():
+        below = _runs_below(path)
+        found = f'; below it there are {_listed(below)}' if below else ''
+        return f'no run is here (no config.json){found}'
+    there = next((parent for parent in path.parents if parent.is_dir()), None)
+    near = _runs_below(there) if there is not None else []
+    name = str(path.relative_to(there)) if near else ''
+    if close := difflib.get_close_matches(name, near, n=1):
+        return f'no run is here (no such directory); did you mean {there / close[0]}?'
+    found = f'; in {there} there are {_listed(near)}' if near else ''
+    return f'no run is here (no such directory){found}'
+
+
+def _runs_below(folder: epath.Path) -> list[str]:
+    """Returns the names of runs in a directory, and in those in it, as far as they are few."""
+    found, folders, left = [], [folder], _MOST_FOLDERS
+    for depth in range(2):
+        below = []
+        for each in folders:
+            with contextlib.suppress(OSError):  # where nothing may be read
+                below += sorted(path for path in each.iterdir() if not path.name.startswith('.'))
+        folders = []
+        for path in below[: max(left, 0)]:
+            with contextlib.suppress(OSError):
+                if (path / 'config.json').exists():
+                    found.append(path.relative_to(folder).as_posix())
+                elif not depth and path.is_dir():
+                    folders.append(path)
+        left -= len(below)
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    more = f', and {len(names) - 8} more' if len(names) > 8 else ''
+    return f'{", ".join(names[:8])}{more}'
 
 
 def check_config(workdir: epath.Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
@@ -228,6 +307,8 @@ def write_record(
     """
     record = read_record(workdir) or {'sessions': []}
     settings = record['config'] if config is None else config_lib.to_dict(config)
+    # By it a run that has moved finds what has moved with it.
+    session = {'workdir': str(workdir), **session}
     content = {'config': settings, **facts, 'sessions': [*record['sessions'], session]}
     write_json(workdir / 'config.json', content)
 

@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import shutil
 import tempfile
+import threading
 import zipfile
 
 import numpy as np
@@ -26,6 +27,7 @@ from test_report import planes
 from configs import default
 from ensadv import config as config_lib
 from ensadv import data, plane_files, transfer, workdir
+from ensadv.command_line import EXAMPLE
 
 TIMES = int(os.environ.get('BAD_INPUT_EXAMPLES', '1'))
 FIELDS = config_lib.field_types(default.get_config())
@@ -66,6 +68,10 @@ def folders(tmp_path_factory):
 
 def assert_told(result: Result, *names: str) -> None:
     """Asserts that a mistake was told as it should be, and names one of these."""
+    # What is said before the data are read is no part of it.
+    lines = result.stderr.splitlines(keepends=True)
+    told = ''.join(line for line in lines if not line.endswith('] reading data\n'))
+    result = result._replace(stderr=told)
     assert result.code == 2, result
     assert result.stderr.startswith('error: '), result
     assert len(result.stderr.splitlines()) == 1, result
@@ -184,7 +190,7 @@ FLAGS = [
     '--config.data.download=maybe', '--ledgers=', '--ledgers=a', '--ledgers=a,b', '--ledgers=/,/',
     '--wrkdir=3', '--verbosity=x', '--verbosity=1' + '0' * 30, '--flagfile=/nowhere',
     '--flagfile=/', '--stderrthreshold=x', '--nohelp=3', 'extra', '', '-', '--', '---', '=',
-    '--=', '--=3', '-x', '--undefok=wrkdir', '\x1b', '🐈', '\udc80',
+    '--=', '--=3', '-x', '-h', '--undefok=wrkdir', '\x1b', '🐈', '\udc80',
 ]  # fmt: skip
 
 
@@ -211,7 +217,138 @@ def test_a_fraction_is_a_number_in_every_form(program, tmp_path):
     result = program.run(*DESCRIBE, '--config.data.path=1/2')
     assert_told(result, 'data.path: only for data.name=npz')
     result = program.run(*DESCRIBE, '--config.data.name=npz', '--config.data.path=1/2')
-    assert_told(result, 'data.path: cannot read 1/2')
+    assert_told(result, 'data.path: cannot read ')
+
+
+@pytest.mark.parametrize(
+    'args, told',
+    [
+        ('--config.train.steps=100,000', 'expected a whole number; without commas, as 100000'),
+        ('--config.train.steps=1.5', '--config.train.steps=1.5: expected a whole number'),
+        ('--config.train.steps=1e16', 'expected a whole number'),  # not every one is a float
+        ('--config.seed=42,43', '--config.seed=42,43: expected a whole number'),
+        ('--config.epsilon=0,1', 'with a point, as 0.1'),
+        ('--config.epsilon=8', 'pixels are in [0, 1]: 8/255, not 8'),
+        ('--config.attack.sigma=16', 'pixels are in [0, 1]'),
+        ('--config.eval.inline=maybe', '--config.eval.inline=maybe: expected True or False'),
+        ('--config.eval.inline False', 'takes it after =, as --config.eval.inline=False'),
+        ('--config.eval.attacks=PGD20', "did you mean 'pgd20'?"),
+        ("--config.eval.attacks=('clean','pgd20'", 'with commas between them'),
+        ('--config.data.name=CIFAR10', "did you mean 'cifar10'?"),
+        ('--train.steps=3', "did you mean '--config.train.steps'?"),
+        ('--steps=3', "did you mean '--config.train.steps'?"),
+        ('--batch-size=3', "did you mean '--config.train.batch_size'?"),
+        ('--lr=0.1', "did you mean '--config.train.learning_rate'?"),
+        ('--config.train.lr=0.1', "did you mean 'train.learning_rate'?"),
+        ('--config.config.seed=3', "did you mean 'seed'?"),
+        ('train.steps=3', 'did you mean --config.train.steps=3?'),
+        ('--config=singleadv', 'did you mean --config=configs/singleadv.py?'),
+        ('--config=configs/ensemble2ad.py', 'did you mean --config=configs/ensemble2adv.py?'),
+        ('--config=mine', 'in configs there are baseline, '),
+        ('configs/singleadv.py', 'did you mean --config=configs/singleadv.py?'),
+        ('--mode=eval', "did you mean 'evaluate'?"),
+        ('evaluate', 'did you mean --mode=evaluate?'),
+        ('--mode=evaluate', '--workdir: needed'),
+    ],
+)
+def test_newcomers_mistakes_are_told_with_what_was_meant(program, args, told):
+    config = [] if '--mode=evaluate' in args else [SINGLE]
+    assert_told(program.run('--mode=describe', *config, *args.split(' ')), told)
+
+
+def test_a_study_is_not_trained_as_one_run(program, tmp_path):
+    result = program.run(QUICK, f'--workdir={tmp_path}/run', '--compilation_cache=')
+    assert_told(result, 'this is for --mode=study')
+
+
+def test_the_command_alone_and_help(program):
+    assert_told(program.run(), f'--config: needed, as in {EXAMPLE}')
+    # Which is one that works, and needs no data.
+    assert program.run(*EXAMPLE.split()[2:], '--mode=describe').code == GOT_THROUGH
+    for flag in ('--help', '-h'):
+        result = program.run(SINGLE, flag)
+        assert (result.code, result.stderr) == (0, '')
+        for word in ('--mode=planes', '--ledgers', '--config.FIELD=VALUE', '--helpfull'):
+            assert word in result.stdout
+        assert len(result.stdout.splitlines()) < 30
+
+
+def test_a_misspelt_field_of_a_config_file_is_one_line(program, tmp_path):
+    for line, told in (
+        (
+            'config.train.stpes = 5',
+            "unknown config field train.stpes (did you mean 'train.steps'?)",
+        ),
+        ('config.trian.steps = 5', "unknown config field trian (did you mean 'train'?)"),
+        ('config.train.lr = 5', "did you mean 'train.learning_rate'?"),
+    ):
+        file = tmp_path / 'mine.py'
+        file.write_bytes(with_line(line))
+        result = program.run('--mode=describe', f'--config={file}')
+        assert_told(result, f'--config={file}: line 5: {told}' if 'unk' in told else told)
+        assert len(result.stderr) < 200 + len(str(file))
+
+
+def test_where_a_run_was_expected_the_near_ones_are_named(program, tmp_path, run_folder):
+    shutil.copytree(run_folder, tmp_path / 'singleadv_seed0')
+    for mode in ('evaluate', 'planes', 'describe', 'train', 'report'):
+        result = program.run(f'--mode={mode}', f'--workdir={tmp_path}/singelav_seed0')
+        assert_told(result, f'did you mean {tmp_path}/singleadv_seed0?')
+        assert os.listdir(tmp_path) == ['singleadv_seed0']
+
+
+def test_a_follower_waits_for_the_run_that_it_follows(program, tmp_path, run_folder):
+    path = tmp_path / 'run'
+    command = ['--mode=evaluate', f'--workdir={path}', '--config.eval.follow=yes']
+    result = program.run(*command, '--config.eval.follow_timeout=0.1')
+    assert result.code == 1
+    assert result.stderr.count('waiting until training begins here') == 1
+    assert 'error: --workdir=' in result.stderr
+    assert 'no training began here in 0.1 s' in result.stderr
+    # What can be told at once is.
+    assert_told(program.run(*command, '--config.eval.folow_timeout=1'), 'eval.follow_timeout')
+    begins = threading.Timer(0.5, shutil.copytree, (run_folder, path))
+    begins.start()
+    result = program.run(*command, '--config.planes.attack=clean')
+    begins.join()
+    # It has the run's config by now, and the overrides on it.
+    first, last = result.stderr.splitlines()
+    assert 'waiting until training begins here' in first
+    assert last.startswith('error: planes.attack: clean has no steps')
+
+
+def test_a_moved_run_is_judged_by_the_set_that_moved_with_it(program, tmp_path, run_folder):
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    shutil.copytree(run_folder, old / 'run')
+    transfer_set(old / 'blackbox' / 'blackbox.npz')
+    file = old / 'run' / 'config.json'
+    record = json.loads(file.read_text())
+    record['config']['eval']['blackbox_path'] = str(old / 'blackbox' / 'blackbox.npz')
+    record['config']['epsilon'] = EPSILON
+    file.write_text(json.dumps({k: v for k, v in record.items() if k != 'crc32'}))
+    assert run_job(program, 'describe', old / 'run').code == GOT_THROUGH
+    old.rename(new)
+    assert run_job(program, 'describe', new / 'run').code == GOT_THROUGH
+    (new / 'blackbox' / 'blackbox.npz').unlink()
+    assert_told(run_job(program, 'describe', new / 'run'), str(old / 'blackbox' / 'blackbox.npz'))
+
+
+@pytest.mark.parametrize(
+    'fields, told',
+    [
+        ({'eval.num_examples': 361}, 'eval.num_examples: expected at most the 360 test examples'),
+        ({'data.validation_examples': 1437}, 'allowed are 0..1436'),
+        ({'eval.blackbox_path': '/nothing.npz'}, 'eval.blackbox_path: /nothing.npz: found no such'),
+        ({'eval.attacks': 'clean,blackbox'}, 'eval.blackbox_path: needed'),
+        ({'study.systems': 'singleadv,doubleav'}, "did you mean 'doubleadv'?"),
+        ({'study.systems': 'singleadv', 'eval.attacks': 'blackbox', 'blackbox.sources': 'vg'},
+         "did you mean 'vgg'?"),
+    ],
+)  # fmt: skip
+def test_describe_refuses_what_training_would(program, fields, told):
+    result = program.run('--mode=describe', '--config=configs/small.py', *overrides(
+        {'data.name': 'digits'} | fields))  # fmt: skip
+    assert_told(result, told)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@ import pathlib
 import re
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import default, quickstart, table1
 from ensadv import config as config_lib
+from ensadv import flag_values
 from ensadv.errors import ConfigError, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -240,3 +243,33 @@ def test_restarts_that_would_be_equal_are_refused(changes, told):
     assert told in str(caught.value)
     config.eval.pgd.start = 'uniform'
     config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    'field, text, value',
+    [
+        ('train.steps', '1e5', 100_000),
+        ('train.steps', '128.0', 128),
+        ('eval.num_examples', '1_000', 1000),
+        ('epsilon', '8/255', 8 / 255),
+        ('eval.inline', 'no', False),
+        ('eval.inline', '0', False),
+        ('eval.follow', 'Yes', True),
+        ('eval.attacks', 'clean,pgd20', ('clean', 'pgd20')),
+        ('eval.attacks', '[clean, pgd20]', ('clean', 'pgd20')),
+        ('eval.attacks', "('clean', 'pgd20')", ('clean', 'pgd20')),
+        ('eval.long_attacks', '', ()),
+        ('train.learning_rate_steps', '1e3,2e3', (1000, 2000)),
+        ('train.learning_rate_steps', '7', (7,)),
+    ],
+)
+def test_values_are_taken_as_people_write_them(field, text, value):
+    values = flags.FlagValues()
+    argument = f'--config.{field}={text}'
+    flag_values.register()
+    config_flags.DEFINE_config_dict(
+        'config', default.get_config(), flag_values=values, sys_argv=['main.py', argument]
+    )
+    values(['main.py', argument])
+    found = config_lib.flatten(values.config.to_dict())[field]
+    assert (found, type(found)) == (value, type(value))

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, overrides, run_main
 
+from configs import small
+from ensadv import build, data, describe
+from ensadv.errors import ConfigError
+
 SINGLE = '--config=configs/singleadv.py'
 ARRAYS = {
     'image_train': np.zeros((20, 8, 8, 1), np.uint8),
@@ -31,7 +35,7 @@ def last_error(result, code=2):
         ([SINGLE], '--workdir: needed'),
         ([SINGLE, '--config.train.steps=0'], 'train.steps: expected a whole number >= 1, found 0'),
         ([SINGLE, '--config.train.steps=-3'], 'found -3'),
-        ([SINGLE, '--config.train.steps=many'], "'many'"),
+        ([SINGLE, '--config.train.steps=many'], 'train.steps=many: expected a whole number'),
         ([SINGLE, '--config.epsilon=8/2'], 'epsilon: expected a number >= 0 and <= 1, found 4.0'),
         ([SINGLE, '--config.epsilon=8/0'], '8/0'),
         ([SINGLE, '--config.epsilon=8'], 'epsilon: expected a number >= 0 and <= 1, found 8.0'),
@@ -45,7 +49,7 @@ def last_error(result, code=2):
         ([SINGLE, '--config.train=3'], '--config.train=3'),
         ([SINGLE, "--config.eval.attacks=('clean',)", "--config.eval.attacks=('pgd5',)"],
          'eval.attacks is given more than once'),
-        ([SINGLE, '--mode=trian'], 'train|evaluate|study|blackbox|compare|report|planes|describe'),
+        ([SINGLE, '--mode=trian'], "planes, describe (did you mean 'train'?)"),
         ([SINGLE, '--wrkdir=x'], 'wrkdir'),
         ([SINGLE, 'extra'], "'extra'"),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),
@@ -124,13 +128,19 @@ def test_trains_evaluates_describes_and_guards_its_workdir(tmp_path):
     # From here on the workdir is enough.
     evaluated = run_main('--mode=evaluate', workdir)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert [line.split()[:4] for line in evaluated.stdout.splitlines()] == [
+    lines = evaluated.stdout.splitlines()
+    assert [line.split()[:4] for line in lines[:2]] == [
         ['step', '2', 'n', '30'],
         ['step', '4', 'n', '30'],
     ]
+    # Each job says where its results are, and what shows them.
+    assert lines[2].split() == ['results:', workdir.partition('=')[2]]
+    assert '--mode=evaluate' in lines[3]
+    assert '--mode=report' in lines[4]
+    assert trained.stdout.splitlines()[-3:] == lines[2:]
     content = json.loads((tmp_path / 'run' / 'eval' / '4.json').read_text())
     assert content['system'] == 'SingleAdv'
-    shown = evaluated.stdout.splitlines()[-1].split()
+    shown = lines[1].split()
     assert float(shown[-1]) == pytest.approx(content['attacks'][-1]['accuracy'], abs=1e-4)
     described = run_main('--mode=describe', workdir)
     assert 'WRN-10-1' in described.stdout, described.stderr
@@ -172,6 +182,42 @@ def test_describe_tells_the_size_of_the_papers_systems(system, expected):
     position = 0
     for text in expected:
         position = result.stdout.index(text, position) + 1
+
+
+@pytest.mark.parametrize(
+    'shape, changes, told',
+    [
+        ((28, 28, 1), {}, None),
+        ((32, 32, 3), {'train.batch_size': 101}, 'expected at most the 100 training examples'),
+        ((4, 32, 1), {}, "data.pad: expected less than the images' 4 pixels, found 4"),
+    ],
+)
+def test_describe_refuses_what_does_not_fit_the_data(shape, changes, told):
+    config = small.get_config()
+    config.update_from_flattened_dict(changes)
+    dataset = {'name': 'npz', 'image_shape': shape, 'num_classes': 3, 'num_train': 100}
+    dataset |= {'mean': [0.0] * shape[-1], 'std': [1.0] * shape[-1]}
+    if told is None:
+        assert f'images {shape}, 3 classes' in describe.describe(config, dataset)
+    else:
+        with pytest.raises(ConfigError, match=told):
+            describe.describe(config, dataset)
+
+
+@pytest.mark.parametrize(
+    'labels, n, told', [([0] * 50 + [1] * 50 + [2] * 50, 50, True), ([0, 1, 2] * 50, 50, False)]
+)
+def test_few_examples_of_a_sorted_test_split_are_told(monkeypatch, labels, n, told):
+    images = np.zeros((150, 4, 4, 1), np.uint8)
+    dataset = data.Dataset('npz', images, np.array(labels), images, np.array(labels), 3)
+    config = small.get_config()
+    config.eval.num_examples = n
+    warnings = []
+    monkeypatch.setattr(build.logging, 'warning', lambda text, *args: warnings.append(text % args))
+    assert [len(part) for part in build.test_split(config, dataset)] == [n, n]
+    assert bool(warnings) == told
+    if told:
+        assert 'the first 50 test examples are of 1 of 3 classes' in warnings[0]
 
 
 def test_describe_counts_operations_right():

@@ -154,7 +154,7 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
     assert rows[0][3:6] == ['clean', 'IFGSM2', 'black-box']
     assert 'n 30.' in text
     assert 'blackbox/baseline_seed1000: a source of the transfer set' in first.stdout
-    assert first.stdout.splitlines()[-1] == f'The report: {tmp_path}/report/report.html'
+    assert first.stdout.splitlines()[-3] == f'The report: {tmp_path}/report/report.html'
     page = (tmp_path / 'report' / 'report.html').read_text()
     assert 'figure_examples' in page
     assert 'figure4_baseline_seed0-separate2adv_seed0' in page

@@ -84,7 +84,10 @@ def collect(root: epath.Path, order: Sequence[str]) -> Collection:
     """
     paths = list(find(root))
     if not paths:
-        raise UserError(f'--workdir={root}: found no run below it (no config.json)')
+        nothing = (
+            'found no run below it (no config.json)' if root.is_dir() else workdir.no_run(root)
+        )
+        raise UserError(f'--workdir={root}: {nothing}')
     sources = _sources(paths)
     names = [path.relative_to(root).as_posix() if path != root else path.name for path in paths]
     runs, apart = [], []
