@@ -4,6 +4,7 @@ All of it is NumPy in float64. The groups of the config differ in every field, s
 another is seen.
 """
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -24,6 +25,8 @@ WEIGHTS = RNG.normal(0, 2, (2, 12, 3))  # of two members, far apart
 FIELDS = {
     'epsilon': 0.1,
     'ensemble.size': 2,
+    'train.learning_rate_steps': (1,),
+    'train.learning_rate_factor': 0.2,
     'attack.name': 'ifgsm',
     'attack.steps': 3,
     'attack.step_size': 0.02,
@@ -170,44 +173,61 @@ def test_the_training_attack_starts_as_the_config_says(start, sigma, deviation):
         {'train__adversarial_weight': 3.0},
         {'ensemble__combine': 'logits', 'attack__name': 'pgd', 'attack__loss': 'margin'},
         {'train__nesterov': True, 'train__momentum': 0.6, 'train__weight_decay': 0.05},
-        {'train__learning_rate': 0.03},
+        {'train__learning_rate': 0.03, 'train__momentum': 0.0},
     ],
     ids=str,
 )
-def test_a_training_step_is_the_configs(changes):
-    """Attack, combination, weight of the adversarial loss, and the optimizer's settings."""
+def test_training_steps_are_the_configs(changes):
+    """Attack, combination, weight of the adversarial loss, and all of the optimizer's settings."""
     config = config_of(**changes)
+    train, joined = config.train, config.ensemble.combine == 'logits'
     settings = build.step_settings(config, Linear())
     state = steps.init_state(
         Linear(), jax.random.key(0), 2, IMAGES.shape[1:], settings['optimizer']
     )
-    kernel = jnp.float32(WEIGHTS)
-    state = state.replace(params={'linear': {'kernel': kernel}})
+    state = state.replace(params={'linear': {'kernel': jnp.float32(WEIGHTS)}})
     keys = jax.random.split(jax.random.key(0), len(Y))
     batch = jnp.float32(X.reshape(IMAGES.shape)), jnp.asarray(Y)
-    new, metrics = jax.jit(partial(steps.train_step, **settings))(state, batch, keys)
+    train_step = jax.jit(partial(steps.train_step, **settings))
 
-    joined = config.ensemble.combine == 'logits'  # then the mean is one linear network
-    weights = WEIGHTS.mean(0, keepdims=True) if joined else WEIGHTS
-    rows, train = np.arange(len(Y)), config.train
-    rho, gradient, loss = train.adversarial_weight, 0, {}
-    for name, x, share in (('clean', X, 1), ('adversarial', attacked(config, weights), rho)):
-        loss[name] = -log_probs(weights, x)[rows, Y].mean()
-        members = np.exp(log_softmax(np.einsum('bd,kdc->kbc', x, weights), axis=-1))
-        of_label = members[:, rows, Y]
-        by_logits = (members - np.eye(3)[Y]) * (of_label / of_label.sum(0))[..., None]
-        gradient = gradient + share * np.einsum('bd,kbc->kdc', x, by_logits) / len(Y)
-        np.testing.assert_allclose(metrics[f'{name}_loss'], loss[name], rtol=1e-4)
-    np.testing.assert_allclose(
-        metrics['loss'], (loss['clean'] + rho * loss['adversarial']) / (1 + rho), rtol=1e-4
-    )
-    gradient = gradient / (1 + rho) / (2 if joined else 1) + train.weight_decay * WEIGHTS
-    rate = train.learning_rate * (1 + train.momentum if train.nesterov else 1)
-    np.testing.assert_allclose(
-        (new.params['linear']['kernel'] - kernel) / train.learning_rate,
-        -rate / train.learning_rate * gradient,
-        atol=1e-3,
-    )
+    weights, velocity, rows, rho = WEIGHTS, 0, np.arange(len(Y)), train.adversarial_weight
+    for rate in (train.learning_rate, train.learning_rate / 5):
+        state, metrics = train_step(state, batch, keys)
+        # The mean logits are those of one linear network.
+        judged = weights.mean(0, keepdims=True) if joined else weights
+        gradient, loss = 0, {}
+        for name, x, share in (('clean', X, 1), ('adversarial', attacked(config, judged), rho)):
+            loss[name] = -log_probs(judged, x)[rows, Y].mean()
+            np.testing.assert_allclose(metrics[f'{name}_loss'], loss[name], rtol=1e-4)
+            members = np.exp(log_softmax(np.einsum('bd,kdc->kbc', x, judged), axis=-1))
+            of_label = members[:, rows, Y]
+            by_logits = (members - np.eye(3)[Y]) * (of_label / of_label.sum(0))[..., None]
+            gradient = gradient + share * np.einsum('bd,kbc->kdc', x, by_logits) / len(Y)
+        mean_loss = (loss['clean'] + rho * loss['adversarial']) / (1 + rho)
+        np.testing.assert_allclose(metrics['loss'], mean_loss, rtol=1e-4)
+        gradient = gradient / (1 + rho) / (2 if joined else 1) + train.weight_decay * weights
+        velocity = gradient + train.momentum * velocity
+        update = gradient + train.momentum * velocity if train.nesterov else velocity
+        weights = weights - rate * update
+    kernel = state.params['linear']['kernel']
+    np.testing.assert_allclose(kernel, weights, atol=1e-4 * train.learning_rate)
+
+
+def test_a_network_is_the_configs():
+    fields = {
+        'batch_norm__momentum': 0.8, 'batch_norm__epsilon': 1e-3, 'batch_norm__sync': True,
+        'model__depth': 16, 'model__width': 3, 'model__conv': 'separate', 'eval__dtype': 'bfloat16',
+    }  # fmt: skip
+    description = {'num_classes': 7, 'mean': [0.4], 'std': [0.3]}
+    model = build.model(config_of(**fields), description, dtype='bfloat16', remat=True)
+    assert isinstance(model, build.MODELS['wide_resnet'])
+    found = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    expected = {
+        'num_classes': 7, 'mean': (0.4,), 'std': (0.3,), 'depth': 16, 'width': 3,
+        'dtype': jnp.dtype('bfloat16'), 'conv': 'separate', 'remat': True, 'norm_momentum': 0.8,
+        'norm_epsilon': 1e-3, 'norm_axis': parallel.AXIS,
+    }  # fmt: skip
+    assert expected == {name: found[name] for name in expected}
 
 
 @pytest.mark.parametrize('batch_norm', ['running', 'batch'])
@@ -242,7 +262,7 @@ def bench_of(weights, combine):
         ('ifgsm3', {}),
         ('ifgsm5', {'eval__ifgsm__loss': 'margin', 'eval__ifgsm__schedule': 'linear'}),
         ('ifgsm9', {'eval__ifgsm__step_size': 0.06, 'epsilon': 0.15}),
-        ('pgd3', {}),
+        ('pgd3', {'eval__pgd__restarts': 2}),  # the same again, since it starts at the image
         ('pgd7', {'eval__pgd__loss': 'margin', 'eval__pgd__schedule': 'cosine'}),
         ('pgd5', {'eval__pgd__step_size': 0.05, 'epsilon': 0.06}),
     ],
