@@ -41,7 +41,7 @@ FIELDS = {
     'eval.pgd.start': 'none',
     'eval.seed': 5,
     'blackbox.step_size': 0.024,
-    'blackbox.sigma': 0.025,
+    'blackbox.sigma': 0.06,
     'blackbox.start': 'none',
     'blackbox.seed': 9,
     'blackbox.steps': 4,
@@ -217,6 +217,7 @@ def test_a_network_is_the_configs():
     fields = {
         'batch_norm__momentum': 0.8, 'batch_norm__epsilon': 1e-3, 'batch_norm__sync': True,
         'model__depth': 16, 'model__width': 3, 'model__conv': 'separate', 'eval__dtype': 'bfloat16',
+        'model__dtype': 'float32',
     }  # fmt: skip
     description = {'num_classes': 7, 'mean': [0.4], 'std': [0.3]}
     model = build.model(config_of(**fields), description, dtype='bfloat16', remat=True)
@@ -228,6 +229,9 @@ def test_a_network_is_the_configs():
         'norm_epsilon': 1e-3, 'norm_axis': parallel.AXIS,
     }  # fmt: skip
     assert expected == {name: found[name] for name in expected}
+    # Evaluation computes in a type of its own.
+    network = build.network(config_of(**fields), description | {'image_shape': [8, 8, 1]})
+    assert network.member_logits.args[0] == model.clone(remat=False)
 
 
 @pytest.mark.parametrize('batch_norm', ['running', 'batch'])
@@ -363,6 +367,9 @@ def test_the_transfer_sets_attack_starts_as_the_config_says():
     # Half of the starts are worse than the clean image, and kept.
     kept = np.abs(noise).max((1, 2, 3)) > 1e-4
     assert abs(kept.mean() - 0.5) < 0.07
-    np.testing.assert_allclose(noise[kept].std(), 0.025, rtol=0.05)
+    # Cut off by the ball, which a tenth of the pixels would leave.
+    cut = np.clip(0.06 * np.random.default_rng(2).standard_normal(100_000), -0.1, 0.1)
+    np.testing.assert_allclose(noise[kept].std(), cut.std(), rtol=0.04)
+    np.testing.assert_allclose(np.abs(noise).max(), 0.1, rtol=1e-4)
     other = config_of(blackbox__start='gaussian', blackbox__step_size=1e-8, blackbox__seed=10)
     assert np.any(attack(blackbox._rounds(other)[0]) != attack(settings))
