@@ -8,7 +8,7 @@ import main
 from ensadv import build, workdir
 from ensadv.models.base import ImageNetwork
 
-STEPS = 500
+STEPS = 300
 
 
 class Network(ImageNetwork):
@@ -27,7 +27,7 @@ def accuracies(system, path):
     config = tiny_config(
         system, attack__steps=5, eval__attacks=('clean', 'pgd10'), eval__num_examples=360,
         eval__batch_size=360, train__batch_size=64, train__learning_rate=0.05,
-        train__learning_rate_steps=(350,), train__steps_per_call=100, train__steps=STEPS,
+        train__learning_rate_steps=(200,), train__steps_per_call=100, train__steps=STEPS,
         train__log_every=STEPS, train__checkpoint_every=STEPS, train__snapshot_every=STEPS,
     )  # fmt: skip
     main.run_one(config, epath.Path(path), system)
@@ -37,10 +37,9 @@ def accuracies(system, path):
 
 def test_robust_accuracy_comes_of_adversarial_training(tmp_path, monkeypatch):
     monkeypatch.setitem(build.MODELS, 'wide_resnet', Network)
-    # 98.6, 1.4, 96.9 and 56.1 % when this was written.
     clean = accuracies('baseline', tmp_path / 'baseline')
     assert clean['clean'] > 0.93
     assert clean['pgd10'] < 0.1
     adversarial = accuracies('singleadv', tmp_path / 'singleadv')
     assert adversarial['clean'] > 0.93
-    assert adversarial['pgd10'] > 0.45
+    assert adversarial['pgd10'] > 0.35
