@@ -289,6 +289,15 @@ def test_an_evaluation_attack_is_the_configs(name, changes):
     np.testing.assert_allclose(found.last_margin, margins[-1], atol=1e-3)
 
 
+def test_a_tie_has_fallen_from_the_start():
+    settings = build.evaluation_settings(config_of(eval__long_attacks=('ifgsm2',)), 'ifgsm2')
+    bench, variables = bench_of(np.zeros((1, 12, 3)), 'probs')
+    found = bench.long_attack(variables, settings, IMAGES, Y, 'test')
+    np.testing.assert_array_equal(found.margin, 0)
+    np.testing.assert_array_equal(found.fooled_at, 0)
+    assert not found.stands.any()
+
+
 def noisy_images():
     """1,000 images far from the pixel box's walls, and their labels."""
     images = np.random.default_rng(1).integers(90, 160, (1000, 2, 2, 3), np.uint8)
