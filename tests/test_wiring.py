@@ -199,6 +199,8 @@ def test_training_steps_are_the_configs(changes):
         for name, x, share in (('clean', X, 1), ('adversarial', attacked(config, judged), rho)):
             loss[name] = -log_probs(judged, x)[rows, Y].mean()
             np.testing.assert_allclose(metrics[f'{name}_loss'], loss[name], rtol=1e-4)
+            right = np.mean(margin(log_probs(judged, x), Y) > 0)
+            np.testing.assert_allclose(metrics[f'{name}_accuracy'], right, rtol=1e-5)
             members = np.exp(log_softmax(np.einsum('bd,kdc->kbc', x, judged), axis=-1))
             of_label = members[:, rows, Y]
             by_logits = (members - np.eye(3)[Y]) * (of_label / of_label.sum(0))[..., None]
@@ -211,6 +213,9 @@ def test_training_steps_are_the_configs(changes):
         weights = weights - rate * update
     kernel = state.params['linear']['kernel']
     np.testing.assert_allclose(kernel, weights, atol=1e-4 * train.learning_rate)
+    # Weights of zero: every example is a tie, and so an error.
+    _, metrics = train_step(state.replace(params={'linear': {'kernel': 0 * kernel}}), batch, keys)
+    assert metrics['clean_accuracy'] == metrics['adversarial_accuracy'] == 0
 
 
 def test_a_network_is_the_configs():
