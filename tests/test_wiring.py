@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from etils import epath
 from scipy.special import log_softmax, logsumexp
 
-from ensadv import blackbox, build, ensemble, evaluator, parallel, steps
+from ensadv import blackbox, build, ensemble, evaluator, parallel, results, steps
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 2, 2, 3), np.uint8)
@@ -301,6 +302,21 @@ def test_a_tie_has_fallen_from_the_start():
     np.testing.assert_array_equal(found.margin, 0)
     np.testing.assert_array_equal(found.fooled_at, 0)
     assert not found.stands.any()
+
+
+def test_accuracy_is_of_the_lowest_margin_and_of_what_was_attacked(tmp_path):
+    config = config_of(eval__attacks=('ifgsm3',))
+    made = results.Results(config, epath.Path(tmp_path), 'test', lambda _: None)
+    made._environment = {}
+    verdicts = evaluator.Verdicts(
+        margin=np.array([1, -1, 1, 0]),
+        last_margin=np.array([1, 1, 1, 1]),
+        has_gradient=np.array([True, True, False, True]),
+    )
+    result = made._result(made.units[0], verdicts)
+    found = [result[name] for name in ('correct', 'accuracy', 'last_iterate_accuracy')]
+    assert found == [1, 0.25, 0.75]
+    assert result['no_gradient'] == 1
 
 
 def noisy_images():
