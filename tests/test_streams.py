@@ -1,0 +1,116 @@
+"""Each stream of randomness is the one it is named for, and the same to the bit on any devices."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, run_environment, tiny_config
+
+from ensadv import build, data, ensemble, evaluator, parallel, train
+
+# Labels say which image it is: 37 of them, of which 8 make no whole number of batches.
+IMAGES = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 1), np.uint8)
+LABELS = np.arange(37, dtype=np.int32)
+DESCRIPTION = {'num_classes': 3, 'mean': (0.5,), 'std': (0.25,)}
+CONFIG = tiny_config(train__batch_size=8, data__flip=True)
+KEYS = train.run_keys(3)
+STEPS = (0, 4, 1000)  # the second batch straddles two epochs
+
+
+@functools.cache
+def compiled_draw():
+    def batch(step, keys, arrays):
+        (pixels, indices), attack = train.draw_batch(CONFIG, step, arrays, keys)
+        levels = jnp.rint(255 * pixels).astype(jnp.uint8)
+        of_each = jax.lax.all_gather((levels, indices, jax.random.key_data(attack)), parallel.AXIS)
+        return jax.tree.map(lambda parts: parts.reshape(-1, *parts.shape[2:]), of_each)
+
+    batches = lambda *args: jax.lax.map(lambda step: batch(step, *args), jnp.int32(STEPS))
+    return parallel.run_on_devices(batches, 2)
+
+
+def draw(keys):
+    """Returns images, indices and the data of the attack's keys, [steps, batch, ...] each."""
+    return jax.device_get(compiled_draw()(*parallel.replicate((keys, (IMAGES, LABELS)))))
+
+
+def test_a_run_has_the_streams_that_it_always_had():
+    """Otherwise a run that goes on would draw other batches than it would have drawn."""
+    found = {name: jax.random.key_data(key).tolist() for name, key in KEYS._asdict().items()}
+    assert found == {
+        'init': [3716834203, 3481239269],
+        'batches': [1946498123, 2217676430],
+        'augmentation': [1024511538, 2603795180],
+        'attack': [877192987, 3448417067],
+    }
+
+
+def test_every_draw_is_of_its_own_stream():
+    for step, images, indices, attack in zip(STEPS, *draw(KEYS), strict=True):
+        expected = data.batch_indices(
+            KEYS.batches, step, jnp.arange(8), batch_size=8, num_examples=len(LABELS)
+        )
+        np.testing.assert_array_equal(indices, expected)
+        of_step = lambda key, step=step: jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.fold_in(key, step), jnp.arange(8)
+        )
+        expected = data.augment(of_step(KEYS.augmentation), IMAGES[indices], pad=1, flip=True)
+        np.testing.assert_array_equal(images, expected)
+        np.testing.assert_array_equal(attack, jax.random.key_data(of_step(KEYS.attack)))
+
+
+@pytest.mark.parametrize(
+    'stream, changed',
+    [
+        ('init', (False, False, False)),
+        ('batches', (True, True, False)),
+        ('augmentation', (True, False, False)),
+        ('attack', (False, False, True)),
+    ],
+)
+def test_another_stream_changes_what_it_is_named_for_alone(stream, changed):
+    other = KEYS._replace(**{stream: jax.random.key(77)})
+    found = tuple(np.any(a != b) for a, b in zip(draw(KEYS), draw(other), strict=True))
+    assert found == changed
+
+
+@pytest.mark.usefixtures('small_network')
+def test_weights_are_of_the_stream_init():
+    config = tiny_config('ensemble2adv')
+    model = build.model(config, DESCRIPTION, dtype='float32')
+    params = jax.jit(lambda keys: train.init_state(config, model, (4, 4, 1), keys).params)
+    expected = jax.jit(lambda key: ensemble.init(model, key, 2, (4, 4, 1)))(KEYS.init)['params']
+    jax.tree.map(np.testing.assert_array_equal, params(KEYS), expected)
+
+
+def test_evaluation_draws_by_its_own_seed_and_the_place_in_the_split():
+    places = np.array([5, 0, 1000], np.int32)
+    found = jax.random.key_data(evaluator._keys({'seed': 7, 'steps': 3}, places))
+    expected = [jax.random.fold_in(jax.random.key(7), place) for place in places]
+    np.testing.assert_array_equal(found, jax.random.key_data(jnp.stack(expected)))
+
+
+def everything():
+    """Returns what training and evaluation draw on this process's devices."""
+    evaluation = lambda places: jax.random.key_data(evaluator._keys({'seed': 0}, places))
+    places = np.arange(12, dtype=np.int32)
+    return *draw(KEYS), parallel.map_examples(evaluation, 0)(places)
+
+
+@pytest.mark.parametrize('devices', [2, 4])
+def test_on_any_number_of_devices_the_draws_are_the_same_to_the_bit(devices, tmp_path):
+    program = (
+        'import sys, jax, numpy; sys.path[:0] = [".", "tests"]; import test_streams; '
+        'numpy.savez(sys.argv[1], jax.device_count(), *test_streams.everything())'
+    )
+    path = tmp_path / 'draws.npz'
+    command = [sys.executable, '-c', program, path]
+    subprocess.run(command, cwd=ROOT, env=run_environment(devices), check=True)
+    count, *found = np.load(path).values()
+    assert (count, jax.device_count()) == (devices, 1)
+    for there, here in zip(found, everything(), strict=True):
+        np.testing.assert_array_equal(there, here)
