@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ensadv import build, costs, ensemble, prng
+from ensadv import build, costs, ensemble, parallel, prng
 
 
 def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
@@ -17,10 +17,15 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
       config: validated.
       dataset: 'name', 'image_shape', 'num_classes', 'mean' and 'std', as
         `data.Dataset.describe` gives them.
+
+    Raises:
+      UserError: if config.device is not there.
     """
+    parallel.check_device(config.device)
     config = build.resolve(config)
     sections = {
         f'{config.system}': _system(config, dataset),
+        'on this machine': _computation(config),
         'parameters': _parameters(config, dataset),
         'operations per example (a multiply-add counts as 2)': _flops(config, dataset),
         f'memory of training, batch of {config.train.batch_size}, estimated': _memory(
@@ -82,6 +87,13 @@ def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
         f'{dataset["num_classes"]} classes',
         'threat model': f'L-infinity, epsilon {_pixels(config.epsilon)}',
         'steps': f'{config.train.steps:,} of {config.train.batch_size} examples',
+    }
+
+
+def _computation(config: ConfigDict) -> dict[str, str]:
+    return {
+        'training': build.computation(config.model.dtype),
+        'evaluation': build.computation(config.eval.dtype),
     }
 
 
