@@ -1,12 +1,18 @@
 """The program as its users run it: what it prints, and one line for each mistake."""
 
 import json
+import logging as python_logging
 import os
+import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from conftest import ROOT, TINY, overrides, run_main
+
+from ensadv import command_line, train
 
 SINGLE = '--config=configs/singleadv.py'
 ARRAYS = {
@@ -147,12 +153,16 @@ def test_trains_evaluates_describes_and_guards_its_workdir(tmp_path):
     assert 'belongs to a run with another config (seed: 0 -> 5)' in last_error(refused)
 
 
-@pytest.mark.parametrize('mode', ['train', 'describe'])
 @pytest.mark.parametrize(
-    'platforms, device, told',
+    'mode, platforms, device, told',
     [
-        ('cpu', 'tpu', 'device: expected tpu, found cpu (JAX_PLATFORMS=cpu); --config.device=auto'),
-        ('nothing', 'auto', 'device: JAX finds none to compute on (JAX_PLATFORMS=nothing): '),
+        (
+            'train',
+            'cpu',
+            'tpu',
+            'device: expected tpu, found cpu (JAX_PLATFORMS=cpu); --config.dev',
+        ),
+        ('describe', 'nothing', 'auto', 'device: JAX finds none to compute on (JAX_PLATFORMS=noth'),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(
@@ -164,6 +174,29 @@ def test_a_device_that_is_not_there_is_refused(
     assert told in last_error(result)
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'path, level, shown',
+    [
+        (train.__file__, python_logging.INFO, True),
+        # Of an environment that `make` put into a checkout with this name.
+        ('/home/me/ensadv/.venv/lib/site-packages/jax/_src/bridge.py', python_logging.INFO, False),
+        ('/home/me/ensadv/.venv/lib/site-packages/jax/_src/bridge.py', python_logging.ERROR, True),
+    ],
+)
+def test_of_others_only_warnings_are_shown(monkeypatch, path, level, shown):
+    handler = logging.get_absl_handler()
+    monkeypatch.setattr(handler, 'filters', [])
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+    monkeypatch.setattr(threading, 'excepthook', threading.excepthook)
+    verbosity = logging.get_verbosity()
+    try:
+        command_line.set_up_logging()
+    finally:
+        logging.set_verbosity(verbosity)
+    record = python_logging.LogRecord('absl', level, path, 1, 'a line', (), None)
+    assert bool(handler.filter(record)) == shown
 
 
 def test_nothing_to_evaluate(tmp_path):
