@@ -25,7 +25,7 @@ _QUICK_COMPILE = (
     '--xla_llvm_disable_expensive_passes=true',
     '--xla_cpu_use_fusion_emitters=false',
 )
-if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers have this process's environment
+if 'QUICK_COMPILE' not in os.environ:  # the workers have this process's environment
     # Compiled programs are shared between the tests and the processes that they start.
     _cache = tempfile.TemporaryDirectory(prefix='ensadv-jax-cache-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name

@@ -46,7 +46,7 @@ def test_each_use_of_what_jax_keeps_to_itself_has_a_reason():
             continue
         names = imported(ast.parse(text)) if path.suffix == '.py' else []
         # And no other way leads there, as an attribute or a module's name in quotes.
-        assert text.count('_src') == len(names), path
+        assert text.count('._src') == len(names), path
         found |= {(str(path.relative_to(ROOT)), name) for name in names}
     assert found == PRIVATE
 
