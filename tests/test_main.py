@@ -172,7 +172,7 @@ def test_a_device_that_is_not_there_is_refused(
     fields = overrides(TINY | {'device': device})
     result = run_main(SINGLE, *fields, f'--mode={mode}', f'--workdir={tmp_path}/run')
     assert told in last_error(result)
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert 'compiling' not in result.stderr
     assert not (tmp_path / 'run').exists()
 
 
@@ -250,7 +250,7 @@ def test_trains_and_evaluates_without_tensorflow_on_the_cpu_if_asked(monkeypatch
     }  # fmt: skip
     result = run_main(SINGLE, *overrides(fields), f'--workdir={tmp_path}/run')
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count('metrics go to the log only') == 1
+    assert list((tmp_path / 'run').glob('events.*'))
     assert '[4] ' in result.stderr
     computation = lambda dtype: f'on 1 device (cpu), in {dtype}, JAX {jax.__version__}\n'
     told = [
