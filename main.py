@@ -117,8 +117,9 @@ def compare() -> None:
 
 def describe(config: ConfigDict) -> None:
     """Prints what the config amounts to."""
-    from ensadv import data, describe
+    from ensadv import data, describe, parallel
 
+    parallel.take_device(config.device)
     record = workdir.read_record(command_line.workdir_path()) if FLAGS.workdir else None
     if record is not None and record['config']['data']['name'] == config.data.name:
         dataset = record['dataset']
@@ -168,8 +169,10 @@ def run(mode: str) -> None:
 
     compilation_cache.enable(FLAGS.compilation_cache)
     path = command_line.workdir_path(to_write=True)
+    parallel.take_device(config.device)
     parallel.initialize()
     with parallel.together():
+        parallel.check_device(config.device)
         command = {'mode': mode, 'workdir': str(path), 'version': ensadv.__version__}
         resolved = config_lib.to_dict(config.copy_and_resolve_references())
         parallel.check_same('the command', command | {'config': resolved})

@@ -11,6 +11,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.system = 'custom'  # name of the system in tables; each file in configs/ sets its own
+    config.device = 'auto'  # cpu, gpu, tpu: refused where it is not there; auto: JAX's choice
     config.seed = 0  # start of all randomness: initialisation, batches, augmentation, attacks
     # L-infinity radius of the threat model, in training and evaluation. The step sizes and sigmas
     # below follow it unless they are set themselves.

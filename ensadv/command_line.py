@@ -386,7 +386,8 @@ def set_up_logging() -> None:
         return (
             # Orbax and CLU log each thread's part of an error that they raise as well.
             (record.levelno >= python_logging.WARNING and not {'orbax', 'clu'} & set(parts))
-            or 'ensadv' in parts
+            # Not by name: an environment may lie in a checkout called ensadv.
+            or Path(__file__).parent in Path(record.pathname).parents
         )
 
     logging.get_absl_handler().addFilter(ours)

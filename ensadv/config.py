@@ -16,6 +16,7 @@ MUTABLE_FIELDS = (
     'data.download',
     'blackbox',
     'debug',
+    'device',
     'eval.attacks',
     'eval.batch_size',
     'eval.examples',
@@ -42,6 +43,7 @@ MUTABLE_FIELDS = (
     'train.steps_per_call',
 )
 
+DEVICES = ('auto', 'cpu', 'gpu', 'tpu')
 DATASETS = ('cifar10', 'cifar100', 'svhn_cropped', 'mnist', 'digits', 'npz')
 MODELS = ('wide_resnet', 'vgg')
 VGG_DEPTHS = (11, 13, 16, 19)
@@ -141,6 +143,7 @@ def validate(config: ConfigDict) -> None:
                   _validate_evaluation, _validate_blackbox, _validate_planes,
                   _validate_study):  # fmt: skip
         group(config)
+    _one_of(config, 'device', DEVICES)
     if not isinstance(config.debug.nans, bool):
         raise ConfigError(f'debug.nans: expected True or False, found {shown(config.debug.nans)!r}')
     system = config.system

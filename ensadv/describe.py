@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import blackbox, build, costs, data, ensemble, prng, study, train
+from ensadv import blackbox, build, costs, data, ensemble, parallel, prng, study, train
 
 
 def check(config: ConfigDict, dataset: Mapping[str, Any], systems_dir: epath.Path) -> None:
@@ -44,11 +44,14 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
 
     Raises:
       ConfigError: if the batch does not fit the data or the devices.
+      UserError: if config.device is not there.
     """
+    parallel.check_device(config.device)
     config = build.resolve(config)
     train.check_fits(config, dataset)
     sections = {
         f'{config.system}': _system(config, dataset),
+        'on this machine': _computation(config),
         'parameters': _parameters(config, dataset),
         'operations per example (a multiply-add counts as 2)': _flops(config, dataset),
         f'memory of training, batch of {config.train.batch_size}, estimated': _memory(
@@ -110,6 +113,13 @@ def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
         f'{dataset["num_classes"]} classes',
         'threat model': f'L-infinity, epsilon {_pixels(config.epsilon)}',
         'steps': f'{config.train.steps:,} of {config.train.batch_size} examples',
+    }
+
+
+def _computation(config: ConfigDict) -> dict[str, str]:
+    return {
+        'training': build.computation(config.model.dtype),
+        'evaluation': build.computation(config.eval.dtype),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from absl import logging
 from etils import epath
 from jax import Array
@@ -24,6 +25,41 @@ AXIS = 'devices'
 _JOIN_SECONDS = 300  # for all processes to start
 _SHARED_SECONDS = 60  # for a file to be seen by all hosts
 _peers: peers.Peers | None = None  # None: this process is alone
+
+
+def take_device(kind: str) -> None:
+    """Has JAX compute on the CPU if that is asked for, whatever else is there.
+
+    Before JAX looks for devices: it then takes no accelerator, which may be another process's.
+
+    Args:
+      kind: config.device.
+    """
+    if kind == 'cpu':
+        jax.config.update('jax_platforms', 'cpu')
+
+
+def check_device(kind: str) -> None:
+    """Checks that JAX computes on the kind of device that is asked for.
+
+    Args:
+      kind: config.device.
+
+    Raises:
+      UserError: if it does not, or finds no device at all.
+    """
+    platforms = jax.config.jax_platforms
+    told = f' (JAX_PLATFORMS={platforms})' if platforms else ''
+    try:
+        found = jax.default_backend()
+    except Exception as error:  # whatever JAX and its plugins raise
+        cause = ' '.join(f'{error}'.split())[:300] or type(error).__name__
+        raise UserError(f'device: JAX finds none to compute on{told}: {cause}') from error
+    if kind not in ('auto', found):
+        raise UserError(
+            f'device: expected {kind}, found {found}{told}; --config.device=auto takes what is '
+            'there. "Install" in README.md names the build of JAX that an accelerator needs'
+        )
 
 
 def initialize() -> None:
@@ -139,6 +175,16 @@ def num_processes() -> int:
 def is_main() -> bool:
     """Returns whether this process decides, writes files and tells the user."""
     return _peers is None or _peers.index == 0
+
+
+def tell(line: str) -> None:
+    """Tells the user a line on process 0: in the log, and on a terminal, whose log has less."""
+    if not is_main():
+        return
+    if logging.get_verbosity() >= logging.INFO:
+        logging.info('%s', line)
+    elif sys.stderr.isatty():
+        tqdm.tqdm.write(line, file=sys.stderr)  # above a bar that may be there
 
 
 def agree(value: Any) -> Any:

@@ -28,7 +28,7 @@ Runs main.py on a Cloud TPU VM (v2 to v6e), or on all workers of a pod slice.
 
 create  makes the VM
 setup   copies this checkout to every worker (with what is not committed yet, without what git
-        ignores) and installs Python 3.11, requirements.txt and jax[tpu]. Quick when run again
+        ignores) and installs Python 3.13, requirements.txt and jax[tpu]. Quick when run again
 start   runs "python main.py" with the flags after -- on every worker, again after a crash or a
         reboot, until it is finished, stopped, or ends with exit code 2 (a mistake in the flags)
 status  the VM's state, and what the run does on every worker
@@ -106,7 +106,7 @@ worker_setup() {
   fi
   if ! ~/ensadv/venv/bin/python -c '' 2>/dev/null; then
     rm -rf ~/ensadv/venv
-    uv venv --quiet --python 3.11 ~/ensadv/venv
+    uv venv --quiet --python 3.13 ~/ensadv/venv
   fi
   # Together, so that jax[tpu] is within the range that requirements.txt gives jax.
   uv pip install --quiet --python ~/ensadv/venv/bin/python \

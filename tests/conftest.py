@@ -6,22 +6,37 @@ import subprocess
 import sys
 import tempfile
 
-# Compiled programs are shared between the tests and the processes that they start.
-if 'PYTEST_XDIST_WORKER' not in os.environ:
+
+def is_known_to_xla(flag: str) -> bool:
+    """Returns whether this jaxlib takes a flag; it ends a process that names one it does not."""
+    tried = subprocess.run(
+        [sys.executable, '-c', 'import jax; jax.devices()'],
+        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag},
+        capture_output=True,
+        check=False,
+    )
+    return tried.returncode == 0
+
+
+# Compile in a fraction of the time, here and in the processes that are started. What users get is
+# compiled where a test asks for no flags.
+_QUICK_COMPILE = (
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
+    '--xla_cpu_use_fusion_emitters=false',
+)
+if 'QUICK_COMPILE' not in os.environ:  # the workers have this process's environment
+    # Compiled programs are shared between the tests and the processes that they start.
     _cache = tempfile.TemporaryDirectory(prefix='ensadv-jax-cache-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+    # `make test` runs the core's tests a second time so, as users run the program.
+    fully = os.environ.get('ENSADV_TESTS_COMPILE') == 'fully'
+    os.environ['QUICK_COMPILE'] = '' if fully else ' '.join(filter(is_known_to_xla, _QUICK_COMPILE))
+    _given = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{_given} {os.environ["QUICK_COMPILE"]}'.strip()
+QUICK_COMPILE = os.environ['QUICK_COMPILE']
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
-# Compiles in a fraction of the time, here and in the processes that are started. What users get is
-# compiled where a test asks for no flags.
-QUICK_COMPILE = (
-    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-    '--xla_cpu_use_fusion_emitters=false'
-)
-# `make test` runs the core's tests a second time so, as users run the program.
-if os.environ.get('ENSADV_TESTS_COMPILE') == 'fully':
-    QUICK_COMPILE = ''
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK_COMPILE}'.strip()
 
 import jax
 import pytest

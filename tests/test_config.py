@@ -89,6 +89,7 @@ def test_sizes_follow_epsilon_unless_set():
         ('model.depth', 4, '6n + 4'),
         ('model.width', 0, '>= 1'),
         ('model.name', 'wide_resnt', "did you mean 'wide_resnet'?"),
+        ('device', 'tup', "did you mean 'tpu'?"),
         ('model.dtype', 'float16', "did you mean 'bfloat16'?"),
         ('model.conv', 'group', "did you mean 'grouped'?"),
         ('ensemble.size', 0, '>= 1'),
@@ -188,8 +189,9 @@ def test_a_config_survives_json():
 
 def test_a_stored_config_of_another_version_is_read_or_refused_by_name():
     values = config_lib.to_dict(default.get_config())
-    del values['train']['nesterov']
-    assert config_lib.from_dict(values, default.get_config()).train.nesterov is False
+    del values['train']['nesterov'], values['device']
+    restored = config_lib.from_dict(values, default.get_config())
+    assert (restored.train.nesterov, restored.device) == (False, 'auto')
     values['train']['nestrov'] = True
     with pytest.raises(ConfigError, match=r"train\.nestrov \(did you mean 'train\.nesterov'"):
         config_lib.from_dict(values, default.get_config())
@@ -220,6 +222,7 @@ def test_only_fields_that_change_no_step_may_change():
     old, new = (config_lib.to_dict(default.get_config()) for _ in range(2))
     new['train'] |= {'steps': 7, 'log_every': 3}
     new['eval']['attacks'] = ['clean']
+    new['device'] = 'cpu'
     assert config_lib.changed_fields(old, new) == []
     new['train']['momentum'] = 0.5
     new['seed'] = 4

@@ -1,14 +1,17 @@
-"""One, two and four devices compute the same run."""
+"""One, two and four devices compute the same run; the kind that is asked for is the one taken."""
 
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from conftest import TINY, overrides, run_main, tiny_config, variables_like
 from etils import epath
 
-from ensadv import checkpoints, workdir
+from ensadv import checkpoints, parallel, workdir
+from ensadv.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -81,3 +84,27 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     assert result.stderr.strip().splitlines()[-1] == (
         'error: train.batch_size: expected a multiple of the 4 devices, found 10'
     )
+
+
+@pytest.mark.parametrize('wanted', ['auto', 'cpu', 'gpu', 'tpu'])
+@pytest.mark.parametrize('found', ['cpu', 'gpu', 'tpu'])
+def test_only_the_kind_of_device_that_is_asked_for_will_do(monkeypatch, wanted, found):
+    monkeypatch.setattr(jax, 'default_backend', lambda: found)
+    if wanted in ('auto', found):
+        parallel.check_device(wanted)
+        return
+    with pytest.raises(UserError, match=f'device: expected {wanted}, found {found}'):
+        parallel.check_device(wanted)
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+@pytest.mark.parametrize('verbosity', [logging.INFO, logging.WARNING])
+def test_what_is_told_is_seen_once(monkeypatch, capsys, terminal, verbosity):
+    logged = []
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal)
+    monkeypatch.setattr(logging, 'get_verbosity', lambda: verbosity)
+    monkeypatch.setattr(logging, 'info', lambda text, *values: logged.append(text % values))
+    parallel.tell('a line')
+    assert logged == ['a line'] * (verbosity == logging.INFO)
+    printed = capsys.readouterr().err
+    assert printed == ('a line\n' if terminal and not logged else '')

@@ -1,14 +1,19 @@
 """The program as its users run it: what it prints, and one line for each mistake."""
 
 import json
+import logging as python_logging
 import os
+import sys
+import threading
 
+import jax
 import numpy as np
 import pytest
+from absl import logging
 from conftest import ROOT, TINY, overrides, run_main
 
 from configs import small
-from ensadv import build, data, describe
+from ensadv import build, command_line, data, describe, train
 from ensadv.errors import ConfigError
 
 SINGLE = '--config=configs/singleadv.py'
@@ -120,9 +125,9 @@ def test_missing_data_say_how_to_get_them(tmp_path):
 def test_trains_evaluates_describes_and_guards_its_workdir(tmp_path):
     # Relative, as users give it, though Orbax takes only absolute paths.
     workdir = f'--workdir={os.path.relpath(tmp_path, ROOT)}/run'
-    fields = overrides(TINY | {'eval.inline': False})
+    trained_with = overrides(TINY | {'eval.inline': False})
     # As users have it, with TensorFlow, and compiled at length.
-    trained = run_main(SINGLE, *fields, workdir, xla_flags='', tensorflow=True)
+    trained = run_main(SINGLE, *trained_with, workdir, xla_flags='', tensorflow=True)
     assert trained.returncode == 0, trained.stderr
     assert not (tmp_path / 'run' / 'eval').exists()
     # From here on the workdir is enough.
@@ -147,12 +152,59 @@ def test_trains_evaluates_describes_and_guards_its_workdir(tmp_path):
     more = run_main('--mode=evaluate', workdir, "--config.eval.attacks=('clean','pgd2')")
     assert 'pgd2' in more.stdout, more.stderr
     # Fields that were None can be given, and others' configs are refused, here too.
-    other = run_main('--mode=evaluate', workdir, '--config.data.data_dir=/nowhere')
+    changes = ('--config.data.data_dir=/nowhere', '--config.device=cpu')
+    other = run_main('--mode=evaluate', workdir, *changes)
     assert other.returncode == 0, other.stderr
     other = run_main('--mode=evaluate', workdir, '--config=configs/ensemble2adv.py')
     assert 'ensemble.size: 1 -> 2' in last_error(other)
-    refused = run_main(SINGLE, *fields, '--config.seed=5', workdir)
+    refused = run_main(SINGLE, *trained_with, '--config.seed=5', workdir)
     assert 'belongs to a run with another config (seed: 0 -> 5)' in last_error(refused)
+
+
+@pytest.mark.parametrize(
+    'mode, platforms, device, told',
+    [
+        (
+            'train',
+            'cpu',
+            'tpu',
+            'device: expected tpu, found cpu (JAX_PLATFORMS=cpu); --config.dev',
+        ),
+        ('describe', 'nothing', 'auto', 'device: JAX finds none to compute on (JAX_PLATFORMS=noth'),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    monkeypatch, tmp_path, mode, platforms, device, told
+):
+    monkeypatch.setenv('JAX_PLATFORMS', platforms)
+    fields = overrides(TINY | {'device': device})
+    result = run_main(SINGLE, *fields, f'--mode={mode}', f'--workdir={tmp_path}/run')
+    assert told in last_error(result)
+    assert 'compiling' not in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'path, level, shown',
+    [
+        (train.__file__, python_logging.INFO, True),
+        # Of an environment that `make` put into a checkout with this name.
+        ('/home/me/ensadv/.venv/lib/site-packages/jax/_src/bridge.py', python_logging.INFO, False),
+        ('/home/me/ensadv/.venv/lib/site-packages/jax/_src/bridge.py', python_logging.ERROR, True),
+    ],
+)
+def test_of_others_only_warnings_are_shown(monkeypatch, path, level, shown):
+    handler = logging.get_absl_handler()
+    monkeypatch.setattr(handler, 'filters', [])
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+    monkeypatch.setattr(threading, 'excepthook', threading.excepthook)
+    verbosity = logging.get_verbosity()
+    try:
+        command_line.set_up_logging()
+    finally:
+        logging.set_verbosity(verbosity)
+    record = python_logging.LogRecord('absl', level, path, 1, 'a line', (), None)
+    assert bool(handler.filter(record)) == shown
 
 
 def test_nothing_to_evaluate(tmp_path):
@@ -221,23 +273,38 @@ def test_few_examples_of_a_sorted_test_split_are_told(monkeypatch, labels, n, to
 
 
 def test_describe_counts_operations_right():
+def test_describe_counts_operations_right_and_says_what_computes():
     """WRN-28-10 takes 5.2 billion multiply-adds for a CIFAR image, zeros at borders included."""
-    result = run_main('--mode=describe', SINGLE)
+    result = run_main('--mode=describe', SINGLE, '--config.model.dtype=bfloat16', devices=2)
     line = next(line for line in result.stdout.splitlines() if line.split()[:1] == ['forward'])
     assert 9 < float(line.split()[1]) < 10.6
+    for job, dtype in (('training  ', 'bfloat16'), ('evaluation', 'float32')):
+        assert (
+            f'\n  {job}  on 2 devices (cpu), in {dtype}, JAX {jax.__version__}\n' in result.stdout
+        )
 
 
-def test_trains_and_evaluates_without_tensorflow(tmp_path):
+def test_trains_and_evaluates_without_tensorflow_on_the_cpu_if_asked(monkeypatch, tmp_path):
+    monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
     rng = np.random.default_rng(0)
     images = {k: rng.integers(0, 256, ARRAYS[k].shape, np.uint8) for k in ARRAYS if 'im' in k}
     np.savez(tmp_path / 'mine.npz', **(ARRAYS | images))
     fields = TINY | {
-        'data.name': 'npz', 'data.path': tmp_path / 'mine.npz', 'eval.num_examples': 4
+        'data.name': 'npz', 'data.path': tmp_path / 'mine.npz', 'eval.num_examples': 4,
+        'device': 'cpu', 'eval.dtype': 'bfloat16',
     }  # fmt: skip
     result = run_main(SINGLE, *overrides(fields), f'--workdir={tmp_path}/run')
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count('metrics go to the log only') == 1
+    assert list((tmp_path / 'run').glob('events.*'))
     assert '[4] ' in result.stderr
+    computation = lambda dtype: f'on 1 device (cpu), in {dtype}, JAX {jax.__version__}\n'
+    told = [
+        f'SingleAdv: training {computation("float32")}',
+        f'SingleAdv: evaluation {computation("bfloat16")}',
+    ]
+    places = [result.stderr.index(text) for text in (told[0], '[2] ', told[1], 'step 2: clean')]
+    assert places == sorted(places)
+    assert all(result.stderr.count(text) == 1 for text in told)
     content = json.loads((tmp_path / 'run' / 'eval' / '4.json').read_text())
     assert [attack['name'] for attack in content['attacks']] == ['clean', 'ifgsm2']
 

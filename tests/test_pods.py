@@ -173,9 +173,11 @@ def assert_alike(a, b, **tolerances):
 
 
 def test_two_processes_with_two_devices_take_the_steps_of_one_with_four(runs):
-    root, _ = runs
+    root, several = runs
     devices = workdir_lib.read_record(root / 'pod')['sessions'][0]['devices']
     assert devices['count'] == 4
+    told = 'SingleAdv: training on 4 devices (cpu) of 2 processes, in float32, JAX '
+    assert [result.stderr.count(told) for result in several] == [1, 0]
     # Gloo sums in another order than one process: 2.4e-7 at most, as measured.
     assert_alike(weights(root / 'pod', 2), weights(root / 'one', 2), rtol=0, atol=1e-5)
 

@@ -146,6 +146,16 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
     command = ['--mode=study', '--config=configs/quickstart.py', *overrides(FIELDS)]
     first = run_main(*command, f'--workdir={tmp_path}', small=True)
     assert first.returncode == 0, first.stderr
+    for job in (
+        '[source 1/1] baseline_seed1000: training',
+        'transfer set: attack',
+        '[1/2] baseline_seed0: training',
+        '[1/2] baseline_seed0: evaluation',
+        '[2/2] separate2adv_seed0: training',
+        '[2/2] separate2adv_seed0: evaluation',
+        'decision planes: attack',
+    ):
+        assert first.stderr.count(f'{job} on 1 device (cpu), in float32, JAX ') == 1, job
     text = (tmp_path / 'report' / 'table1.md').read_text()
     table = text.split('\n\n')[1]
     assert table in first.stdout

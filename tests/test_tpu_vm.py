@@ -379,7 +379,7 @@ def test_setup_copies_the_checkout_as_it_is(cloud):
         assert (code / 'main.py').read_text() == '2'
         assert (home / 'pip_calls').read_text().endswith('-m pip install --quiet --user uv\n')
         venv, install = (home / 'uv_calls').read_text().splitlines()
-        assert venv == f'venv --quiet --python 3.11 {home}/ensadv/venv'
+        assert venv == f'venv --quiet --python 3.13 {home}/ensadv/venv'
         python, requirements = f'{home}/ensadv/venv/bin/python', f'{code}/requirements.txt'
         assert install == (
             f'pip install --quiet --python {python} --requirement {requirements} jax[tpu]'
