@@ -17,6 +17,7 @@ from ensadv import (
     attacks,
     conv,
     data,
+    data_checks,
     ensemble,
     losses,
     optim,
@@ -71,10 +72,17 @@ def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def dataset(config: ConfigDict) -> data.Dataset:
-    """Returns the data, with the validation split held out; raises data.DataError."""
+    """Returns the data, with the validation split held out, and tells once what they are.
+
+    Raises:
+      data.DataError: see `data.load` and `data.hold_out`.
+    """
     group = config.data
     whole = data.load(group.name, data_dir=group.data_dir, path=group.path, download=group.download)
-    return data.hold_out(whole, group.validation_examples)
+    found = data.hold_out(whole, group.validation_examples)
+    if parallel.is_main():
+        data_checks.tell(found, group.path or group.name)
+    return found
 
 
 def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:

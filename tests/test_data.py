@@ -282,7 +282,7 @@ def test_bad_npz_files_are_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[300] ^= 255  # a pixel of image_train
     path.write_bytes(content)
-    assert 'image_train: damaged' in message('npz', path=str(path))
+    assert 'image_train: cannot be read; damaged' in message('npz', path=str(path))
 
 
 # TFDS
