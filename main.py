@@ -151,6 +151,8 @@ def run(mode: str) -> None:
     if config.eval.blackbox_path:
         # A run keeps it, and may go on in another directory.
         config.eval.blackbox_path = str(workdir.absolute(config.eval.blackbox_path))
+    if config.eval.indices:
+        config.eval.indices = str(workdir.absolute(config.eval.indices))
     if config.ensemble.members_from and mode != 'evaluate':
         raise ConfigError(f'ensemble.members_from: only for --mode=evaluate, found --mode={mode}')
     if mode == 'describe':

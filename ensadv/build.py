@@ -1,5 +1,6 @@
 """From config values to the core's objects, for the jobs."""
 
+import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -85,19 +86,48 @@ def dataset(config: ConfigDict) -> data.Dataset:
     return found
 
 
-def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images and labels of the test examples that are evaluated.
+def test_places(config: ConfigDict, dataset: data.Dataset) -> np.ndarray:
+    """Returns the places in the test split that are evaluated, int32 [n], ascending.
 
     Raises:
-      ConfigError: if fewer are there than config.eval.num_examples.
+      UserError: for examples that are not there, and for a file that holds no such places.
     """
     there = len(dataset.label_test)
+    if config.eval.indices:
+        places = data.read_places(config.eval.indices)
+        if places[-1] >= there:
+            raise ConfigError(
+                f'eval.indices: {config.eval.indices}: expected places in the test split, '
+                f'0..{there - 1}, found {places[-1]}'
+            )
+        return places
     n = config.eval.num_examples or there
     if n > there:
         raise ConfigError(
             f'eval.num_examples: expected at most the {there} test examples, found {n}'
         )
-    return tuple(array[:n] for array in dataset.split('test'))
+    return np.arange(n, dtype=np.int32)
+
+
+def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images and labels of `test_places`."""
+    places = test_places(config, dataset)
+    # A slice takes no memory, and the first ones are what is mostly evaluated.
+    chosen = places if config.eval.indices else slice(len(places))
+    return tuple(array[chosen] for array in dataset.split('test'))
+
+
+def indices_digest(config: ConfigDict) -> str | None:
+    """Returns the SHA-256 of the places in config.eval.indices; None if there are none."""
+    if not config.eval.indices:
+        return None
+    places = data.read_places(config.eval.indices)
+    return hashlib.sha256(places.astype('<i4').tobytes()).hexdigest()
+
+
+def describe_data(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
+    """Returns what a run writes down about its data, and which test examples judge it."""
+    return dataset.describe() | {'indices': indices_digest(config)}
 
 
 def model(
@@ -228,10 +258,13 @@ def evaluation_settings(config: ConfigDict, name: str) -> dict[str, Any]:
     """Returns all that decides an evaluation attack's outcome, as eval/<step>.json has it.
 
     Raises:
-      UserError: for blackbox, if its transfer set is missing.
+      UserError: for blackbox, if its transfer set is missing; for eval.indices, see
+        `data.read_places`.
     """
     kind, steps = parse_attack(name)
     settings = {'attack': kind, 'combine': config.ensemble.combine, 'dtype': config.eval.dtype}
+    if digest := indices_digest(config):  # the results of other examples are other results
+        settings['indices'] = digest
     if kind == 'clean':
         return settings
     settings['epsilon'] = config.epsilon

@@ -216,6 +216,42 @@ def spec(
     return dataset.image_shape, dataset.num_classes
 
 
+def read_places(path: str) -> np.ndarray:
+    """Reads places in a split from a text file with one whole number a line, in any order.
+
+    Returns:
+        int32 [n], ascending, each once, from 0; at least one.
+
+    Raises:
+        DataError: naming the file and, where one is wrong, the line.
+    """
+    with _explained(f'eval.indices: cannot read {path}'):
+        file = epath.Path(path).expanduser()
+        workdir.check_is_file(file)
+        content = file.read_bytes()
+    where = f'eval.indices: {path}'
+    allowed = 'allowed is a text of places in the test split, one whole number a line'
+    lines = content.decode('utf-8-sig', errors='replace').splitlines()
+    first: dict[int, int] = {}  # line by place
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line:
+            continue
+        is_place = line.isascii() and line.isdecimal() and len(line) <= 10
+        _require(
+            is_place and int(line) < 2**31,
+            f'{where}: line {number}: found {line[:50]!r}, {allowed}',
+        )
+        place = int(line)
+        _require(
+            place not in first,
+            f'{where}: found {place} in line {first.get(place)} and in line {number}, allowed is '
+            'each place once',
+        )
+        first[place] = number
+    _require(bool(first), f'{where}: found no number, {allowed}')
+    return np.array(sorted(first), np.int32)
+
+
 def flips_by_default(name: str) -> bool:
     """Whether a mirrored image still means the same: not so for the three sets of digits."""
     return name not in ('mnist', 'svhn_cropped', 'digits')

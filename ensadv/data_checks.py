@@ -63,14 +63,15 @@ def _classes(dataset: 'Dataset') -> str:
         np.bincount(dataset.split(split)[1], minlength=classes)
         for split in ('train', 'validation', 'test')
     )
+    there, n = int(np.count_nonzero(train)), len(dataset.label_train)
+    if there > 10 and 2 * there > n:
+        return (
+            f'{there:,} different labels of {n:,} training images: labels are usually of a few '
+            'classes, and not numbers of images or measured values'
+        )
     untrained = np.flatnonzero(train == 0)
     untested = np.flatnonzero((test == 0) & (train > 0))
     if not len(untrained) and not len(untested):
-        if classes > 10 and 2 * classes > len(dataset.label_train):
-            return (
-                f'{classes:,} classes for {len(dataset.label_train):,} training images: labels '
-                'are usually a few classes, and not numbers of images or measured values'
-            )
         return ''
     facts = [
         f'no {split} image has {_named(labels)}'

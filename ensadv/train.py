@@ -300,7 +300,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
     """Trains from the newest checkpoint, or from step 0, to the last step."""
     dataset = build.dataset(config)
     check_fits(config, dataset)
-    description = dataset.describe()
+    description = build.describe_data(config, dataset)
     workdir.check_data(workdir_path, description)
     parallel.check_same('the data', dataset.fingerprint)
     group = config.model

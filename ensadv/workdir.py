@@ -189,7 +189,8 @@ def check_data(workdir: epath.Path, dataset: Mapping[str, Any]) -> None:
 
     Args:
       workdir: the run's.
-      dataset: as `data.Dataset.describe` gives it.
+      dataset: as `build.describe_data` gives it; as `data.Dataset.describe` does if it makes no
+        difference which test examples are evaluated.
 
     Raises:
       UserError: if its run was made on data with another fingerprint, or on another part of them.
@@ -208,6 +209,14 @@ def check_data(workdir: epath.Path, dataset: Mapping[str, Any]) -> None:
             f'{workdir}: its run was trained on {found["num_train"]} examples, and '
             f'data.validation_examples leaves {dataset["num_train"]}: it may have seen what is '
             'held out here'
+        )
+    # Of a run that is only a member of what is evaluated it makes no difference.
+    if 'indices' in dataset and found.get('indices') != dataset['indices']:
+        digests = (found.get('indices'), dataset['indices'])
+        kept, given = (f'digest {digest:.8}...' if digest else 'none' for digest in digests)
+        raise UserError(
+            f'{workdir}: its run is evaluated on the test examples of another eval.indices '
+            f'({kept}) than given now ({given}); use that file or another workdir'
         )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ensadv import config, data, errors
+from ensadv import config, data, data_checks, errors
 
 PREPARED = pathlib.Path(__file__).parents[2] / 'shared' / 'tfds'
 needs_cifar10 = pytest.mark.skipif(not PREPARED.exists(), reason='no prepared CIFAR-10 here')
@@ -301,6 +301,7 @@ def test_cifar10_is_read_from_a_prepared_directory():
     np.testing.assert_allclose(cifar10.mean, (0.4914, 0.4822, 0.4465), atol=0.01)
     np.testing.assert_allclose(cifar10.std, (0.2470, 0.2435, 0.2616), atol=0.01)
     assert data.spec('cifar10') == (cifar10.image_shape, cifar10.num_classes)
+    assert data_checks.doubts(cifar10) == []
 
 
 def test_specs_are_those_of_tfds(tmp_path):
