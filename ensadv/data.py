@@ -281,7 +281,7 @@ def _explained(message: str, if_damaged: str = ''):
         raise
     except Exception as error:
         kind = type(error).__name__
-        cause = ' '.join(f'{kind}: {error}'.split())[:300]
+        cause = ' '.join(f'{kind}: {error}'.split())[:300].removesuffix(':')
         innocent = isinstance(error, (MemoryError, OSError)) or kind in _TENSORFLOW_ELSEWHERE
         advice = f'; {if_damaged}' if if_damaged and not innocent else ''
         raise DataError(f'{message}{advice} ({cause})') from error

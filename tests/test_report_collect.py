@@ -1,5 +1,7 @@
 """Which runs stand in one table, and why the others do not."""
 
+import re
+
 import numpy as np
 import pytest
 import report_runs
@@ -161,6 +163,14 @@ def test_the_majority_wins_wherever_it_stands(tmp_path, system, change, reason):
     found = collected(tmp_path)
     assert found.apart == [('odd', reason)]
     assert names(found) == ['singleadv0', 'doubleadv0']
+
+
+def test_results_on_other_places_are_apart(tmp_path):
+    (tmp_path / 'places.txt').write_text('3\n5\n')
+    write(tmp_path, 'baseline', name='odd', eval__indices=str(tmp_path / 'places.txt'))
+    for other in ('singleadv', 'doubleadv'):
+        write(tmp_path, other)
+    assert re.fullmatch('clean with indices [0-9a-f]{64}, not None', only_reason(tmp_path))
 
 
 def test_the_split_that_selects_is_told(tmp_path):
