@@ -262,6 +262,7 @@ _TENSORFLOW_ELSEWHERE = (
     'AbortedError', 'CancelledError', 'DeadlineExceededError', 'PermissionDeniedError',
     'ResourceExhaustedError', 'UnauthenticatedError', 'UnavailableError',
 )  # fmt: skip
+_OF_TFDS = ('array_record', 'tfrecord')  # in names of files
 _RANDOM_ACCESS = {'array_record', 'parquet'}  # formats that TFDS reads without TensorFlow
 _AS_ARRAY_RECORD = (
     'as ArrayRecord, made where TensorFlow is: '
@@ -281,7 +282,8 @@ def _explained(message: str, if_damaged: str = ''):
         raise
     except Exception as error:
         kind = type(error).__name__
-        cause = ' '.join(f'{kind}: {error}'.split())[:300].removesuffix(':')
+        told = getattr(error, 'strerror', None) or error  # which does not name the file again
+        cause = ' '.join(f'{kind}: {told}'.split())[:300].removesuffix(':')
         innocent = isinstance(error, (MemoryError, OSError)) or kind in _TENSORFLOW_ELSEWHERE
         advice = f'; {if_damaged}' if if_damaged and not innocent else ''
         raise DataError(f'{message}{advice} ({cause})') from error
@@ -303,10 +305,10 @@ def _silent():
         logger.disabled = before
 
 
-def _import_tfds() -> tuple[ModuleType, bool]:
+def _import_tfds(name: str) -> tuple[ModuleType, bool]:
     """Returns TFDS, and whether TensorFlow is there, which only some formats need."""
     with _explained(
-        'this data.name needs TensorFlow Datasets: pip install tensorflow-cpu '
+        f'data.name={name} needs TensorFlow Datasets: pip install tensorflow-cpu '
         'tensorflow-datasets importlib_resources; data.name=digits and data.name=npz need neither'
     ):
         has_tensorflow = True
@@ -324,7 +326,7 @@ def _import_tfds() -> tuple[ModuleType, bool]:
 
 def _read_tfds(name: str, data_dir: str | None, download: bool) -> tuple[list[np.ndarray], int]:
     """The four arrays of a TFDS data set, in the order of its files, and the number of classes."""
-    tfds, has_tensorflow = _import_tfds()
+    tfds, has_tensorflow = _import_tfds(name)
     with _explained(f'data.data_dir: cannot open {data_dir or "the default of TFDS"}'):
         builder = tfds.builder(name, data_dir=data_dir)
         prepared = {'train', 'test'} <= set(builder.info.splits)
@@ -392,8 +394,14 @@ def _read_digits() -> list[np.ndarray]:
 def _read_npz(path: str | None) -> list[np.ndarray]:
     """The four arrays of a user's file, checked."""
     _require(bool(path), 'data.path: needed for data.name=npz, as in --config.data.path=my.npz')
+    file = epath.Path(path).expanduser()
+    of_tfds = next((kind for kind in _OF_TFDS if kind in file.name), None)
+    _require(
+        of_tfds is None,
+        f'{path}: found a file of TFDS or Grain ({of_tfds}), allowed is an .npz file; a directory '
+        f'that TFDS prepared is read by data.data_dir and data.name={", ".join(_TFDS)}',
+    )
     with _explained(f'data.path: cannot read {path}'):
-        file = epath.Path(path).expanduser()
         workdir.check_is_file(file)
         # Whole, since a zip file is read in many small pieces, each a request where it is remote.
         content = io.BytesIO(file.read_bytes())

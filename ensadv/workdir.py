@@ -262,6 +262,7 @@ def read_examples(workdir: epath.Path, step: int) -> dict[str, np.ndarray] | Non
     """Returns eval/<step>_examples.npz's content; None where there is none.
 
     Returns:
+      'index' int32 [m], places in the test split (older files have the first ones, without it),
       'label' int32 [m], 'image' uint8 [m, H, W, C], 'adversarial' float32 [m, H, W, C],
       'clean_log_probs' and 'adversarial_log_probs' float32 [m, classes], and 'settings', the
       attack's, as JSON.

@@ -299,6 +299,10 @@ def test_bad_npz_files_are_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[300] ^= 255  # a pixel of image_train
     path.write_bytes(content)
+    for kind in ('array_record', 'tfrecord'):
+        text = message('npz', path=f'{tmp_path}/cifar10-test.{kind}-00000-of-00001')
+        assert f'({kind}), allowed is an .npz file' in text
+        assert 'data.data_dir' in text
     assert 'image_train: cannot be read; damaged' in message('npz', path=str(path))
 
 
