@@ -102,6 +102,8 @@ def trained(tmp_path_factory):
     config = tiny_config(
         train__steps=2, eval__num_examples=None, eval__examples=3, eval__batch_size=5,
         eval__indices=written(folder / 'places.txt', PLACES),
+        # So the ledger's last part is not of the test split.
+        eval__select_on='validation', data__validation_examples=50,
     )  # fmt: skip
     path = epath.Path(folder) / 'run'
     main.run_one(config, path, 'run')
@@ -205,6 +207,7 @@ def test_an_ensemble_of_runs_has_places_of_its_own(trained, tmp_path):
     config = tiny_config(
         'separate2adv', ensemble__members_from=str(trained[1]), eval__attacks=('clean',),
         eval__num_examples=None, eval__indices=written(tmp_path / 'p.txt', [5, 3]),
+        data__validation_examples=50,
     )  # fmt: skip
     evaluate.run(config, path)
     assert ledger_of(path)['index'].tolist() == [3, 5]
