@@ -1,5 +1,7 @@
 """What is told of a data set at the start, and what in it can hardly be meant."""
 
+import types
+
 import numpy as np
 import pytest
 from conftest import tiny_config
@@ -195,7 +197,9 @@ def told(monkeypatch) -> list[str]:
     lines = []
     for level in ('info', 'warning'):
         add = lambda text, *args, level=level: lines.append(f'{level}: {text % args}')
-        monkeypatch.setattr(data_checks.logging, level, add)
+        # The module alone, since what reads the data logs as well.
+        logger = types.SimpleNamespace(**(vars(data_checks.logging) | {level: add}))
+        monkeypatch.setattr(data_checks, 'logging', logger)
     return lines
 
 
