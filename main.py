@@ -153,7 +153,9 @@ def run(mode: str) -> None:
         return
     config = command_line.config()
     switches.pin()
-    for group, field in ((config.eval, 'blackbox_path'), (config.data, 'path')):
+    for group, field in (
+        (config.eval, 'blackbox_path'), (config.eval, 'indices'), (config.data, 'path')
+    ):  # fmt: skip
         if group[field]:  # a run keeps it, and may go on in another directory
             group[field] = str(workdir.absolute(group[field]))
     if config.ensemble.members_from and mode != 'evaluate':

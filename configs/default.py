@@ -103,6 +103,8 @@ def get_config() -> ConfigDict:
     evaluation.select_on = 'test'  # the best snapshot is chosen on: test (the paper) or validation
     evaluation.batch_size = 500  # examples per call over all devices; alters only rounding
     evaluation.num_examples = placeholder(int)  # the first of the test split; None: all
+    # A text file, one whole number a line, as np.savetxt(file, places, fmt='%d') writes it.
+    evaluation.indices = placeholder(str)  # file of places in the test split; None: the first ones
     evaluation.dtype = 'float32'  # compute of the evaluated network: float32 or bfloat16
     evaluation.inline = True  # evaluate each snapshot in the training process
     evaluation.follow = False  # in --mode=evaluate: wait for snapshots until the last is evaluated

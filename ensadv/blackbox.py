@@ -41,6 +41,8 @@ def make(
         'num_examples': config.eval.num_examples,
         'rounds': _rounds(config),
     }
+    if digest := build.indices_digest(config):
+        made_by['indices'] = digest
     path = root / FILE
     if parallel.agree(path.exists()):
         record = transfer.read_record(path)
@@ -174,7 +176,8 @@ def _make(
     }
     # In one go, as it is verified: in batches of other sizes the last digits differ.
     fooled = largest_margin(stored, everything) <= 0
-    made = transfer.TransferSet(stored, labels, everything.astype(np.int32), fooled, record)
+    places = build.test_places(config, len(dataset.label_test))
+    made = transfer.TransferSet(stored, labels, places, fooled, record)
     unverified = path.with_name(f'.{FILE}')
     read = made
     if parallel.is_main():

@@ -1,5 +1,6 @@
 """From config values to the core's objects, for the jobs."""
 
+import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +19,7 @@ from ensadv import (
     attacks,
     conv,
     data,
+    data_checks,
     ensemble,
     losses,
     optim,
@@ -84,45 +86,74 @@ def computation(dtype: str) -> str:
 
 
 def dataset(config: ConfigDict) -> data.Dataset:
-    """Returns the data, with the validation split held out; raises data.DataError."""
+    """Returns the data, with the validation split held out, and tells once what they are.
+
+    Raises:
+      data.DataError: see `data.load` and `data.hold_out`.
+    """
     group = config.data
     whole = data.load(group.name, data_dir=group.data_dir, path=group.path, download=group.download)
-    return data.hold_out(whole, group.validation_examples)
+    found = data.hold_out(whole, group.validation_examples)
+    if parallel.is_main():
+        data_checks.tell(found, group.path or group.name)
+    return found
 
 
-def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images and labels of the test examples that are evaluated.
+def test_places(config: ConfigDict, there: int) -> np.ndarray:
+    """Returns the places in the test split that are evaluated, int32 [n], ascending.
 
-    Raises:
-      ConfigError: if fewer are there than config.eval.num_examples.
-    """
-    n = num_examples(config, len(dataset.label_test))
-    classes, first = (
-        len(np.unique(labels)) for labels in (dataset.label_test, dataset.label_test[:n])
-    )
-    if 2 * first < min(n, classes):
-        logging.warning(
-            'eval.num_examples: the first %d test examples are of %d of %d classes: the test split '
-            'is sorted, so they do not stand for it. Shuffle the file',
-            n,
-            first,
-            classes,
-        )
-    return tuple(array[:n] for array in dataset.split('test'))
-
-
-def num_examples(config: ConfigDict, there: int) -> int:
-    """Returns how many of the test examples that there are are evaluated.
+    Args:
+      config: the run's.
+      there: test examples in all.
 
     Raises:
-      ConfigError: if fewer are there than config.eval.num_examples.
+      UserError: for examples that are not there, and for a file that holds no such places.
     """
+    if config.eval.indices:
+        places = data.read_places(config.eval.indices)
+        if places[-1] >= there:
+            raise ConfigError(
+                f'eval.indices: {config.eval.indices}: expected places in the test split, '
+                f'0..{there - 1}, found {places[-1]}'
+            )
+        return places
     n = config.eval.num_examples or there
     if n > there:
         raise ConfigError(
             f'eval.num_examples: expected at most the {there} test examples, found {n}'
         )
-    return n
+    return np.arange(n, dtype=np.int32)
+
+
+def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images and labels of `test_places`."""
+    places = test_places(config, len(dataset.label_test))
+    # A slice takes no memory, and the first ones are what is mostly evaluated.
+    chosen = places if config.eval.indices else slice(len(places))
+    images, labels = (array[chosen] for array in dataset.split('test'))
+    classes, evaluated = len(np.unique(dataset.label_test)), len(np.unique(labels))
+    if config.eval.num_examples and 2 * evaluated < min(len(places), classes):
+        logging.warning(
+            'eval.num_examples: the first %d test examples are of %d of %d classes: the test split '
+            'is sorted, so they do not stand for it. Shuffle the file',
+            len(places),
+            evaluated,
+            classes,
+        )
+    return images, labels
+
+
+def indices_digest(config: ConfigDict) -> str | None:
+    """Returns the SHA-256 of the places in config.eval.indices; None if there are none."""
+    if not config.eval.indices:
+        return None
+    places = data.read_places(config.eval.indices)
+    return hashlib.sha256(places.astype('<i4').tobytes()).hexdigest()
+
+
+def describe_data(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
+    """Returns what a run writes down about its data, and which test examples judge it."""
+    return dataset.describe() | {'indices': indices_digest(config)}
 
 
 def model(
@@ -253,10 +284,13 @@ def evaluation_settings(config: ConfigDict, name: str) -> dict[str, Any]:
     """Returns all that decides an evaluation attack's outcome, as eval/<step>.json has it.
 
     Raises:
-      UserError: for blackbox, if its transfer set is missing.
+      UserError: for blackbox, if its transfer set is missing; for eval.indices, see
+        `data.read_places`.
     """
     kind, steps = parse_attack(name)
     settings = {'attack': kind, 'combine': config.ensemble.combine, 'dtype': config.eval.dtype}
+    if digest := indices_digest(config):  # the results of other examples are other results
+        settings['indices'] = digest
     if kind == 'clean':
         return settings
     settings['epsilon'] = config.epsilon

@@ -24,6 +24,7 @@ MUTABLE_FIELDS = (
     'eval.follow',
     'eval.follow_timeout',
     'eval.ifgsm',
+    'eval.indices',  # what the file holds is compared instead
     'eval.inline',
     'eval.iterate_examples',
     'eval.long_attacks',
@@ -291,6 +292,11 @@ def _validate_evaluation(config: ConfigDict) -> None:
     _integer(config, 'eval.batch_size', 1)
     if group.num_examples is not None:
         _integer(config, 'eval.num_examples', 1)
+    if group.indices is not None and group.num_examples is not None:
+        raise ConfigError(
+            'eval.indices, eval.num_examples: expected at most one of them, found '
+            f'{shown(group.indices)} and {group.num_examples}'
+        )
     _integer(config, 'eval.iterate_examples', 0)
     _integer(config, 'eval.examples', 0)
     _one_of(config, 'eval.select_on', SPLITS)

@@ -8,16 +8,21 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import math
+import sys
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 
-from ensadv import progress, workdir
+from ensadv import data_checks, progress, workdir
 from ensadv.errors import UserError
 from ensadv.tf_import import import_tensorflow
 
@@ -212,12 +217,14 @@ def spec(
 ) -> tuple[tuple[int, int, int], int]:
     """(H, W, C) of one image and the number of classes, without TensorFlow.
 
-    Takes the arguments of `load` and raises the same errors; `data_dir` makes no difference.
+    What has to be read for it is told of, see `data_checks.tell`. Takes the arguments of `load` and
+    raises the same errors; `data_dir` makes no difference.
     """
     del data_dir
     if name in _TFDS:
         return _TFDS[name]
     dataset = load(name, path=path)
+    data_checks.tell(dataset, path or name)
     return dataset.image_shape, dataset.num_classes
 
 
@@ -229,19 +236,77 @@ def sizes(name: str, *, path: str | None = None) -> tuple[int, int]:
     return len(dataset.label_train), len(dataset.label_test)
 
 
+def read_places(path: str) -> np.ndarray:
+    """Reads places in a split from a text file with one whole number a line, in any order.
+
+    Returns:
+        int32 [n], ascending, each once, from 0; at least one.
+
+    Raises:
+        DataError: naming the file and, where one is wrong, the line.
+    """
+    with _explained(f'eval.indices: cannot read {path}'):
+        file = epath.Path(path).expanduser()
+        workdir.check_is_file(file)
+        content = file.read_bytes()
+    where = f'eval.indices: {path}'
+    allowed = 'allowed is a text of places in the test split, one whole number a line'
+    lines = content.decode('utf-8-sig', errors='replace').splitlines()
+    first: dict[int, int] = {}  # line by place
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line:
+            continue
+        is_place = line.isascii() and line.isdecimal() and len(line) <= 10
+        _require(
+            is_place and int(line) < 2**31,
+            f'{where}: line {number}: found {line[:50]!r}, {allowed}',
+        )
+        place = int(line)
+        _require(
+            place not in first,
+            f'{where}: found {place} in line {first.get(place)} and in line {number}, allowed is '
+            'each place once',
+        )
+        first[place] = number
+    _require(bool(first), f'{where}: found no number, {allowed}')
+    return np.array(sorted(first), np.int32)
+
+
 def flips_by_default(name: str) -> bool:
     """Whether a mirrored image still means the same: not so for the three sets of digits."""
     return name not in ('mnist', 'svhn_cropped', 'digits')
 
 
+# TensorFlow's errors that are no fault of a file.
+_TENSORFLOW_ELSEWHERE = (
+    'AbortedError', 'CancelledError', 'DeadlineExceededError', 'PermissionDeniedError',
+    'ResourceExhaustedError', 'UnauthenticatedError', 'UnavailableError',
+)  # fmt: skip
+_OF_TFDS = ('array_record', 'tfrecord')  # in names of files
+_RANDOM_ACCESS = {'array_record', 'parquet'}  # formats that TFDS reads without TensorFlow
+_AS_ARRAY_RECORD = (
+    'as ArrayRecord, made where TensorFlow is: '
+    "tensorflow_datasets.builder('{}', file_format='array_record').download_and_prepare()"
+)
+
+
 @contextlib.contextmanager
-def _explained(message: str):
-    """Makes one line, `message` and the cause, of whatever other libraries and storage raise."""
+def _explained(message: str, if_damaged: str = ''):
+    """Makes one line, `message` and the cause, of whatever other libraries and storage raise.
+
+    `if_damaged` is added where the cause may be the file, and not memory, storage or permissions.
+    """
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
-        cause = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-        raise DataError(f'{message} ({cause})') from error
+        kind = type(error).__name__
+        told = getattr(error, 'strerror', None) or error  # which does not name the file again
+        cause = ' '.join(f'{kind}: {told}'.split())[:300].removesuffix(':')
+        innocent = isinstance(error, (MemoryError, OSError)) or kind in _TENSORFLOW_ELSEWHERE
+        advice = f'; {if_damaged}' if if_damaged and not innocent else ''
+        raise DataError(f'{message}{advice} ({cause})') from error
 
 
 def _require(condition: bool, message: str) -> None:
@@ -249,14 +314,39 @@ def _require(condition: bool, message: str) -> None:
         raise DataError(message)
 
 
-def _read_tfds(name: str, data_dir: str | None, download: bool) -> tuple[list[np.ndarray], int]:
-    """The four arrays of a TFDS data set, in the order of its files, and the number of classes."""
+@contextlib.contextmanager
+def _silent():
+    """Keeps TFDS from logging advice and tracebacks: what goes wrong is told in one line."""
+    logger = logging.get_absl_logger()
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _import_tfds(name: str) -> tuple[ModuleType, bool]:
+    """Returns TFDS, and whether TensorFlow is there, which only some formats need."""
     with _explained(
         f'data.name={name} needs TensorFlow Datasets: pip install tensorflow-cpu '
         'tensorflow-datasets importlib_resources; data.name=digits and data.name=npz need neither'
     ):
-        import_tensorflow()
-        import tensorflow_datasets as tfds
+        has_tensorflow = True
+        try:
+            import_tensorflow()
+        except ImportError:
+            # Where it is there but broken TFDS would take it for whole.
+            if 'tensorflow' in sys.modules or importlib.util.find_spec('tensorflow'):
+                raise
+            has_tensorflow = False
+        with _silent():
+            import tensorflow_datasets as tfds
+        return tfds, has_tensorflow
+
+
+def _read_tfds(name: str, data_dir: str | None, download: bool) -> tuple[list[np.ndarray], int]:
+    """The four arrays of a TFDS data set, in the order of its files, and the number of classes."""
+    tfds, has_tensorflow = _import_tfds(name)
     with _explained(f'data.data_dir: cannot open {data_dir or "the default of TFDS"}'):
         builder = tfds.builder(name, data_dir=data_dir)
         prepared = {'train', 'test'} <= set(builder.info.splits)
@@ -265,15 +355,48 @@ def _read_tfds(name: str, data_dir: str | None, download: bool) -> tuple[list[np
     missing = f'data.data_dir: found no {name} in {builder.data_path}'
     _require(prepared or download, f'{missing}; {elsewhere}, or {again}')
     if not prepared:
+        _require(
+            has_tensorflow,
+            f'data.download: to prepare {name} TFDS needs TensorFlow: pip install tensorflow-cpu; '
+            f'or {elsewhere}, {_AS_ARRAY_RECORD.format(name)}',
+        )
         with _explained(f'data.download: TFDS could not prepare {name}; try again, or {elsewhere}'):
             builder.download_and_prepare()
-    arrays = []
-    for split in ('train', 'test'):
-        damaged = f'if it is damaged, remove it and {again}'
-        with _explained(f'data.data_dir: cannot read {name} in {builder.data_path}; {damaged}'):
-            examples = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False)
-            arrays += [examples['image'].numpy(), examples['label'].numpy().astype(np.int32)]
+    with _explained(
+        f'data.data_dir: cannot read {name} in {builder.data_path}',
+        f'if it is damaged, remove it and {again}',
+    ):
+        formats = {each.value for each in builder.info.available_file_formats()}
+        if not has_tensorflow and not formats & _RANDOM_ACCESS:
+            raise DataError(
+                f'data.data_dir: {name} in {builder.data_path} is of {", ".join(sorted(formats))} '
+                'files, which only TensorFlow reads: pip install tensorflow-cpu; or bring it '
+                f'{_AS_ARRAY_RECORD.format(name)}'
+            )
+        # TFDS reads ArrayRecord, which Grain takes, in no other way.
+        is_array_record = builder.info.file_format.value == 'array_record'
+        one_by_one = is_array_record or not has_tensorflow
+        arrays = []
+        for split in ('train', 'test'):
+            read = _read_one_by_one if one_by_one else _read_at_once
+            images, labels = read(builder, split)
+            arrays += [images, labels.astype(np.int32)]
     return arrays, builder.info.features['label'].num_classes
+
+
+def _read_at_once(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+    examples = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False)
+    return examples['image'].numpy(), examples['label'].numpy()
+
+
+def _read_one_by_one(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+    with _silent():
+        examples = builder.as_data_source(split=split)
+        images = np.empty((len(examples), *builder.info.features['image'].shape), np.uint8)
+        labels = np.empty(len(examples), np.int64)
+        for place, example in enumerate(examples):
+            images[place], labels[place] = example['image'], example['label']
+    return images, labels
 
 
 def _read_digits() -> list[np.ndarray]:
@@ -291,25 +414,34 @@ def _read_digits() -> list[np.ndarray]:
 def _read_npz(path: str | None) -> list[np.ndarray]:
     """The four arrays of a user's file, checked."""
     _require(bool(path), 'data.path: needed for data.name=npz, as in --config.data.path=my.npz')
+    file = epath.Path(path).expanduser()
+    of_tfds = next((kind for kind in _OF_TFDS if kind in file.name), None)
+    _require(
+        of_tfds is None,
+        f'{path}: found a file of TFDS or Grain ({of_tfds}), allowed is an .npz file; a directory '
+        f'that TFDS prepared is read by data.data_dir and data.name={", ".join(_TFDS)}',
+    )
     with _explained(f'data.path: cannot read {path}'):
-        file = epath.Path(path).expanduser()
         workdir.check_is_file(file)
         # Whole, since a zip file is read in many small pieces, each a request where it is remote.
         content = io.BytesIO(file.read_bytes())
-    with _explained(f'{path}: not an .npz file, or damaged'):
+    with _explained(f'{path}: cannot be read', 'not an .npz file, or damaged'):
         file = np.load(content, allow_pickle=False)
     _require(isinstance(file, Mapping), f'{path}: found one array, allowed is an .npz file')
     missing = ', '.join(field for field in _ARRAYS if field not in file)
     _require(not missing, f'{path}: no {missing}; found {", ".join(file) or "no arrays"}')
     arrays = []
     for field in _ARRAYS:
-        with _explained(f'{path}: {field}: damaged, or Python objects, which are never unpickled'):
+        with _explained(
+            f'{path}: {field}: cannot be read',
+            'damaged, or Python objects, which are never unpickled',
+        ):
             arrays.append(np.asarray(file[field]))
     image_train, label_train, image_test, label_test = arrays
     _check_images(image_train, f'{path}: image_train')
     _check_images(image_test, f'{path}: image_test')
-    _check_labels(label_train, len(image_train), f'{path}: label_train')
-    _check_labels(label_test, len(image_test), f'{path}: label_test')
+    _check_labels(label_train, image_train, f'{path}: label_train')
+    _check_labels(label_test, image_test, f'{path}: label_test')
     found, shape = image_test.shape[1:], image_train.shape[1:]
     _require(found == shape, f'{path}: image_test: found images {found}, image_train has {shape}')
     found, largest = label_test.max(), label_train.max()
@@ -320,21 +452,33 @@ def _read_npz(path: str | None) -> list[np.ndarray]:
 
 
 def _check_images(images: np.ndarray, where: str) -> None:
-    allowed = 'allowed is uint8, 0..255'
-    if np.issubdtype(images.dtype, np.floating):
-        nan = ' with NaN' if np.isnan(images).any() else ''
-        advice = 'scale pixels to 0..255, then np.round(x).astype(np.uint8)'
-        raise DataError(f'{where}: found {images.dtype}{nan}, {allowed}: {advice}')
-    _require(images.dtype == np.uint8, f'{where}: found {images.dtype}, {allowed}')
+    if images.dtype != np.uint8:
+        found, advice = _as_uint8(images)
+        raise DataError(f'{where}: found {found}, allowed is uint8, 0..255{advice}')
     allowed = 'allowed is [n, height, width, channels], not empty'
     _require(images.ndim == 4 and images.size, f'{where}: found shape {images.shape}, {allowed}')
 
 
-def _check_labels(labels: np.ndarray, count: int, where: str) -> None:
+def _as_uint8(images: np.ndarray) -> tuple[str, str]:
+    """Returns what pixels of another type are, and how they become uint8, as far as is known."""
+    kind = str(images.dtype)
+    if images.dtype.kind not in 'iuf' or not images.size:
+        return kind, ''
+    low, high = images.min(), images.max()
+    if not np.isfinite([low, high]).all():
+        return f'{kind} with {"NaN" if np.isnan(low) else "infinity"}', ''
+    kind = f'{kind} in {low:.4g}..{high:.4g}'
+    if low < 0 or high > 255:
+        return kind, ': pixels as they were before they were standardised'
+    scaled = '255 * x' if high <= 1 else 'x'
+    return kind, f': np.round({scaled}).astype(np.uint8)'
+
+
+def _check_labels(labels: np.ndarray, images: np.ndarray, where: str) -> None:
     integer = labels.dtype.kind in 'iu'  # to issubdtype time spans would be integers, too
     _require(integer, f'{where}: found {labels.dtype}, allowed are integers')
-    allowed = f'allowed is ({count},), one label for each image'
-    _require(labels.shape == (count,), f'{where}: found shape {labels.shape}, {allowed}')
+    allowed = f'allowed is ({len(images)},), one label for each image of {images.shape}'
+    _require(labels.shape == (len(images),), f'{where}: found shape {labels.shape}, {allowed}')
     for label in (labels.min(), labels.max()):
         allowed = f'allowed are 0..{_MAX_CLASSES - 1}'
         _require(0 <= label < _MAX_CLASSES, f'{where}: found label {label}, {allowed}')

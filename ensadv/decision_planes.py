@@ -132,8 +132,8 @@ def _find_run(path: epath.Path, field: str, config: ConfigDict) -> runs.Run:
 def _record(config: ConfigDict, pair: Sequence[runs.Run]) -> dict[str, Any]:
     """Returns what the file says of how it was made, as JSON has it."""
     settings = build.evaluation_settings(config, config.planes.attack)
-    # Each model's own, and of the long attack's packing.
-    for name in ('combine', 'dtype', 'iterate_examples'):
+    # Each model's own, of the long attack's packing, and of examples that do not matter here.
+    for name in ('combine', 'dtype', 'iterate_examples', 'indices'):
         settings.pop(name, None)
     dataset = pair[0].record['dataset']
     record = {

@@ -22,7 +22,7 @@ def check(config: ConfigDict, dataset: Mapping[str, Any], systems_dir: epath.Pat
     Raises:
       UserError: as training would.
     """
-    build.num_examples(config, dataset['num_test'])
+    build.test_places(config, dataset['num_test'])
     data.check_held_out(dataset['name'], dataset['num_train'], config.data.validation_examples)
     if config.study.systems:
         for _ in study.runs(config, systems_dir):

@@ -297,8 +297,10 @@ def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
     for member in members:
         workdir.check_data(member.path, dataset.describe())
     parallel.check_same('the data', dataset.fingerprint)
+    description = build.describe_data(config, dataset)
+    workdir.check_data(workdir_path, description)
     facts = {
-        'dataset': dataset.describe(),
+        'dataset': description,
         'parameters': sum(member.record['parameters'] for member in members),
         'members': [member.describe() for member in members],
     }

@@ -77,6 +77,7 @@ _RUN = {
         'std': [float],
         'num_train': _COUNT,
         'num_test': _COUNT,
+        'indices?': (None, str),
     },
     'parameters': _LARGE,
     'operations?': _OPERATIONS,

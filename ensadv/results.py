@@ -216,8 +216,10 @@ class Results:
         dataset = self._read_data(
             *(judged['config'] for judged in (record, *record.get('members', ())))
         )
-        workdir.check_data(self._workdir, dataset.describe())
+        description = build.describe_data(config, dataset)
+        workdir.check_data(self._workdir, description)
         parallel.check_same('the data', dataset.fingerprint)
+        parallel.check_same('eval.indices', description['indices'])
         self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
         self._environment = build.environment()
         parallel.tell(f'{self.label}: evaluation {build.computation(config.eval.dtype)}')
@@ -245,19 +247,23 @@ class Results:
         """Reads what is evaluated on; `judged` are the configs of the runs that are evaluated."""
         config = self._config
         dataset = build.dataset(config)
-        images, labels = build.test_split(config, dataset)
-        self._splits = {'test': (images, labels), 'validation': dataset.split('validation')}
+        self._places = places = build.test_places(config, len(dataset.label_test))
+        self._splits = {
+            'test': build.test_split(config, dataset), 'validation': dataset.split('validation')
+        }  # fmt: skip
         if any(unit.name == 'blackbox' for unit in self.units):
             path = config.eval.blackbox_path
             transfer_set = transfer.load(path, dataset, config.epsilon)
-            if not np.array_equal(transfer_set.indices[: len(labels)], np.arange(len(labels))):
+            there = np.isin(places, transfer_set.indices)
+            if not np.all(there):
                 raise UserError(
-                    f'eval.blackbox_path: {path}: expected the first {len(labels)} test examples, '
-                    f'as evaluated here, found {len(transfer_set.indices)}'
+                    f'eval.blackbox_path: {path}: expected the {len(places)} test examples that '
+                    f'are evaluated here, found {np.sum(there)} of them'
                 )
             for stored in judged:
                 runs.refuse_sources(stored, transfer_set.record)
-            self._transfer_images = transfer_set.images[: len(labels)]
+            found = np.searchsorted(transfer_set.indices, places)
+            self._transfer_images = transfer_set.images[found]
         return dataset
 
     def _verdicts(self, unit: Unit, variables: Any, label: str) -> Verdicts | LongVerdicts:
@@ -331,6 +337,8 @@ class Results:
             f'{key}_margin': verdicts.margin,
             f'{key}_settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
         }
+        if unit.split == 'test':
+            arrays['index'] = self._places
         if isinstance(verdicts, LongVerdicts):
             arrays[f'{key}_fooled_at'] = verdicts.fooled_at
         return arrays
@@ -388,6 +396,7 @@ class Results:
         clean = images[:count] / np.float32(255)
         log_probs = self._evaluator.log_probs(variables, np.concatenate([clean, worst]), label)
         arrays = {
+            'index': self._places[:count],
             'label': labels[:count],
             'image': images[:count],
             'adversarial': worst,
@@ -425,7 +434,7 @@ class Results:
         key = self._key(unit, done)
         path = workdir.evaluation_path(self._workdir, step, '.npz')
         ledger = workdir.read_arrays(path) if path.exists() else {}
-        kept = {'label', 'validation_label'}
+        kept = {'index', 'label', 'validation_label'}
         kept |= {
             f'{selection.ledger_key(other)}_{suffix}'
             for other in done.values()

@@ -55,9 +55,10 @@ def compare(
     its like. How a system combines its members is its own, and no setting here.
 
     Args:
-      first, second: the content of eval/<step>.npz: 'label' int [n] and, for each attack,
-        '<attack>_correct' bool [n] and, if known, '<attack>_settings' (JSON); and the data's
-        'fingerprint', if known. The validation split's part is left alone.
+      first, second: the content of eval/<step>.npz: 'label' int [n], 'index' int [n] (places in
+        the test split; without it the first ones) and, for each attack, '<attack>_correct' bool [n]
+        and, if known, '<attack>_settings' (JSON); and the data's 'fingerprint', if known. The
+        validation split's part is left alone.
 
     Returns:
       By attack, in the order of the first; by the names of its arrays in both ledgers, where they
@@ -76,6 +77,13 @@ def compare(
         raise UserError(f'ledgers of other examples: found {sizes[0]} and {sizes[1]}')
     if wrong := int(np.sum(labels[0] != labels[1])):
         raise UserError(f'ledgers of other examples: found {wrong} of {sizes[0]} labels to differ')
+    # Without the array, as older ledgers are, they are the first ones.
+    places = [ledger.get('index', np.arange(sizes[0])) for ledger in (first, second)]
+    if wrong := int(np.sum(places[0] != places[1])):
+        raise UserError(
+            f'ledgers of other examples: found {wrong} of {sizes[0]} places in the test split '
+            '(index) to differ'
+        )
     names = [_attacks(ledger) for ledger in (first, second)]
     common = [(a, b) for a in names[0] for b in names[1] if _name(first, a) == _name(second, b)]
     if not common:
@@ -105,6 +113,9 @@ def malformed(ledger: Mapping[str, np.ndarray]) -> str | None:
     label = ledger['label']
     if label.dtype.kind != 'i' or label.ndim != 1 or not len(label):
         return f'label: expected integers [n], not empty, found {label.dtype} {label.shape}'
+    index = ledger.get('index', label)
+    if index.dtype.kind != 'i' or index.shape != label.shape:
+        return f'index: expected integers {label.shape}, found {index.dtype} {index.shape}'
     for name in _attacks(ledger):
         correct = ledger[f'{name}_correct']
         if correct.dtype != bool or correct.ndim != 1:

@@ -303,7 +303,7 @@ def run(
 def _train(config, workdir_path, on_snapshot, label) -> None:
     """Trains from the newest checkpoint, or from step 0, to the last step."""
     dataset = build.dataset(config)
-    description = dataset.describe()
+    description = build.describe_data(config, dataset)
     check_fits(config, description)
     workdir.check_data(workdir_path, description)
     parallel.check_same('the data', dataset.fingerprint)

@@ -268,7 +268,8 @@ def check_data(workdir: epath.Path, dataset: Mapping[str, Any]) -> None:
 
     Args:
       workdir: the run's.
-      dataset: as `data.Dataset.describe` gives it.
+      dataset: as `build.describe_data` gives it; as `data.Dataset.describe` does if it makes no
+        difference which test examples are evaluated.
 
     Raises:
       UserError: if its run was made on data with another fingerprint, or on another part of them.
@@ -287,6 +288,14 @@ def check_data(workdir: epath.Path, dataset: Mapping[str, Any]) -> None:
             f'{workdir}: its run was trained on {found["num_train"]} examples, and '
             f'data.validation_examples leaves {dataset["num_train"]}: it may have seen what is '
             'held out here'
+        )
+    # Of a run that is only a member of what is evaluated it makes no difference.
+    if 'indices' in dataset and found.get('indices') != dataset['indices']:
+        digests = (found.get('indices'), dataset['indices'])
+        kept, given = (f'digest {digest:.8}...' if digest else 'none' for digest in digests)
+        raise UserError(
+            f'{workdir}: its run is evaluated on the test examples of another eval.indices '
+            f'({kept}) than given now ({given}); use that file or another workdir'
         )
 
 
@@ -334,6 +343,7 @@ def read_examples(workdir: epath.Path, step: int) -> dict[str, np.ndarray] | Non
     """Returns eval/<step>_examples.npz's content; None where there is none.
 
     Returns:
+      'index' int32 [m], places in the test split (older files have the first ones, without it),
       'label' int32 [m], 'image' uint8 [m, H, W, C], 'adversarial' float32 [m, H, W, C],
       'clean_log_probs' and 'adversarial_log_probs' float32 [m, classes], and 'settings', the
       attack's, as JSON.

@@ -120,6 +120,8 @@ def write_ledger(path, config, step, outcomes, dataset=DIGITS) -> None:
         correct, name = _correct(config, outcome), _name(key)
         prefix = 'validation_' if key.startswith('validation_') else ''
         arrays[f'{prefix}label'] = np.arange(len(correct), dtype=np.int32) % 10
+        if not prefix:
+            arrays['index'] = np.arange(len(correct), dtype=np.int32)
         arrays[f'{key}_correct'] = correct
         arrays[f'{key}_margin'] = np.where(correct, 1, -1).astype(np.float32)
         settings = json.dumps(_result(config, key, outcome)['settings'], sort_keys=True)

@@ -185,7 +185,7 @@ def test_a_set_for_something_else_is_refused(root, judged, monkeypatch):
     record = workdir_lib.read_record(path)
     record['config']['eval']['num_examples'] = None
     workdir_lib.write_json(path / 'config.json', record)
-    with pytest.raises(UserError, match=r'expected the first 360 test examples.*found 40'):
+    with pytest.raises(UserError, match=r'expected the 360 test examples.*found 40 of them'):
         evaluate.Job(config, path).evaluate_pending()
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ensadv import config, data, errors
+from ensadv import config, data, data_checks, errors
 
 PREPARED = pathlib.Path(__file__).parents[2] / 'shared' / 'tfds'
 needs_cifar10 = pytest.mark.skipif(not PREPARED.exists(), reason='no prepared CIFAR-10 here')
@@ -226,7 +227,19 @@ def bad_npz_cases() -> list:
     zeros = good['label_train'] * 0
     pickled = np.array([{'a': 1}] * 9, dtype=object)
     cases = {
-        'float': ({'image_train': scaled}, ['image_train', 'float32', 'uint8', '0..255']),
+        'float': (
+            {'image_train': scaled},
+            ['image_train', 'float32 in 0..1,', 'uint8', '0..255: np.round(255 * x).astype'],
+        ),
+        'levels': (
+            {'image_train': 255 * scaled},
+            ['float32 in 0..255,', 'uint8, 0..255: np.round(x).astype'],
+        ),
+        'standardised': (
+            {'image_train': 4 * scaled - 2},
+            ['float32 in -2..2,', 'before they were standardised'],
+        ),
+        'bool': ({'image_train': scaled > 0.5}, ['found bool, allowed is uint8']),
         'nan': ({'image_train': nan}, ['image_train', 'float32 with NaN', 'uint8']),
         'int64': ({'image_test': good['image_test'].astype(int)}, ['image_test', 'int64', 'uint8']),
         'flat': ({'image_train': good['image_train'][..., 0]}, ['image_train', '(9, 4, 5)']),
@@ -237,6 +250,10 @@ def bad_npz_cases() -> list:
         'bool_labels': ({'label_test': good['label_test'] > 1}, ['label_test', 'bool']),
         'one_hot': ({'label_train': np.eye(9, dtype=int)}, ['label_train', '(9, 9)', '(9,)']),
         'short': ({'label_test': good['label_test'][:3]}, ['label_test', '(3,)', '(4,)']),
+        'last_axis': (
+            {'image_train': np.moveaxis(good['image_train'], 0, -1)},
+            ['label_train', '(9,)', 'one label for each image of (4, 5, 3, 9)'],
+        ),
         'negative': ({'label_train': good['label_train'] - 1}, ['label_train', '-1', '0..']),
         'huge': ({'label_train': good['label_train'] + 10**9}, ['label_train', '10000000', '0..']),
         'unseen': ({'label_test': good['label_test'] + 1}, ['label_test', 'label 3', '0..2']),
@@ -282,7 +299,11 @@ def test_bad_npz_files_are_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[300] ^= 255  # a pixel of image_train
     path.write_bytes(content)
-    assert 'image_train: damaged' in message('npz', path=str(path))
+    for kind in ('array_record', 'tfrecord'):
+        text = message('npz', path=f'{tmp_path}/cifar10-test.{kind}-00000-of-00001')
+        assert f'({kind}), allowed is an .npz file' in text
+        assert 'data.data_dir' in text
+    assert 'image_train: cannot be read; damaged' in message('npz', path=str(path))
 
 
 # TFDS
@@ -301,6 +322,7 @@ def test_cifar10_is_read_from_a_prepared_directory():
     np.testing.assert_allclose(cifar10.mean, (0.4914, 0.4822, 0.4465), atol=0.01)
     np.testing.assert_allclose(cifar10.std, (0.2470, 0.2435, 0.2616), atol=0.01)
     assert data.spec('cifar10') == (cifar10.image_shape, cifar10.num_classes)
+    assert data_checks.doubts(cifar10) == []
 
 
 def test_specs_are_those_of_tfds(tmp_path):
@@ -345,6 +367,97 @@ def test_a_damaged_tfds_file_is_one_line(tmp_path):
     text = message('cifar10', data_dir=str(tmp_path))
     assert f'cannot read cifar10 in {tmp_path}' in text
     assert 'DataLoss' in text
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    """Directories that TFDS prepared in each format, of the same few examples shaped as MNIST's."""
+    tfds = pytest.importorskip('tensorflow_datasets')
+
+    def examples(n: int, seed: int):
+        rng = np.random.default_rng(seed)
+        for place in range(n):
+            yield place, {'image': rng.integers(0, 256, (28, 28, 1), np.uint8), 'label': place % 10}
+
+    root = tmp_path_factory.mktemp('prepared')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            tfds.image_classification.MNIST, '_split_generators',
+            lambda self, manager: {'train': examples(30, 0), 'test': examples(20, 1)},
+        )  # fmt: skip
+        for kind in ('tfrecord', 'array_record', 'parquet'):
+            builder = tfds.builder('mnist', data_dir=str(root / kind), file_format=kind)
+            builder.download_and_prepare()
+    return root
+
+
+def test_every_format_of_tfds_gives_the_same_data(prepared):
+    formats = ('tfrecord', 'array_record', 'parquet')
+    found = [data.load('mnist', data_dir=str(prepared / kind)) for kind in formats]
+    expected = np.random.default_rng(0).integers(0, 256, (28, 28, 1), np.uint8)
+    assert any(np.array_equal(expected, image) for image in found[1].image_train)
+    assert found[1].image_train.shape == (30, 28, 28, 1)
+    assert found[1].label_train.dtype == np.int32
+    # So a run goes on, whichever its data come in.
+    assert len({dataset.fingerprint for dataset in found}) == 1
+    assert counted(found[1].image_test, found[1].label_test) == counted(
+        found[0].image_test, found[0].label_test
+    )
+
+
+# Reads argv[2] where TensorFlow is not installed; None in sys.modules would look as if it was.
+WITHOUT_TENSORFLOW = """
+import importlib.machinery as machinery, sys
+find = machinery.PathFinder.find_spec.__func__
+def find_others(cls, name, path=None, target=None):
+    return None if name.split('.')[0] == 'tensorflow' else find(cls, name, path, target)
+machinery.PathFinder.find_spec = classmethod(find_others)
+from ensadv import data
+for kind in ('array_record', 'parquet', 'tfrecord', 'none'):
+    try:
+        print(data.load('mnist', data_dir=f'{sys.argv[1]}/{kind}', download=True).fingerprint)
+    except data.DataError as error:
+        print(error)
+assert 'tensorflow' not in sys.modules
+"""
+
+
+def test_where_tensorflow_is_not_installed_what_grain_reads_is_read(prepared):
+    result = subprocess.run(
+        [sys.executable, '-c', WITHOUT_TENSORFLOW, str(prepared)],
+        cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    first, second, third, fourth = result.stdout.splitlines()
+    here = data.load('mnist', data_dir=str(prepared / 'tfrecord')).fingerprint
+    assert first == second == here
+    assert f'{prepared}/tfrecord/mnist/' in third
+    assert 'of tfrecord files, which only TensorFlow reads' in third
+    assert "file_format='array_record'" in third
+    assert 'damaged' not in third
+    assert 'data.download: to prepare mnist TFDS needs TensorFlow' in fourth
+    assert 'Traceback' not in result.stderr
+    assert 'OpenCV' not in result.stderr
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
+def test_only_what_may_be_damaged_is_to_be_removed(prepared, tmp_path, monkeypatch, kind):
+    shutil.copytree(prepared / kind, tmp_path / 'copy')
+    (file,) = (tmp_path / 'copy').rglob('*-test.*')
+    file.write_bytes(b'\0' * 100)
+    text = message('mnist', data_dir=str(tmp_path / 'copy'))
+    assert 'cannot read mnist' in text
+    assert 'if it is damaged, remove it' in text
+    for error in (MemoryError(), PermissionError('not yours'), TimeoutError('no answer')):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(data, '_read_at_once', fail)
+        monkeypatch.setattr(data, '_read_one_by_one', fail)
+        text = message('mnist', data_dir=str(tmp_path / 'copy'))
+        assert f'cannot read mnist in {tmp_path}/copy' in text
+        assert type(error).__name__ in text
+        assert 'remove' not in text.replace(str(tmp_path), '')
 
 
 @pytest.mark.parametrize('module', ['tensorflow', 'tensorflow_datasets'])

@@ -272,7 +272,6 @@ def test_few_examples_of_a_sorted_test_split_are_told(monkeypatch, labels, n, to
         assert 'the first 50 test examples are of 1 of 3 classes' in warnings[0]
 
 
-def test_describe_counts_operations_right():
 def test_describe_counts_operations_right_and_says_what_computes():
     """WRN-28-10 takes 5.2 billion multiply-adds for a CIFAR image, zeros at borders included."""
     result = run_main('--mode=describe', SINGLE, '--config.model.dtype=bfloat16', devices=2)

@@ -46,6 +46,7 @@ def test_the_factory_writes_what_results_writes(tmp_path):
     writer = results.Results(config, other, 'label', None)
     writer._environment = report_runs.ENVIRONMENT
     writer._splits = {'test': (None, np.zeros(N, np.int32))}
+    writer._places = np.arange(N, dtype=np.int32)
     margin, has = np.ones(N, np.float32), np.ones(N, bool)
     short = Verdicts(margin, margin, has)
     curve = report_runs.CURVE_STEPS
@@ -161,6 +162,14 @@ def test_the_majority_wins_wherever_it_stands(tmp_path, system, change, reason):
     found = collected(tmp_path)
     assert found.apart == [('odd', reason)]
     assert names(found) == ['singleadv0', 'doubleadv0']
+
+
+def test_results_on_other_places_are_apart(tmp_path):
+    chosen = LAST | {'clean': {'correct': 0.9, 'settings': {'indices': 64 * 'a'}}}
+    write(tmp_path, 'baseline', evaluations={40: chosen})
+    for other in ('singleadv', 'doubleadv'):
+        write(tmp_path, other)
+    assert only_reason(tmp_path) == f'clean with indices {64 * "a"}, not None'
 
 
 def test_the_split_that_selects_is_told(tmp_path):

@@ -62,6 +62,20 @@ def test_the_validation_split_is_left_alone():
     assert list(significance.compare(first, second)) == ['clean']
 
 
+def test_the_examples_of_an_older_ledger_are_the_first_ones():
+    older, newer = ledger(pgd5='11010'), ledger(pgd5='01110')
+    newer['index'] = np.arange(5, dtype=np.int32)
+    assert significance.compare(older, newer)['pgd5'].counts == (2, 1, 1, 1)
+    # Their labels are the same by chance.
+    newer['index'] = np.array([0, 1, 2, 5, 6], np.int32)
+    for pair in ((older, newer), (newer, older)):
+        with pytest.raises(UserError, match='of other examples: found 2 of 5 places'):
+            significance.compare(*pair)
+    newer['index'] = np.zeros(4, np.int32)
+    with pytest.raises(UserError, match='the second of the ledgers: index: expected integers'):
+        significance.compare(older, newer)
+
+
 @pytest.mark.parametrize(
     'second,words',
     [

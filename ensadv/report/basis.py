@@ -30,7 +30,7 @@ def all_of_it(collection: Collection) -> list[str]:
 
 _SHOWN = (
     'epsilon', 'step_size', 'schedule', 'start', 'sigma', 'restarts', 'loss', 'seed', 'dtype',
-    'digest', 'share_fooled',
+    'digest', 'share_fooled', 'indices',
 )  # fmt: skip
 
 
