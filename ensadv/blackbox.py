@@ -129,6 +129,7 @@ def _make(
         workdir.check_data(source.path, dataset.describe())
     parallel.check_same('the data', dataset.fingerprint)
     images, labels = build.test_split(config, dataset)
+    places = build.test_places(config, len(dataset.label_test))
     n = len(labels)
     network, variables = runs.load(sources, combine='logits', dtype=config.eval.dtype)
     evaluator = Evaluator(network, config.eval.batch_size)
@@ -151,7 +152,9 @@ def _make(
         if not len(standing):
             break
         label = f'transfer set, round {number + 1}: pgd{settings["steps"]}'
-        x_adv = evaluator.transfer_attack(variables, settings, images, labels, standing, label)
+        x_adv = evaluator.transfer_attack(
+            variables, settings, images, labels, standing, label, split_places=places
+        )
         # Judged as they are stored: rounding to levels may undo an attack.
         candidates = transfer.quantize(x_adv, images[standing], config.epsilon)
         found = largest_margin(candidates, standing)
@@ -176,7 +179,6 @@ def _make(
     }
     # In one go, as it is verified: in batches of other sizes the last digits differ.
     fooled = largest_margin(stored, everything) <= 0
-    places = build.test_places(config, len(dataset.label_test))
     made = transfer.TransferSet(stored, labels, places, fooled, record)
     unverified = path.with_name(f'.{FILE}')
     read = made

@@ -85,6 +85,8 @@ class Evaluator:
         images: np.ndarray,
         labels: np.ndarray,
         label: str,
+        *,
+        split_places: np.ndarray | None = None,
     ) -> Verdicts:
         """Returns what an attack, or none, does to each example.
 
@@ -94,13 +96,17 @@ class Evaluator:
           images: uint8 [n, H, W, C].
           labels: int32 [n].
           label: of the progress.
+          split_places: int32 [n], the examples' places in their split, which their keys are made
+            from, so that an example is attacked alike whichever others are evaluated; None: 0 to
+            n - 1.
         """
         judge = self._attack_batch if 'steps' in settings else self._clean_batch
         n, columns = len(labels), []
+        split_places = _or_all(split_places, n)
         robust = seen = 0
         with self._progress(total=n, label=label, unit='image') as bar:
             for places in self._batches(np.arange(n), n):
-                batch = places, images[places], labels[places]
+                batch = split_places[places], images[places], labels[places]
                 columns.append(judge(variables, settings, n, batch))
                 robust += int(np.sum(columns[-1].margin > 0))
                 seen += len(places)
@@ -141,6 +147,8 @@ class Evaluator:
         images: np.ndarray,
         labels: np.ndarray,
         label: str,
+        *,
+        split_places: np.ndarray | None = None,
     ) -> LongVerdicts:
         """Returns the verdicts of `evaluate`, and when each example fell, for less.
 
@@ -150,9 +158,10 @@ class Evaluator:
         in `evaluate`, whoever shares its batch.
 
         Args:
-          variables, settings, images, labels, label: as in `evaluate`.
+          variables, settings, images, labels, label, split_places: as in `evaluate`.
         """
         n, num_steps, restarts = len(labels), settings['steps'], settings['restarts']
+        split_places = _or_all(split_places, n)
         begin, restart, advance = self._compile_attack(n, settings)
         points = curve_steps(num_steps)
         stops = sorted({0, *points, *range(REPACK_STEPS, num_steps, REPACK_STEPS)})
@@ -162,14 +171,15 @@ class Evaluator:
 
         def over(places, count, f, *shared):
             for batch in self._batches(places, n):
-                examples = batch, images[batch], labels[batch], packed.take(batch)
+                examples = split_places[batch], images[batch], labels[batch], packed.take(batch)
                 packed.put(batch, f(*shared, examples))
                 bar.update(len(batch) * count)
 
         total = n * num_steps * restarts
         with self._progress(total=total, label=label, unit='image step') as bar:
             for batch in self._batches(np.arange(n), n):
-                packed.put(batch, begin(variables, (batch, images[batch], labels[batch])))
+                examples = split_places[batch], images[batch], labels[batch]
+                packed.put(batch, begin(variables, examples))
             for number in range(restarts):
                 active = np.flatnonzero(packed.stands) if number else np.arange(n)
                 over(active, 0, restart, np.int32(number))
@@ -202,13 +212,15 @@ class Evaluator:
         labels: np.ndarray,
         places: np.ndarray,
         label: str,
+        *,
+        split_places: np.ndarray | None = None,
     ) -> np.ndarray:
         """Returns adversarial examples, float32 [m, H, W, C], that every member is to err on.
 
         The point kept is the one where the largest of the members' margins is lowest.
 
         Args:
-          variables, images, labels, label: as in `evaluate`.
+          variables, images, labels, label, split_places: as in `evaluate`.
           settings: as in `evaluate`, with 'loss' one of `TRANSFER_LOSSES`.
           places: int [m], the examples that are attacked.
         """
@@ -219,10 +231,11 @@ class Evaluator:
         # Few examples are left in the end: powers of two are few sizes to compile.
         n = 1 << (len(places) - 1).bit_length()
         step = self._compile(n, 'transfer', same, _transfer_batch, 2)
-        results = []
+        split_places, results = _or_all(split_places, len(labels)), []
         with self._progress(total=len(places), label=label, unit='image') as bar:
             for batch in self._batches(places, n):
-                results.append(step(variables, numbers, (batch, images[batch], labels[batch])))
+                examples = split_places[batch], images[batch], labels[batch]
+                results.append(step(variables, numbers, examples))
                 bar.update(len(batch))
         return np.concatenate(results)
 
@@ -235,6 +248,7 @@ class Evaluator:
         label: str,
         *,
         places: np.ndarray | None = None,
+        split_places: np.ndarray | None = None,
     ) -> np.ndarray:
         """Returns where the attack of `evaluate` found the lowest margins, [m, H, W, C] float32.
 
@@ -242,20 +256,20 @@ class Evaluator:
         that what `evaluate` compiled serves here too; an iterate costs one more forward pass.
 
         Args:
-          variables, images, labels, label: as in `evaluate`.
+          variables, images, labels, label, split_places: as in `evaluate`.
           settings: as in `evaluate`, of an attack with steps.
           places: int [m], the examples that are attacked; None: all.
         """
         # Compiled for the batches of `evaluate`, however few places: nothing is compiled anew.
         n = len(labels)
         begin, restart, advance = self._compile_attack(n, settings)
-        places = np.arange(n) if places is None else np.asarray(places)
+        places, split_places = _or_all(places, n), _or_all(split_places, n)
         num_steps, restarts = settings['steps'], settings['restarts']
         results = []
         total = len(places) * num_steps * restarts
         with self._progress(total=total, label=label, unit='image step') as bar:
             for batch in self._batches(places, n):
-                examples = batch, images[batch], labels[batch]
+                examples = split_places[batch], images[batch], labels[batch]
                 x_worst = images[batch] / np.float32(255)
                 progress = begin(variables, examples)
                 margin = progress.margin
@@ -416,8 +430,12 @@ def _member_batch(network, settings, variables, batch):
     return jax.vmap(losses.margin, (0, None), 1)(logits, labels)
 
 
+def _or_all(places, n):
+    return np.arange(n, dtype=np.int32) if places is None else np.asarray(places, np.int32)
+
+
 def _keys(settings, places):
-    """Returns each example's key: its place's, whatever the batch."""
+    """Returns each example's key: its place's in its split, whatever the batch."""
     key = prng.key(settings['seed'])
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
 

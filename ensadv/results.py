@@ -273,7 +273,10 @@ class Results:
         evaluate = self._evaluator.evaluate
         if unit in self.long_units:
             evaluate = self._evaluator.long_attack
-        return evaluate(variables, self._settings[unit], images, labels, label)
+        return evaluate(
+            variables, self._settings[unit], images, labels, label,
+            split_places=self._places if unit.split == 'test' else None,
+        )  # fmt: skip
 
     def _result(self, unit: Unit, verdicts: Verdicts | LongVerdicts) -> dict[str, Any]:
         """Returns a unit's part of the results, but for its time."""
@@ -391,7 +394,13 @@ class Results:
         count = min(self._config.eval.examples, len(labels))
         label = f'{self.label} step {step} {unit.split} {unit.name}'
         worst = self._evaluator.worst_points(
-            variables, self._settings[unit], images, labels, label, places=np.arange(count)
+            variables,
+            self._settings[unit],
+            images,
+            labels,
+            label,
+            places=np.arange(count),
+            split_places=self._places,
         )
         clean = images[:count] / np.float32(255)
         log_probs = self._evaluator.log_probs(variables, np.concatenate([clean, worst]), label)

@@ -103,9 +103,9 @@ def test_escalation_goes_on_only_with_what_stands(root, monkeypatch, tmp_path):
     attacked = []
     original = Evaluator.transfer_attack
 
-    def watching(self, variables, settings, images, labels, places, label):
+    def watching(self, variables, settings, images, labels, places, label, **others):
         attacked.append(places)
-        return original(self, variables, settings, images, labels, places, label)
+        return original(self, variables, settings, images, labels, places, label, **others)
 
     monkeypatch.setattr(Evaluator, 'transfer_attack', watching)
     copy = epath.Path(tmp_path) / 'copy'

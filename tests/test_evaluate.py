@@ -85,9 +85,9 @@ def test_only_what_is_missing_is_evaluated(copy_of_trained, monkeypatch):
     done = []
     original = evaluator.Evaluator.evaluate
 
-    def counting(self, variables, settings, images, labels, label):
+    def counting(self, variables, settings, images, labels, label, **others):
         done.append(label.rpartition(' ')[2])
-        return original(self, variables, settings, images, labels, label)
+        return original(self, variables, settings, images, labels, label, **others)
 
     monkeypatch.setattr(evaluator.Evaluator, 'evaluate', counting)
 
@@ -213,8 +213,8 @@ def test_what_no_attack_could_be_made_on_is_not_called_robust(copy_of_trained, m
     config, path = copy_of_trained
     original = evaluator.Evaluator.evaluate
 
-    def without_gradient(self, variables, settings, *args):
-        verdicts = original(self, variables, settings, *args)
+    def without_gradient(self, variables, settings, *args, **others):
+        verdicts = original(self, variables, settings, *args, **others)
         if 'steps' not in settings:
             return verdicts
         margin = np.arange(-5, 25, dtype=np.float32) + 0.5  # 5 fall, 25 stand

@@ -133,6 +133,21 @@ def test_a_model_whose_worst_case_is_known():
     np.testing.assert_allclose(margin[known], expected[known], atol=1e-4)
 
 
+@pytest.mark.parametrize('long', [False, True])
+def test_an_example_is_attacked_alike_whichever_others_are_evaluated(long):
+    bench, variables = bench_of(Brightness(), IMAGES.shape[1:], 5)
+    attack = bench.long_attack if long else bench.evaluate
+    # One step from a random start: the start shows in the margin.
+    settings = settings_of('ifgsm1', eval__ifgsm__step_size=0.01)
+    whole = attack(variables, settings, IMAGES, LABELS, 'test').margin
+    places = np.array([3, 4, 11, 16])
+    chosen = IMAGES[places], LABELS[places], 'test'
+    some = attack(variables, settings, *chosen, split_places=places).margin
+    np.testing.assert_allclose(some, whole[places], rtol=1e-5)
+    others = attack(variables, settings, *chosen).margin
+    assert not np.allclose(others, whole[places], rtol=1e-5)
+
+
 def test_results_do_not_depend_on_the_batch_size(monkeypatch):
     monkeypatch.setattr(parts, '_VALUES', 1)  # or such small images were not taken in parts
     results = [evaluate(Ripples(), 'pgd5', batch_size=b, epsilon=0.05) for b in (17, 3, 16)]

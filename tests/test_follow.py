@@ -54,10 +54,10 @@ metrics._import_clu = metrics._import_tensorboard = lambda: None
 hang_at = sys.argv.pop(1)
 original = evaluator.Evaluator.evaluate
 
-def hanging(self, variables, settings, images, labels, label):
+def hanging(self, variables, settings, images, labels, label, **others):
     while hang_at and label.endswith(hang_at):
         time.sleep(1)
-    return original(self, variables, settings, images, labels, label)
+    return original(self, variables, settings, images, labels, label, **others)
 
 evaluator.Evaluator.evaluate = hanging
 runpy.run_path('main.py', run_name='__main__')
@@ -147,7 +147,7 @@ class FakeEvaluator:
         self.before = lambda call: None
         self.labels = {}
 
-    def evaluate(self, variables, settings, images, labels, label):
+    def evaluate(self, variables, settings, images, labels, label, **others):
         call = (int(label.split()[-2]), label.split()[-1])
         self.calls.append(call)
         self.labels[call] = labels
@@ -156,7 +156,7 @@ class FakeEvaluator:
         margin = np.where(np.arange(len(labels)) < right, 1.0, -1.0).astype(np.float32)
         return evaluator.Verdicts(margin, margin, np.ones(len(labels), bool))
 
-    def long_attack(self, variables, settings, images, labels, label):
+    def long_attack(self, variables, settings, images, labels, label, **others):
         margin, _, has_gradient = self.evaluate(variables, settings, images, labels, label)
         fooled_at = np.where(margin > 0, attacks.NEVER, 1)
         return evaluator.LongVerdicts(
@@ -170,7 +170,7 @@ def fake(monkeypatch):
     for name in ('evaluate', 'long_attack'):
         answer = getattr(made, name)
         monkeypatch.setattr(
-            evaluator.Evaluator, name, lambda self, *args, answer=answer: answer(*args)
+            evaluator.Evaluator, name, lambda self, *args, answer=answer, **_: answer(*args)
         )
     return made
 
