@@ -24,7 +24,13 @@ def sums_by_eigen(hlo: str) -> list[str]:
     them otherwise.
     """
     in_library = set(re.findall(r'fusion\(.*kind=kCustom, calls=%([\w.-]+)', hlo))
-    shapes = dict(re.findall(r'%([\w.-]+) = \w+\[([\d,]*)\]', hlo))
+    defined = dict(re.findall(r'%([\w.-]+) = (\(.*?\)|\S+) ', hlo))
+
+    def shape(operand):
+        name, _, place = operand.strip().split('%')[-1].partition('#')  # of a tuple
+        found = re.findall(r'\w+\[([\d,]*)\]', defined[name])[int(place or 0)]
+        return [int(size) for size in found.split(',') if size]
+
     found, computation = [], ''
     for line in hlo.splitlines():
         if line and not line.startswith(' '):
@@ -33,11 +39,8 @@ def sums_by_eigen(hlo: str) -> list[str]:
         if not operation or computation in in_library:
             continue
         kind, operands = operation.groups()
-        first, second = (
-            list(map(int, shapes[name.strip().split('%')[-1]].split(',')))
-            for name in operands.split(', ')
-        )
-        result = list(map(int, re.search(r'= \w+\[([\d,]*)\]', line)[1].split(',')))
+        first, second = map(shape, operands.split(', '))
+        result = shape(line.split(' = ')[0])
         if kind == 'convolution':  # [KH, KW, I, O]
             values, is_right = math.prod(second[:-1]), False
         else:

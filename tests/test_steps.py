@@ -163,5 +163,5 @@ def test_one_pass_has_its_activations_in_memory_at_a_time():
         compiled = jax.jit(step).lower(jax.eval_shape(init), (x, y), keys).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # Both passes at once take 1.8 times the memory.
-    assert bytes_of_a_step(1.0) < 1.2 * bytes_of_a_step(0.0)
+    # Both passes at once take twice the memory.
+    assert bytes_of_a_step(1.0) < 1.5 * bytes_of_a_step(0.0)
