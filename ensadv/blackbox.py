@@ -133,7 +133,7 @@ def _make(
     n = len(labels)
     network, variables = runs.load(sources, combine='logits', dtype=config.eval.dtype)
     evaluator = Evaluator(network, config.eval.batch_size)
-    parallel.tell(f'transfer set: attack {build.computation(config.eval.dtype)}')
+    parallel.tell(f'transfer set: attack {build.computation(config, config.eval.dtype)}')
 
     judged = 'transfer set: the sources'
 

@@ -73,15 +73,16 @@ def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
     return [f'{name}: {old.get(name, "none")} -> {new.get(name, "none")}' for name in names]
 
 
-def computation(dtype: str) -> str:
+def computation(config: ConfigDict, dtype: str) -> str:
     """Returns what a job computes with, in words; `dtype` is its compute type."""
     found = environment()
     count, kind = found['devices']['count'], found['devices']['kind']
     processes = parallel.num_processes()
+    library = conv.library(config.model.conv, dtype)
     return (
         f'on {count} device{"s" * (count > 1)} ({kind})'
         f'{f" of {processes} processes" if processes > 1 else ""}, in {dtype}, '
-        f'JAX {found["versions"]["jax"]}'
+        f'JAX {found["versions"]["jax"]}{f"; convolutions are {library}" if library else ""}'
     )
 
 

@@ -71,6 +71,18 @@ def uses_onednn(kind):
     return kind in ('auto', 'onednn') and onednn.is_there()
 
 
+def library(kind, dtype):
+    """Returns who computes the convolutions of this kind, in words; '' where that is no question.
+
+    Args:
+      kind: of KINDS.
+      dtype: 'float32' or 'bfloat16'.
+    """
+    if jax.default_backend() != 'cpu' or kind not in ('auto', 'onednn') or dtype != 'float32':
+        return ''
+    return "oneDNN's" if onednn.is_there() else "XLA's own, as oneDNN's do not work in this jaxlib"
+
+
 def _auto(*args, **kwargs):
     # Asked for at each call, because asking starts the backend, which an import should not.
     kind = 'onednn' if jax.default_backend() == 'cpu' else 'grouped'

@@ -118,8 +118,8 @@ def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
 
 def _computation(config: ConfigDict) -> dict[str, str]:
     return {
-        'training': build.computation(config.model.dtype),
-        'evaluation': build.computation(config.eval.dtype),
+        'training': build.computation(config, config.model.dtype),
+        'evaluation': build.computation(config, config.eval.dtype),
     }
 
 

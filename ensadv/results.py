@@ -222,7 +222,7 @@ class Results:
         parallel.check_same('eval.indices', description['indices'])
         self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
         self._environment = build.environment()
-        parallel.tell(f'{self.label}: evaluation {build.computation(config.eval.dtype)}')
+        parallel.tell(f'{self.label}: evaluation {build.computation(config, config.eval.dtype)}')
         self._open_writer()
 
     def _open_writer(self) -> None:

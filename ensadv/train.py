@@ -335,7 +335,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
                 _warn_of_changes(workdir_path, session)
             workdir.write_record(workdir_path, config, facts, session)
         parallel.check_shared(workdir_path / 'config.json')
-        parallel.tell(f'{label}: training {build.computation(group.dtype)}')
+        parallel.tell(f'{label}: training {build.computation(config, group.dtype)}')
         if state is None:
             with progress.waiting(f'{label}: drawing the first weights'):
                 state = jax.jit(make_state)(keys)

@@ -527,3 +527,14 @@ def test_an_operation_that_xla_does_not_know_fails_the_trial(monkeypatch):
     with pytest.raises(Exception, match='onednn'):
         onednn.try_out()
     jax.config.update('jax_compilation_cache_dir', before)
+
+
+@by_xla
+def test_a_line_says_whose_convolutions_are_used(monkeypatch):
+    for there, words in ((True, "oneDNN's"), (False, "XLA's own")):
+        monkeypatch.setattr(onednn, 'is_there', lambda there=there: there)
+        assert conv.library('auto', 'float32').startswith(words)
+    # Where nothing else was to be expected, nothing is said.
+    assert conv.library('separate', 'float32') == conv.library('auto', 'bfloat16') == ''
+    monkeypatch.setattr(conv.jax, 'default_backend', lambda: 'tpu')
+    assert conv.library('auto', 'float32') == ''

@@ -277,9 +277,13 @@ def test_describe_counts_operations_right_and_says_what_computes():
     result = run_main('--mode=describe', SINGLE, '--config.model.dtype=bfloat16', devices=2)
     line = next(line for line in result.stdout.splitlines() if line.split()[:1] == ['forward'])
     assert 9 < float(line.split()[1]) < 10.6
-    for job, dtype in (('training  ', 'bfloat16'), ('evaluation', 'float32')):
+    convolutions = '; convolutions are '
+    for job, dtype, end in (
+        ('training  ', 'bfloat16', '\n'), ('evaluation', 'float32', convolutions)
+    ):  # fmt: skip
         assert (
-            f'\n  {job}  on 2 devices (cpu), in {dtype}, JAX {jax.__version__}\n' in result.stdout
+            f'\n  {job}  on 2 devices (cpu), in {dtype}, JAX {jax.__version__}{end}'
+            in result.stdout
         )
 
 
@@ -296,10 +300,10 @@ def test_trains_and_evaluates_without_tensorflow_on_the_cpu_if_asked(monkeypatch
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / 'run').glob('events.*'))
     assert '[4] ' in result.stderr
-    computation = lambda dtype: f'on 1 device (cpu), in {dtype}, JAX {jax.__version__}\n'
+    computation = lambda dtype: f'on 1 device (cpu), in {dtype}, JAX {jax.__version__}'
     told = [
-        f'SingleAdv: training {computation("float32")}',
-        f'SingleAdv: evaluation {computation("bfloat16")}',
+        f'SingleAdv: training {computation("float32")}; convolutions are ',
+        f'SingleAdv: evaluation {computation("bfloat16")}\n',
     ]
     places = [result.stderr.index(text) for text in (told[0], '[2] ', told[1], 'step 2: clean')]
     assert places == sorted(places)
