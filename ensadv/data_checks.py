@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import logging
 
+from ensadv import parallel
+
 if TYPE_CHECKING:
     from ensadv.data import Dataset
 
@@ -17,13 +19,13 @@ _FEW = 0.01
 
 @functools.lru_cache(maxsize=1)  # several jobs of a run ask for the same data
 def tell(dataset: 'Dataset', source: str) -> None:
-    """Logs what the data are, and warns of what can hardly be meant, once.
+    """Says what the data are, and warns of what can hardly be meant, once.
 
     Args:
       dataset: with its validation split held out.
       source: what to call it: its file, or its name.
     """
-    logging.info('%s: %s', source, summary(dataset))
+    parallel.tell(f'{source}: {summary(dataset)}')
     for doubt in doubts(dataset):
         logging.warning('%s: %s', source, doubt)
 

@@ -195,11 +195,10 @@ def test_the_summary_says_what_was_read():
 @pytest.fixture
 def told(monkeypatch) -> list[str]:
     lines = []
-    for level in ('info', 'warning'):
-        add = lambda text, *args, level=level: lines.append(f'{level}: {text % args}')
-        # The module alone, since what reads the data logs as well.
-        logger = types.SimpleNamespace(**(vars(data_checks.logging) | {level: add}))
-        monkeypatch.setattr(data_checks, 'logging', logger)
+    # The module alone, since what reads the data logs as well.
+    warn = lambda text, *args: lines.append(f'warning: {text % args}')
+    monkeypatch.setattr(data_checks, 'logging', types.SimpleNamespace(warning=warn))
+    monkeypatch.setattr(data_checks.parallel, 'tell', lambda line: lines.append(f'info: {line}'))
     return lines
 
 
