@@ -146,8 +146,9 @@ def test_overrides(program, fields, apart):
     args = [f'--config.{name}={value}' for name, value in fields]
     if apart:
         args = [part for name, value in fields for part in (f'--config.{name}', value)]
-    # A flag of True or False takes no value that stands apart: the value is then what is named.
-    values = [value for _, value in fields if value]
+    # A flag of True or False takes no value that stands apart: the value is then what is named, and
+    # as a flag, if it begins like one.
+    values = [value.lstrip('-') for _, value in fields if value.lstrip('-')]
     assert_told_or_fine(program.run(*DESCRIBE, *args), *FIELDS, '--', *values)
 
 

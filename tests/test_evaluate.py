@@ -155,8 +155,8 @@ def test_what_another_process_wrote_meanwhile_stays(copy_of_trained, monkeypatch
     original = evaluator.Evaluator.evaluate
     meanwhile = []
 
-    def interrupted(self, *args):
-        verdicts = original(self, *args)
+    def interrupted(self, *args, **others):
+        verdicts = original(self, *args, **others)
         if not meanwhile:
             meanwhile.append(True)
             other = job_of(config, path, eval__attacks=('pgd2', 'ifgsm3'))

@@ -82,7 +82,7 @@ def test_rate_and_time_left_leave_out_what_compiles(monkeypatch, capsys, clock, 
 
 def test_lines_where_there_is_no_terminal(monkeypatch, caplog, clock):
     on_terminal(monkeypatch, False)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger='absl')
     with progress.Bar(total=100, label='run', unit='step') as bar:
         for _ in range(2):
             with bar.compiling():
@@ -99,7 +99,7 @@ def test_lines_where_there_is_no_terminal(monkeypatch, caplog, clock):
 @pytest.mark.parametrize('there', [True, False])
 def test_what_cannot_be_counted_is_said(monkeypatch, caplog, capsys, there):
     on_terminal(monkeypatch, there)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger='absl')
     with progress.waiting('reading data'):
         shown = capsys.readouterr().err
     assert ('reading data ...' in shown) == there
@@ -108,7 +108,7 @@ def test_what_cannot_be_counted_is_said(monkeypatch, caplog, capsys, there):
 
 def test_an_evaluator_says_it_once_for_each_thing_that_it_compiles(monkeypatch, caplog):
     on_terminal(monkeypatch, False)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger='absl')
     compiled = lambda *args: np.ones(len(args[-1][0]), np.float32)
     monkeypatch.setattr(parallel, 'map_examples', lambda f, num_shared: compiled)
     network = ensemble.Network(None, 'probs', None, 1)
