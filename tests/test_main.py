@@ -12,7 +12,7 @@ import pytest
 from absl import logging
 from conftest import ROOT, TINY, overrides, run_main
 
-from configs import small
+from configs import default, small
 from ensadv import build, command_line, data, describe, train
 from ensadv.errors import ConfigError
 
@@ -205,6 +205,22 @@ def test_of_others_only_warnings_are_shown(monkeypatch, path, level, shown):
         logging.set_verbosity(verbosity)
     record = python_logging.LogRecord('absl', level, path, 1, 'a line', (), None)
     assert bool(handler.filter(record)) == shown
+
+
+def test_a_config_file_is_read_as_it_is_written(monkeypatch, tmp_path):
+    """Python's cache takes a file of the same size and second for the one before."""
+    monkeypatch.setattr(sys, 'dont_write_bytecode', False)
+    file = tmp_path / 'mine.py'
+    for seed in (1, 2):
+        file.write_text(
+            'from configs import default\n'
+            'def get_config():\n'
+            '    config = default.get_config()\n'
+            f'    config.seed = {seed}\n'
+            '    return config\n'
+        )
+        os.utime(file, (0, 0))
+        assert command_line._run_config_file(str(file), default.get_config).seed == seed
 
 
 def test_nothing_to_evaluate(tmp_path):
