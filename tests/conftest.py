@@ -96,6 +96,16 @@ runpy.run_path('main.py', run_name='__main__')
 """
 
 
+class Clock:
+    """A clock that stands still until a test moves `now`, seconds."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def overrides(fields: dict) -> list[str]:
     """Returns the command line's form of {'train.steps': 4, ...}."""
     return [f'--config.{field}={value}' for field, value in fields.items()]

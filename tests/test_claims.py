@@ -11,7 +11,7 @@ import time
 
 import pytest
 from absl import logging
-from conftest import ROOT
+from conftest import ROOT, Clock
 from etils import epath
 
 from ensadv import claims as claims_lib
@@ -24,14 +24,6 @@ STRAY = '4000.0123456789abcdef'
 needs_proc = pytest.mark.skipif(
     claims_lib._machine() is None, reason='processes are told apart through /proc'
 )
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

@@ -10,16 +10,9 @@ import termios
 import numpy as np
 import pytest
 import tqdm.std
+from conftest import Clock
 
 from ensadv import ensemble, evaluator, parallel, progress, terminal
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
