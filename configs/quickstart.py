@@ -9,8 +9,8 @@ Cost: 600 steps of 64 a run, and two clean runs for the transfer set; SingleAdv 
   included.
 Expect: over 98 % clean everywhere; at PGD20 Baseline under 2 % and the others 78 to 82 %; on the
   transfer set Baseline 15 to 20 % and the others over 90 %.
-  360 images (standard error 2.1 points at 80 %) do not tell the four adversarially trained systems
-  apart: README.md has three seeds of each.
+  One seed says nothing of others, and 360 images have a standard error of 2.1 points at 80 %:
+  README.md has three seeds of each.
 """
 
 from ml_collections import ConfigDict
