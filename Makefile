@@ -22,6 +22,7 @@ test: $(VENV)/dev lint
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/shellcheck launch/*.sh
 
 benchmark: $(VENV)/benchmark

@@ -23,8 +23,13 @@ import torch
 from benchmarks import peer_pytorch
 from benchmarks.speed_tables import OURS
 from configs import default
-from ensadv import attacks, build, data, ensemble, parallel, steps, train
+from ensadv import build
 from ensadv import config as config_lib
+from ensadv.attacks import driver
+from ensadv.data import batches
+from ensadv.models import ensemble
+from ensadv.runtime import distributed
+from ensadv.training import from_config, steps, train
 
 # Between the losses of a timed step, clean and adversarial, by the type that both compute in.
 ALLOWED_LOSSES = {'float32': (1e-4, 1e-2), 'bfloat16': (5e-2, 2e-1)}
@@ -45,7 +50,7 @@ class Ours:
         size = config.train.batch_size
         images = rng.integers(0, 256, (size, *SHAPE), np.uint8)
         labels = rng.integers(0, CLASSES, size, np.int32)
-        self.arrays = parallel.replicate((images, labels))
+        self.arrays = distributed.replicate((images, labels))
 
         def noisy(tree, scale):
             """Nothing is to be zero or one, so that nothing can be forgotten or mixed up."""
@@ -59,7 +64,7 @@ class Ours:
             batch_stats=noisy(state.batch_stats, 0.1),
             opt_state=optax.tree.set(jax.device_get(state.opt_state), trace=momentum),
         )
-        self.state, self.keys = parallel.replicate((jax.tree.map(jnp.array, self.start), keys))
+        self.state, self.keys = distributed.replicate((jax.tree.map(jnp.array, self.start), keys))
         self.compiled = train.make_train_steps(config, self.model, None)
 
     def batch(self):
@@ -67,19 +72,19 @@ class Ours:
         images, labels = self.arrays
         size = len(labels)
         places = jnp.arange(size)
-        indices = data.batch_indices(
+        indices = batches.batch_indices(
             self.keys.batches, 0, places, batch_size=size, num_examples=size
         )
         key = jax.random.fold_in(self.keys.attack, 0)
         keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
-        return data.to_pixels(images[indices]), labels[indices], keys
+        return batches.to_pixels(images[indices]), labels[indices], keys
 
     def noise(self):
         """Returns the noise that the first step's attack starts with."""
         x, _, keys = self.batch()
         group, zeros = self.config.attack, jnp.zeros_like(x)
         epsilon = self.config.epsilon
-        return attacks.start(group.start, keys, zeros, epsilon=epsilon, sigma=group.sigma)
+        return driver.start(group.start, keys, zeros, epsilon=epsilon, sigma=group.sigma)
 
     def log_probs(self, state, x):
         """The ensemble's log-probabilities, with running averages."""
@@ -93,7 +98,7 @@ class Ours:
         @jax.jit
         def iterate(state, x, y, keys, num_steps):
             log_probs = lambda x: self.log_probs(state, x)
-            attack = build.training_attack(self.config)
+            attack = from_config.training_attack(self.config)
             return attack(log_probs, keys, x, y, num_steps=num_steps)
 
         return [iterate(self.start, *self.batch(), n) for n in range(self.config.attack.steps + 1)]
@@ -106,7 +111,7 @@ class Ours:
         def step(state, x, y, keys, x_adv):
             return steps.train_step(
                 state, (x, y), keys,
-                model=self.model, optimizer=build.optimizer(config),
+                model=self.model, optimizer=from_config.optimizer(config),
                 combine=config.ensemble.combine, attack=lambda *_: x_adv,
                 adversarial_weight=config.train.adversarial_weight,
             )  # fmt: skip

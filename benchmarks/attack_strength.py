@@ -50,8 +50,11 @@ from etils import epath
 
 from benchmarks import machine, peer_pytorch
 from configs import default
-from ensadv import attacks, build, checkpoints, ensemble, losses, prng, workdir
+from ensadv import build, losses, prng
+from ensadv.attacks import driver
 from ensadv.errors import UserError
+from ensadv.models import ensemble
+from ensadv.storage import checkpoints, workdir
 
 ALLOWED_POINTS = 0.5  # our robust accuracy over the best of theirs, at most
 ALLOWED_DIFFERENCE = 1e-4  # between the two networks' log-probabilities
@@ -182,7 +185,7 @@ class Ours:
         def compute(variables, keys, x, y, num_steps):
             # `worst_case` folds in the number of the restart, so that both start at one point.
             keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
-            return attacks.attack(
+            return driver.attack(
                 partial(run.log_probs, variables), keys, x, y, step=step, num_steps=num_steps,
                 epsilon=run.epsilon, start_from=start,
             )  # fmt: skip
@@ -194,7 +197,7 @@ class Ours:
         run = self._run
 
         def compute(variables, keys, x, y, num_steps):
-            return attacks.worst_case(
+            return driver.worst_case(
                 partial(run.log_probs, variables), keys, x, y, step=step, num_steps=num_steps,
                 epsilon=run.epsilon, start_from=start,
             ).x_adv  # fmt: skip
@@ -304,7 +307,7 @@ def implementations(run, ours, x_start, kind, start, num_steps, step_size):
     """Returns everybody's attack of one kind: {name: function of nothing -> x_adv [n, H, W, C]}."""
     on_all = lambda attack: lambda: in_batches(attack, run.batch_size, run.x, run.y, x_start)
     from_foolbox = partial(foolbox_attack, run, kind, start, num_steps, step_size)
-    step = attacks.STEPS[kind](step_size)
+    step = driver.STEPS[kind](step_size)
     adam = optax.chain(optax.scale_by_adam(eps=LIBRARY_EPSILON), optax.scale(step_size))
     signs = optax.chain(optax.scale_by_sign(), adam)
     made = {
@@ -323,7 +326,7 @@ def measure(run, ours, judge, args):
     """Returns what every attack left standing: {(kind, steps, start): {name: Judged}}."""
     results, begin = {}, time.monotonic()
     # No step is taken: this is where the attacks start.
-    x_starts = {start: ours.last(attacks.ifgsm(0.0), start, 0, 'no step') for start in STARTS}
+    x_starts = {start: ours.last(driver.ifgsm(0.0), start, 0, 'no step') for start in STARTS}
     groups = [(k, n, start) for k in KINDS for n in args.steps for start in STARTS]
     for i, (kind, num_steps, start) in enumerate(groups):
         step_size = {'ifgsm': args.ifgsm_step_size, 'pgd': args.pgd_step_size}[kind]
@@ -422,10 +425,10 @@ def report(args, run, judge, clean, results):
 
 def _legend():
     return [
-        f'- {OURS}: `attacks.attack` with `attacks.ifgsm` or `attacks.pgd` (Adam, epsilon 1e-16): '
+        f'- {OURS}: `driver.attack` with `driver.ifgsm` or `driver.pgd` (Adam, epsilon 1e-16): '
         'the last iterate, which is also what the libraries return. Judged against the best of '
         f'{", ".join(THEIRS)} in its row.',
-        f'- {WORST}: `attacks.worst_case`, the worst iterate, which `accuracy` in eval/STEP.json '
+        f'- {WORST}: `driver.worst_case`, the worst iterate, which `accuracy` in eval/STEP.json '
         'means. Not in the verdict.',
         f'- {FOOLBOX}: `LinfPGD` and `LinfAdamPGD`, clipped. Its Adam (betas 0.9 and 0.999, as '
         'ours; epsilon 1e-8) takes the *sign* of the gradient, and so is momentum on signs and not '

@@ -15,8 +15,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from etils import epath
 
 from configs import default
-from ensadv import build, runs
-from ensadv.evaluator import Evaluator
+from ensadv import build
+from ensadv.evaluation import attack_settings, finished_runs
+from ensadv.evaluation.evaluator import Evaluator
 
 
 def main() -> None:
@@ -25,10 +26,10 @@ def main() -> None:
     parser.add_argument('--n', type=int, default=1000)
     args = parser.parse_args()
     path = epath.Path(pathlib.Path(args.workdir).absolute())
-    found = runs.find(path, '--workdir', default.get_config())
+    found = finished_runs.find(path, '--workdir', default.get_config())
     run = found.config
     images, labels = (array[: args.n] for array in build.dataset(run).split('test'))
-    network, variables = runs.load([found], combine='probs', dtype='float32')
+    network, variables = finished_runs.load([found], combine='probs', dtype='float32')
     evaluator = Evaluator(network, run.eval.batch_size)
     # DESIGN's 1/255, 2/255, 4/255 and 0.1 for epsilon = 8/255, in proportion.
     rates = {'eps/8': 1 / 8, 'eps/4': 1 / 4, 'eps/2': 1 / 2, '0.1 * 255/8 eps': 0.1 * 255 / 8}
@@ -38,7 +39,7 @@ def main() -> None:
     for kind in ('pgd', 'ifgsm'):
         for name, factor in rates.items():
             run.eval[kind].step_size = min(factor * run.epsilon, 1.0)
-            settings = build.evaluation_settings(run, f'{kind}20')
+            settings = attack_settings.evaluation_settings(run, f'{kind}20')
             label = f'{kind}20 {name}'
             verdicts = evaluator.evaluate(variables, settings, images, labels, label)
             accuracies = [f'{100 * (margin > 0).mean():.1f}' for margin in verdicts[:2]]

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import adversarial_step, machine
 from benchmarks.speed_workers import set_up
-from ensadv import parallel
+from ensadv.runtime import distributed
 
 
 def main():
@@ -43,7 +43,7 @@ def main():
     )  # fmt: skip
     outcomes, first, largest = collections.Counter(), None, 0.0
     for _ in range(args.repeats):
-        ours.state = parallel.replicate(jax.tree.map(jnp.array, ours.start))
+        ours.state = distributed.replicate(jax.tree.map(jnp.array, ours.start))
         ours.step()
         for device in range(jax.device_count()):
             weights = [

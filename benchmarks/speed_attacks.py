@@ -14,8 +14,10 @@ from etils import epath
 from benchmarks import adversarial_step, attack_strength, peer_pytorch
 from benchmarks.speed_tables import OURS
 from configs import default
-from ensadv import build, checkpoints, runs
-from ensadv.evaluator import Evaluator
+from ensadv import build
+from ensadv.evaluation import attack_settings, finished_runs
+from ensadv.evaluation.evaluator import Evaluator
+from ensadv.storage import checkpoints
 
 TRIAL_STEPS = 3  # of an attack, for choosing a batch size
 
@@ -118,7 +120,7 @@ class _OurAttack:
 
     def __init__(self, workdir, name, n):
         path = epath.Path(pathlib.Path(workdir).absolute())
-        found = runs.find(path, '--workdir', default.get_config())
+        found = finished_runs.find(path, '--workdir', default.get_config())
         config = found.config
         kind = name.rstrip('0123456789')
         fields = {'start': 'none', 'schedule': 'constant', 'restarts': 1, 'loss': 'cross_entropy'}
@@ -131,7 +133,7 @@ class _OurAttack:
         snapshots.close()
         images, labels = build.dataset(config).split('test')
         self._images, self._labels = images[:n], labels[:n]
-        self.settings = build.evaluation_settings(config, name)
+        self.settings = attack_settings.evaluation_settings(config, name)
         self.long = self.settings['steps'] >= 100
         if self.long:
             # The share that stays to the end by default: 1,000 of CIFAR-10's 10,000.

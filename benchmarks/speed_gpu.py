@@ -36,7 +36,7 @@ from benchmarks import speed, speed_tables
 from benchmarks.speed import network
 from benchmarks.speed_children import measure, run_main, say
 from benchmarks.speed_tables import COMPILED, EAGER, OURS, at_least, markdown, name_of, seconds_cell
-from ensadv import workdir
+from ensadv.storage import files, workdir
 
 TARGET, SHARE_TARGET = 1.3, 50  # times PyTorch's speed; % of the peak, of WRN-28-10
 ACCURACY = 0.45  # robust, of PGD20, that the training is timed to
@@ -216,7 +216,7 @@ def measure_training(plan, data):
         'eval.inline': False,
     }
     with tempfile.TemporaryDirectory() as folder:
-        path = workdir.absolute(folder) / 'run'
+        path = files.absolute(folder) / 'run'
         say(f'training {speed_tables.full_name(one)} for {steps} steps')
         times = run_main(path, 'configs/singleadv.py', fields)
         say('evaluating its snapshots')

@@ -41,7 +41,7 @@ import torch
 from benchmarks import adversarial_step, machine, speed_layers
 from benchmarks.speed_tables import COMPILED, OURS, markdown
 from benchmarks.speed_workers import set_up
-from ensadv import onednn
+from ensadv.cpu import onednn
 
 # The first that matches the library or the function's name.
 KINDS = {

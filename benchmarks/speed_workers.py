@@ -35,8 +35,9 @@ if __name__ != '__main__' or sys.argv[1:2] != ['main_py']:
 
     from benchmarks import adversarial_step, speed_attacks
     from benchmarks.speed_attacks import timed
-    from ensadv import costs, prng
+    from ensadv import prng
     from ensadv.errors import UserError
+    from ensadv.training import costs
 
 
 def set_up(device):
@@ -239,7 +240,7 @@ def main_py(counts, arguments):
     """
     import jax.monitoring
 
-    from ensadv import train
+    from ensadv.training import train
 
     found = {'requests': 0, 'hits': 0, 'calls': []}
     loop = train._loop

@@ -1,8 +1,9 @@
 """From config values to the core's objects, for the jobs."""
 
+import contextlib
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,30 +11,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 import ensadv
-from ensadv import (
-    attacks,
-    conv,
-    data,
-    data_checks,
-    ensemble,
-    losses,
-    optim,
-    parallel,
-    parts,
-    prng,
-    switches,
-    transfer,
-)
-from ensadv.config import parse_attack
+from ensadv import config as config_lib
+from ensadv import prng
+from ensadv.cpu import conv, parts
+from ensadv.data import checks, datasets
 from ensadv.errors import ConfigError
+from ensadv.models import ensemble
 from ensadv.models.gated import Gated
 from ensadv.models.vgg import VGG
 from ensadv.models.wide_resnet import WideResNet
+from ensadv.runtime import distributed, switches
+from ensadv.storage import environments
 
 MODELS = {'wide_resnet': WideResNet, 'vgg': VGG}
 
@@ -49,6 +42,28 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
+@contextlib.contextmanager
+def on_all_processes(mode: str, config: ConfigDict, workdir: epath.Path) -> Iterator[None]:
+    """Starts JAX, on all processes there are; what is inside they do together.
+
+    Args:
+      mode, config, workdir: of the command, which has to be the same everywhere.
+
+    Raises:
+      UserError: if config.device is not there, or the commands differ.
+    """
+    distributed.take_device(config.device)
+    distributed.initialize()
+    with distributed.together():
+        distributed.check_device(config.device)
+        resolved = config_lib.to_dict(config.copy_and_resolve_references())
+        command = {'mode': mode, 'workdir': str(workdir), 'version': ensadv.__version__}
+        distributed.check_same('the command', command | {'config': resolved})
+        used = environments.switches(switches.recorded())
+        distributed.check_same('XLA_FLAGS or a switch of JAX', used)
+        yield
+
+
 def environment() -> dict[str, Any]:
     """Returns the devices, packages' versions and switches that this process computes with."""
     devices = jax.devices()
@@ -61,23 +76,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns 'name: before -> now' for each thing in which two sessions' environments differ."""
-
-    def flat(session):
-        devices = {'devices': f'{session["devices"]["count"]} x {session["devices"]["kind"]}'}
-        return devices | session['versions'] | switches.of(session)
-
-    old, new = flat(before), flat(now)
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return [f'{name}: {old.get(name, "none")} -> {new.get(name, "none")}' for name in names]
-
-
 def computation(config: ConfigDict, dtype: str) -> str:
     """Returns what a job computes with, in words; `dtype` is its compute type."""
     found = environment()
     count, kind = found['devices']['count'], found['devices']['kind']
-    processes = parallel.num_processes()
+    processes = distributed.num_processes()
     library = conv.library(config.model.conv, dtype)
     return (
         f'on {count} device{"s" * (count > 1)} ({kind})'
@@ -86,17 +89,19 @@ def computation(config: ConfigDict, dtype: str) -> str:
     )
 
 
-def dataset(config: ConfigDict) -> data.Dataset:
+def dataset(config: ConfigDict) -> datasets.Dataset:
     """Returns the data, with the validation split held out, and tells once what they are.
 
     Raises:
       data.DataError: see `data.load` and `data.hold_out`.
     """
     group = config.data
-    whole = data.load(group.name, data_dir=group.data_dir, path=group.path, download=group.download)
-    found = data.hold_out(whole, group.validation_examples)
-    if parallel.is_main():
-        data_checks.tell(found, group.path or group.name)
+    whole = datasets.load(
+        group.name, data_dir=group.data_dir, path=group.path, download=group.download
+    )
+    found = datasets.hold_out(whole, group.validation_examples)
+    if distributed.is_main():
+        checks.tell(found, group.path or group.name)
     return found
 
 
@@ -111,7 +116,7 @@ def test_places(config: ConfigDict, there: int) -> np.ndarray:
       UserError: for examples that are not there, and for a file that holds no such places.
     """
     if config.eval.indices:
-        places = data.read_places(config.eval.indices)
+        places = datasets.read_places(config.eval.indices)
         if places[-1] >= there:
             raise ConfigError(
                 f'eval.indices: {config.eval.indices}: expected places in the test split, '
@@ -126,7 +131,7 @@ def test_places(config: ConfigDict, there: int) -> np.ndarray:
     return np.arange(n, dtype=np.int32)
 
 
-def test_split(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def test_split(config: ConfigDict, dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images and labels of `test_places`."""
     places = test_places(config, len(dataset.label_test))
     # A slice takes no memory, and the first ones are what is mostly evaluated.
@@ -148,11 +153,11 @@ def indices_digest(config: ConfigDict) -> str | None:
     """Returns the SHA-256 of the places in config.eval.indices; None if there are none."""
     if not config.eval.indices:
         return None
-    places = data.read_places(config.eval.indices)
+    places = datasets.read_places(config.eval.indices)
     return hashlib.sha256(places.astype('<i4').tobytes()).hexdigest()
 
 
-def describe_data(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
+def describe_data(config: ConfigDict, dataset: datasets.Dataset) -> dict[str, Any]:
     """Returns what a run writes down about its data, and which test examples judge it."""
     return dataset.describe() | {'indices': indices_digest(config)}
 
@@ -179,7 +184,7 @@ def model(
         remat=remat,
         norm_momentum=config.batch_norm.momentum,
         norm_epsilon=config.batch_norm.epsilon,
-        norm_axis=parallel.AXIS if config.batch_norm.sync else None,
+        norm_axis=distributed.AXIS if config.batch_norm.sync else None,
     )
     if config.ensemble.combine == 'gating':
         return Gated(member=member, width=config.ensemble.gate_width)
@@ -217,110 +222,3 @@ def images_at_a_time(config: ConfigDict) -> int:
         return parts.FEWEST_IMAGES
     channels = 16 * config.model.width  # of both networks
     return max(parts.FEWEST_IMAGES, min(32, 1024 // channels))
-
-
-def schedule(config: ConfigDict) -> optax.Schedule:
-    """Returns the learning rate as a function of the step."""
-    train = config.train
-    return optim.learning_rate(
-        train.learning_rate, tuple(train.learning_rate_steps), train.learning_rate_factor
-    )
-
-
-def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns what turns gradients into updates."""
-    train = config.train
-    return optim.sgd(
-        schedule(config),
-        momentum=train.momentum,
-        nesterov=train.nesterov,
-        weight_decay=train.weight_decay,
-    )
-
-
-def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
-    """Returns the attack inside training, `attack(log_prob_fn, rng, x, y) -> x_adv`."""
-    attack = config.attack
-    of_batch = partial(
-        attacks.attack,
-        step=attacks.STEPS[attack.name](attack.step_size),
-        num_steps=attack.steps,
-        epsilon=config.epsilon,
-        start_from=attack.start,
-        sigma=attack.sigma,
-        # The network gives log-probabilities.
-        loss=losses.LOSSES[attack.loss],
-    )
-    if attack.batch_norm == 'batch':  # the images' statistics are of all of them
-        return of_batch
-
-    def in_parts(log_prob_fn, rng, x, y, **settings):
-        of_part = partial(of_batch, log_prob_fn, **settings)
-        return parts.by_network(of_part, rng, x, y, fewest=images_at_a_time(config))
-
-    return in_parts
-
-
-def step_settings(config: ConfigDict, model: nn.Module) -> dict[str, Any]:
-    """Returns how a training step computes, by the names that `steps.train_step` has for it."""
-    return {
-        'model': model,
-        'optimizer': optimizer(config),
-        'combine': config.ensemble.combine,
-        'attack': training_attack(config),
-        'attack_batch_norm': config.attack.batch_norm,
-        'adversarial_weight': config.train.adversarial_weight,
-    }
-
-
-def attack_names(config: ConfigDict) -> tuple[str, ...]:
-    """Returns the attacks of every snapshot; with a transfer set blackbox is one of them."""
-    names = tuple(config.eval.attacks)
-    if config.eval.blackbox_path and 'blackbox' not in names:
-        names += ('blackbox',)
-    return names
-
-
-def evaluation_settings(config: ConfigDict, name: str) -> dict[str, Any]:
-    """Returns all that decides an evaluation attack's outcome, as eval/<step>.json has it.
-
-    Raises:
-      UserError: for blackbox, if its transfer set is missing; for eval.indices, see
-        `data.read_places`.
-    """
-    kind, steps = parse_attack(name)
-    settings = {'attack': kind, 'combine': config.ensemble.combine, 'dtype': config.eval.dtype}
-    if digest := indices_digest(config):  # the results of other examples are other results
-        settings['indices'] = digest
-    if kind == 'clean':
-        return settings
-    settings['epsilon'] = config.epsilon
-    if kind == 'blackbox':
-        if not config.eval.blackbox_path:
-            raise ConfigError(
-                'eval.blackbox_path: needed for the attack blackbox; --mode=blackbox with '
-                '--config=configs/blackbox.py makes such a file'
-            )
-        record = transfer.read_record(config.eval.blackbox_path, config.epsilon)
-        # The digest, and not the path, decides the outcome.
-        return settings | {'digest': record['digest'], 'share_fooled': record['share_fooled']}
-    group = config.eval[kind]
-    settings |= {
-        'steps': steps,
-        'step_size': group.step_size,
-        'schedule': group.schedule,
-        'start': group.start,
-        'sigma': group.sigma,
-        'restarts': group.restarts,
-        'loss': group.loss,
-        'seed': config.eval.seed,
-    }
-    if name in config.eval.long_attacks:
-        settings['iterate_examples'] = config.eval.iterate_examples
-    return settings
-
-
-def attack_step(settings: Mapping[str, Any], num_steps: int | jax.Array) -> Any:
-    """Returns the attack's step, for an attack of so many steps (which may be traced)."""
-    step_size = attacks.schedule(settings['schedule'], settings['step_size'], num_steps)
-    return attacks.STEPS[settings['attack']](step_size)

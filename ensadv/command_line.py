@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import NoReturn
@@ -24,8 +24,10 @@ from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ensadv import config as config_lib
-from ensadv import flag_values, terminal, workdir
-from ensadv.errors import ConfigError, TrainingError, UserError
+from ensadv import flag_values
+from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
+from ensadv.runtime import stopping, terminal
+from ensadv.storage import files, workdir
 
 # Modes, and what each does, for --help.
 MODES = {
@@ -88,6 +90,24 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+@contextlib.contextmanager
+def exits() -> Iterator[None]:
+    """Ends the program, as `fail` does, by what is raised inside."""
+    try:
+        yield
+    except (UserError, TrainingError, StorageError) as error:
+        fail(str(error), code=error.exit_code)
+    except ModuleNotFoundError as error:
+        if (error.name or '').partition('.')[0] == 'ensadv':
+            raise
+        fail(f'a package is missing ({error}): pip install -r requirements.txt')
+    except OSError as error:  # lost storage; --verbosity=1 shows where
+        logging.debug('', exc_info=True)
+        fail(f'{error}. What is on disk is whole: the same command goes on', code=1)
+    except stopping.Stopped as stopped:
+        fail(str(stopped), code=stopped.exit_code)
+
+
 def workdir_path(to_write: bool = False) -> epath.Path:
     """Returns --workdir, absolute.
 
@@ -95,9 +115,14 @@ def workdir_path(to_write: bool = False) -> epath.Path:
       to_write: whether it is made if it is not there.
 
     Raises:
-      UserError: if it is no directory and cannot become one.
+      UserError: if it is not given, or no directory and cannot become one.
     """
-    path = workdir.absolute(FLAGS.workdir)
+    if not FLAGS.workdir:
+        meant = 'the directory that is written to, as --workdir=runs/1'
+        if FLAGS.mode == 'report':
+            meant = 'the directory whose runs are reported on'
+        raise UserError(f'--workdir: needed, {meant}')
+    path = files.absolute(FLAGS.workdir)
     if '://' not in FLAGS.workdir and (reason := _no_directory(path, to_write)):
         raise UserError(f'--workdir={FLAGS.workdir}: {reason}')
     return path
@@ -133,6 +158,7 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
     Returns:
       What is left of the command line.
     """
+    stopping.install()
     if {'--help', '-help', '-h'} & set(argv[1:]):
         print(help_text())
         sys.exit(0)
@@ -158,10 +184,10 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
         return FLAGS(rest)
     except flags.UnrecognizedFlagError as error:
         fail(f'{error}{_flag_hint(error.flagname, get_default())}')
-    except (UserError, flags.Error) as error:
+    except flags.Error as error:
         fail(str(error))
-    except TrainingError as error:
-        fail(str(error), code=1)
+    except (UserError, TrainingError):
+        raise
     except Exception as error:  # of ml_collections, which checks little
         fail(f'{" ".join(argv[1:])}: {type(error).__name__}: {error}')
 
@@ -372,6 +398,8 @@ def _config_hint(file: str) -> str:
 def config() -> ConfigDict:
     """Returns the validated config of the command line, with its references unresolved.
 
+    Paths in it are absolute.
+
     Raises:
       ConfigError: naming the field.
     """
@@ -386,6 +414,17 @@ def config() -> ConfigDict:
             f'--config: a reference to a field cannot be computed ({cause})'
         ) from error
     config_lib.validate(found)
+    if found.ensemble.members_from and FLAGS.mode != 'evaluate':
+        raise ConfigError(
+            f'ensemble.members_from: only for --mode=evaluate, found --mode={FLAGS.mode}'
+        )
+    if FLAGS.mode == 'train' and found.study.systems and found.system == 'custom':
+        raise ConfigError('study.systems: names systems, so this is for --mode=study')
+    for group, field in (
+        (found.eval, 'blackbox_path'), (found.eval, 'indices'), (found.data, 'path')
+    ):  # fmt: skip
+        if group[field]:  # a run keeps it, and may go on in another directory
+            group[field] = str(files.absolute(group[field]))
     return found
 
 

@@ -8,7 +8,42 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import blackbox, build, costs, data, ensemble, parallel, prng, study, train
+from ensadv import build, prng, study
+from ensadv.data import datasets
+from ensadv.evaluation import attack_settings, blackbox
+from ensadv.models import ensemble
+from ensadv.runtime import distributed
+from ensadv.storage import workdir
+from ensadv.training import costs, from_config, train
+
+
+def run(config: ConfigDict, path: epath.Path | None, systems_dir: epath.Path) -> str:
+    """Returns what a config amounts to, as a text.
+
+    Args:
+      config: validated, with its references unresolved.
+      path: the workdir of a run, whose data need then not be there; or None.
+      systems_dir: configs/.
+
+    Raises:
+      UserError: for what training, or the study, would refuse.
+    """
+    distributed.take_device(config.device)
+    record = workdir.read_record(path) if path is not None else None
+    if record is not None and record['config']['data']['name'] == config.data.name:
+        dataset = record['dataset']
+        held_out = dataset.get('num_validation', 0)
+        dataset = dataset | {'num_train': dataset['num_train'] + held_out}
+    else:
+        name, group = config.data.name, config.data
+        shape, classes = datasets.spec(name, data_dir=group.data_dir, path=group.path)
+        num_train, num_test = datasets.sizes(name, path=group.path)
+        # Sizes do not depend on the pixels' mean and deviation.
+        dataset = {'name': name, 'image_shape': shape, 'num_classes': classes}
+        dataset |= {'mean': [0.0], 'std': [1.0], 'num_train': num_train, 'num_test': num_test}
+    check(config, dataset, systems_dir)
+    dataset['num_train'] -= config.data.validation_examples
+    return describe(config, dataset)
 
 
 def check(config: ConfigDict, dataset: Mapping[str, Any], systems_dir: epath.Path) -> None:
@@ -23,15 +58,15 @@ def check(config: ConfigDict, dataset: Mapping[str, Any], systems_dir: epath.Pat
       UserError: as training would.
     """
     build.test_places(config, dataset['num_test'])
-    data.check_held_out(dataset['name'], dataset['num_train'], config.data.validation_examples)
+    datasets.check_held_out(dataset['name'], dataset['num_train'], config.data.validation_examples)
     if config.study.systems:
         for _ in study.runs(config, systems_dir):
             pass
         if 'blackbox' in config.eval.attacks and not config.eval.blackbox_path:
             blackbox.source_configs(config, systems_dir)
             return
-    for name in build.attack_names(config):
-        build.evaluation_settings(config, name)
+    for name in attack_settings.attack_names(config):
+        attack_settings.evaluation_settings(config, name)
 
 
 def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
@@ -46,7 +81,7 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
       ConfigError: if the batch does not fit the data or the devices.
       UserError: if config.device is not there.
     """
-    parallel.check_device(config.device)
+    distributed.check_device(config.device)
     config = build.resolve(config)
     train.check_fits(config, dataset)
     sections = {
@@ -166,7 +201,7 @@ def _memory(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _learning_rate(config: ConfigDict) -> dict[str, str]:
-    schedule = build.schedule(config)
+    schedule = from_config.schedule(config)
     steps = [0, *(s for s in config.train.learning_rate_steps if s < config.train.steps)]
     return {f'from step {step:,}': f'{float(schedule(step)):g}' for step in steps}
 
@@ -184,13 +219,13 @@ def _training_attack(config: ConfigDict) -> dict[str, str]:
 
 def _evaluation_attacks(config: ConfigDict) -> dict[str, str]:
     rows = {}
-    for name in (*build.attack_names(config), *config.eval.long_attacks):
+    for name in (*attack_settings.attack_names(config), *config.eval.long_attacks):
         if name == 'blackbox':
             rows[name] = (
                 f'the examples of {config.eval.blackbox_path or "a set made for the study"}'
             )
             continue
-        settings = build.evaluation_settings(config, name)
+        settings = attack_settings.evaluation_settings(config, name)
         shown = ('step_size', 'schedule', 'start', 'sigma', 'restarts', 'loss', 'iterate_examples')
         rows[name] = _settings({key: settings[key] for key in shown if key in settings}) or '-'
     return rows

@@ -21,3 +21,7 @@ class StorageError(Exception):
     """What cannot be written: full disk, no permission, lost storage; exit code 1."""
 
     exit_code = 1
+
+
+class DataError(UserError):
+    """A data set that is missing, unreadable or not what it should be; the message is one line."""

@@ -1,13 +1,110 @@
-"""The study job: many runs, each a system and a seed."""
+"""Whole jobs: a run from its first step to its last evaluation, and a study of many runs."""
 
 from collections.abc import Iterator
 
+import jax
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import parallel, systems
-from ensadv.errors import ConfigError, TrainingError
+from ensadv import systems
+from ensadv.errors import ConfigError, TrainingError, UserError
+from ensadv.evaluation import blackbox, decision_planes, evaluate
+from ensadv.runtime import distributed
+from ensadv.training import train
+
+
+def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
+    """Trains one run to its end, evaluating its snapshots on the way unless told not to.
+
+    Args:
+      config: the run's, resolved.
+      path: its workdir.
+      label: its name in the progress.
+    """
+    job = evaluate.Job(config, path, label)
+    inline = config.eval.inline
+    try:
+        if inline:
+            job.check()
+        train.run(config, path, on_snapshot=job.evaluate_pending if inline else None, label=label)
+        if inline:
+            job.evaluate_pending(wait=True)
+    finally:
+        job.close()
+        # Of no use to the next run, and JAX keeps thousands of programs. On a CPU each takes some
+        # of the memory mappings that Linux grants a process, 65,530; without one XLA crashes.
+        jax.clear_caches()
+
+
+def run_and_show(config: ConfigDict, path: epath.Path) -> None:
+    """Makes one run, as `run_one` does, and prints its accuracies."""
+    config = config.copy_and_resolve_references()
+    run_one(config, path, config.system)
+    evaluate.show(path)
+
+
+def draw_planes(config: ConfigDict, path: epath.Path) -> None:
+    """Makes the decision planes of a run and another, or of its members, and draws them."""
+    file = decision_planes.run(config.copy_and_resolve_references(), path)
+    if distributed.is_main():
+        from ensadv.report import pictures  # Matplotlib takes its time
+
+        pictures.draw_planes(file)
+
+
+def make_transfer_set(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> epath.Path:
+    """Makes a transfer set, and returns its path; see `blackbox.make`."""
+    return blackbox.make(config, path, systems_dir, run_one)
+
+
+def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
+    """Makes the study's runs, and a report on them even if some of them fail.
+
+    Args:
+      config: the study's, validated, with its references unresolved.
+      path: the study's workdir.
+      systems_dir: configs/.
+
+    Raises:
+      UserError: if there is no such system, or its config is not valid.
+      TrainingError: at the end, if runs failed.
+    """
+    report = None
+    if distributed.is_main():
+        try:
+            from ensadv.report import write as report
+        except ImportError as error:  # training and evaluation do without
+            logging.warning(
+                'the report needs a package that is missing (%s): pip install -r requirements.txt; '
+                'afterwards --mode=report writes it, on any machine',
+                error,
+            )
+
+    # All mistakes in the systems are told before the first source is trained.
+    run_configs = dict(runs(config, systems_dir))
+    seeds = [run_config.seed for run_config in run_configs.values()]
+    if 'blackbox' in config.eval.attacks and not config.eval.blackbox_path:
+        if config.blackbox.seed in seeds:
+            raise ConfigError('blackbox.seed: expected another than those of study.seeds')
+        transfer_set = make_transfer_set(config, path / 'blackbox', systems_dir)
+        config.eval.blackbox_path = str(transfer_set)
+    finished, failures = make_runs(config, path, systems_dir)
+    pair = pair_of_planes(config)
+    drawn = distributed.agree(bool(report and pair))
+    if drawn and {path / name for name in pair} <= set(finished):
+        try:
+            with distributed.failing_together():
+                run_config = run_configs[pair[0]]
+                run_config.planes.other = str(path / pair[1])
+                draw_planes(run_config, path / pair[0])
+        except UserError as error:  # the report is worth having without them
+            logging.error('no decision planes: %s', error)
+    if report and finished:
+        report.write(path)
+    if failures:
+        reasons = '; '.join(f'{name}: {reason}' for name, reason in failures.items())
+        raise TrainingError(f'not in the report: {reasons}')
 
 
 def runs(config: ConfigDict, systems_dir: epath.Path) -> Iterator[tuple[str, ConfigDict]]:
@@ -43,8 +140,8 @@ def pair_of_planes(config: ConfigDict) -> tuple[str, str] | None:
     return systems.run_name(first, seed), systems.run_name(second, seed)
 
 
-def run(
-    config: ConfigDict, root: epath.Path, systems_dir: epath.Path, run_one: systems.RunOne
+def make_runs(
+    config: ConfigDict, root: epath.Path, systems_dir: epath.Path
 ) -> tuple[list[epath.Path], dict[str, str]]:
     """Makes the runs that are not finished, each in root/<system>_seed<seed>.
 
@@ -52,7 +149,6 @@ def run(
       config: the study's, validated, with its references unresolved.
       root: the study's workdir.
       systems_dir: configs/.
-      run_one: trains and evaluates one run to its end, at once if it is there already.
 
     Returns:
       The workdirs of the finished runs, and the reasons of those that could not be, by name.
@@ -64,7 +160,7 @@ def run(
         label = f'[{number}/{len(todo)}] {name}'
         logging.info('%s', label)
         try:
-            with parallel.failing_together():
+            with distributed.failing_together():
                 run_one(run_config, root / name, label)
         except TrainingError as error:
             # The others are worth having, and this one would stop at the same place again.

@@ -160,7 +160,7 @@ def snapshot_bytes(config: ConfigDict, workdir, step: int) -> list[bytes]:
     """Returns the bytes of every array in a snapshot, in the tree's order."""
     import jax
 
-    from ensadv import checkpoints
+    from ensadv.storage import checkpoints
 
     tree = checkpoints.open_snapshots(epath.Path(workdir)).restore(step, variables_like(config))
     return [jax.device_get(leaf).tobytes() for leaf in jax.tree.leaves(tree)]

@@ -87,8 +87,10 @@ def import_everything() -> None:
     from matplotlib.figure import Figure
 
     import main
-    from ensadv import blackbox, decision_planes, describe, evaluate, significance, study, train
-    from ensadv.report import drawing
+    from ensadv import describe, study
+    from ensadv.evaluation import blackbox, decision_planes, evaluate
+    from ensadv.report import drawing, significance
+    from ensadv.training import train
 
     del blackbox, decision_planes, evaluate, main, sklearn, study
 

@@ -12,8 +12,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import config as config_lib
-from ensadv import workdir
 from ensadv.config import parse_attack
+from ensadv.storage import files, workdir
 
 N = 100  # test examples, so that an accuracy of 0.01 is one of them
 DIGITS = {
@@ -107,7 +107,7 @@ def write_run(
             'attacks': [results[key] for key in outcomes if not split_of[key]],
             'validation': [results[key] for key in outcomes if split_of[key]],
         }
-        workdir.write_json(workdir.evaluation_path(path, step, '.json'), content)
+        files.write_json(workdir.evaluation_path(path, step, '.json'), content)
         if step == max(evaluations) or step in ledgers:
             write_ledger(path, config, step, outcomes, dataset)
     return pathlib.Path(path)
@@ -128,11 +128,11 @@ def write_ledger(path, config, step, outcomes, dataset=DIGITS) -> None:
         arrays[f'{key}_settings'] = np.array(settings)
         if name in config.eval.long_attacks:
             arrays[f'{key}_fooled_at'] = np.where(correct, -1, 0).astype(np.int32)
-    workdir.write_arrays(workdir.evaluation_path(epath.Path(path), step, '.npz'), arrays)
+    files.write_arrays(workdir.evaluation_path(epath.Path(path), step, '.npz'), arrays)
 
 
 def member(path: pathlib.Path, step: int | None = None) -> dict[str, Any]:
-    """Returns what an ensemble of runs says of this one, as `runs.Run.describe` does."""
+    """Returns what an ensemble of runs says of this one, as `finished_runs.Run.describe` does."""
     record = workdir.read_record(epath.Path(path))
     config = record['config']
     return {
@@ -192,7 +192,7 @@ def write_examples(path, config, step, *, shift: float = 0.1, count: int = 2, ch
 def write_transfer_set(folder: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
     """Writes the part of a transfer set that tells its sources."""
     record = {'sources': [{'workdir': str(source)} for source in sources]}
-    workdir.write_arrays(
+    files.write_arrays(
         epath.Path(folder) / 'blackbox.npz', {'record': np.array(json.dumps(record))}
     )
 
@@ -247,7 +247,7 @@ def _name(key: str) -> str:
 
 
 def _settings(config: ConfigDict, name: str) -> dict[str, Any]:
-    """Returns an attack's settings, as `build.evaluation_settings` does."""
+    """Returns an attack's settings, as `attack_settings.evaluation_settings` does."""
     kind, steps = parse_attack(name)
     settings = {'attack': kind, 'combine': config.ensemble.combine, 'dtype': config.eval.dtype}
     if kind == 'clean':

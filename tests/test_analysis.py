@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from ensadv import analysis
+from ensadv.report import analysis
 
 NAN = float('nan')
 
@@ -190,5 +190,5 @@ def test_the_pareto_front():
 
 
 def test_analysis_needs_no_jax():
-    program = 'import sys, ensadv.analysis; sys.exit("jax" in sys.modules)'
+    program = 'import sys, ensadv.report.analysis; sys.exit("jax" in sys.modules)'
     subprocess.run([sys.executable, '-c', program], check=True)

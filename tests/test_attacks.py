@@ -8,7 +8,9 @@ import optax
 import pytest
 from conftest import ROOT, tiny_config
 
-from ensadv import attacks, build, losses, prng
+from ensadv import losses, prng
+from ensadv.attacks import driver
+from ensadv.training import from_config
 
 EPSILON = 0.1
 WEIGHTS = jax.random.normal(jax.random.key(0), (2 * 3 * 1, 2))
@@ -29,8 +31,8 @@ def worst_of_linear():
 
 def attack(name, num_steps, step_size, **settings):
     return functools.partial(
-        attacks.attack,
-        step=attacks.STEPS[name](step_size),
+        driver.attack,
+        step=driver.STEPS[name](step_size),
         num_steps=num_steps,
         epsilon=EPSILON,
         **settings,
@@ -73,8 +75,8 @@ def test_always_in_the_ball_and_in_the_pixel_box(start, name, num_steps, epsilon
         w = jax.random.normal(key, (32, 3))
         keys = jax.random.split(key, 7)
         f = lambda x, w=w: jax.nn.log_softmax(x.reshape(7, -1) @ w)
-        x_adv = attacks.attack(
-            f, keys, x, jnp.arange(7) % 3, step=attacks.STEPS[name](0.3), num_steps=num_steps,
+        x_adv = driver.attack(
+            f, keys, x, jnp.arange(7) % 3, step=driver.STEPS[name](0.3), num_steps=num_steps,
             epsilon=epsilon, start_from=start, sigma=0.5,
         )  # fmt: skip
         assert np.all((x_adv >= 0) & (x_adv <= 1))
@@ -86,14 +88,14 @@ def test_always_in_the_ball_and_in_the_pixel_box(start, name, num_steps, epsilon
 def test_starts_have_the_distribution_they_are_named_after():
     x = jnp.full((2000, 2, 2, 1), 0.5)
     keys = jax.random.split(jax.random.key(0), 2000)
-    gaussian = attacks.start('gaussian', keys, x, epsilon=0.2, sigma=0.05) - x
-    uniform = attacks.start('uniform', keys, x, epsilon=0.2, sigma=0.05) - x
+    gaussian = driver.start('gaussian', keys, x, epsilon=0.2, sigma=0.05) - x
+    uniform = driver.start('uniform', keys, x, epsilon=0.2, sigma=0.05) - x
     assert abs(np.std(gaussian) - 0.05) < 0.002
     assert np.max(np.abs(gaussian)) > 0.15
     assert abs(np.std(uniform) - 0.2 / np.sqrt(3)) < 0.003
     assert np.max(np.abs(uniform)) <= 0.2
     with pytest.raises(ValueError, match='start'):
-        attacks.start('normal', keys, x, epsilon=0.2, sigma=0.05)
+        driver.start('normal', keys, x, epsilon=0.2, sigma=0.05)
 
 
 def test_each_example_is_attacked_by_itself():
@@ -119,13 +121,13 @@ def test_keeps_the_worst_iterate_and_reports_the_last():
         jax.random.split(jax.random.key(0), 1),
     )
     # The steps are so large that the second one has left the shell.
-    settings = {'step': attacks.ifgsm(0.011), 'epsilon': 0.1, 'start_from': 'none'}
+    settings = {'step': driver.ifgsm(0.011), 'epsilon': 0.1, 'start_from': 'none'}
     visited = [x]
     for n in range(1, 5):
-        visited.append(attacks.attack(shell, keys, x, y, num_steps=n, **settings))
+        visited.append(driver.attack(shell, keys, x, y, num_steps=n, **settings))
     margins = [float(losses.margin(shell(v), y)[0]) for v in visited]
     assert margins[-1] > min(margins)
-    outcome = attacks.worst_case(shell, keys, x, y, num_steps=4, **settings)
+    outcome = driver.worst_case(shell, keys, x, y, num_steps=4, **settings)
     np.testing.assert_allclose(outcome.margin[0], min(margins), atol=1e-5)
     np.testing.assert_allclose(outcome.last_margin[0], margins[-1], atol=1e-5)
     np.testing.assert_allclose(outcome.x_adv, visited[int(np.argmin(margins))], atol=1e-6)
@@ -142,11 +144,11 @@ def test_the_clean_image_counts_and_is_judged_once(start_from):
         lead = 50 * jnp.abs(points.mean((1, 2, 3)) - 0.501) - 1
         return jax.nn.log_softmax(jnp.stack([lead / 2, -lead / 2], axis=-1))
 
-    step, start = attacks.ifgsm(0.1), {'start_from': start_from, 'epsilon': 0.3}
-    progress = attacks.begin(f, x, y, step=step, start_from=start_from)
+    step, start = driver.ifgsm(0.1), {'start_from': start_from, 'epsilon': 0.3}
+    progress = driver.begin(f, x, y, step=step, start_from=start_from)
     keys = jax.random.split(jax.random.key(3), 1)
-    progress = attacks.restart(progress, keys, x, 0, step=step, sigma=0.0, **start)
-    progress = attacks.advance(f, progress, x, y, step=step, num_steps=1, epsilon=0.3,
+    progress = driver.restart(progress, keys, x, 0, step=step, sigma=0.0, **start)
+    progress = driver.advance(f, progress, x, y, step=step, num_steps=1, epsilon=0.3,
                                loss='cross_entropy')  # fmt: skip
     jax.effects_barrier()
     np.testing.assert_allclose(progress.margin, -0.95, rtol=1e-4)
@@ -161,8 +163,8 @@ def test_more_steps_and_restarts_never_look_weaker():
     f = lambda x: jax.nn.log_softmax(jnp.sin(20 * x.reshape(len(x), -1)) @ w)
 
     def margins(num_steps, restarts):
-        return attacks.worst_case(
-            f, KEYS, X, Y, step=attacks.ifgsm(0.05), num_steps=num_steps, restarts=restarts,
+        return driver.worst_case(
+            f, KEYS, X, Y, step=driver.ifgsm(0.05), num_steps=num_steps, restarts=restarts,
             epsilon=EPSILON, start_from='uniform',
         ).margin  # fmt: skip
 
@@ -202,8 +204,8 @@ def confident(gap):
 def attack_confident(gap):
     x, y = jnp.full((1, 2, 2, 1), 0.5), jnp.zeros(1, int)
     keys = jax.random.split(jax.random.key(0), 1)
-    return attacks.worst_case(
-        confident(gap), keys, x, y, step=attacks.pgd(0.02), num_steps=20, epsilon=0.1,
+    return driver.worst_case(
+        confident(gap), keys, x, y, step=driver.pgd(0.02), num_steps=20, epsilon=0.1,
         start_from='none',
     )  # fmt: skip
 
@@ -235,8 +237,7 @@ def log_probs(x):
 def test_logits_and_log_probabilities_come_to_the_same(loss):
     settings = {'num_steps': 5, 'epsilon': EPSILON, 'sigma': 0.05, 'loss': loss}
     one, other = (
-        attacks.attack(f, KEYS, X, Y, step=attacks.pgd(0.03), **settings)
-        for f in (logits, log_probs)
+        driver.attack(f, KEYS, X, Y, step=driver.pgd(0.03), **settings) for f in (logits, log_probs)
     )
     np.testing.assert_allclose(one, other, atol=1e-4)
     assert np.max(np.abs(one - X)) > 0.09
@@ -245,7 +246,7 @@ def test_logits_and_log_probabilities_come_to_the_same(loss):
 def test_verdicts_on_logits_are_those_on_log_probabilities():
     settings = {'num_steps': 5, 'epsilon': EPSILON, 'sigma': 0.05, 'restarts': 2}
     one, other = (
-        attacks.worst_case(f, KEYS, X, Y, step=attacks.pgd(0.03), **settings)
+        driver.worst_case(f, KEYS, X, Y, step=driver.pgd(0.03), **settings)
         for f in (logits, log_probs)
     )
     np.testing.assert_allclose(one.margin, other.margin, atol=1e-4)
@@ -255,8 +256,8 @@ def test_verdicts_on_logits_are_those_on_log_probabilities():
 def test_given_functions_take_the_outputs_as_they_are():
     """Be they no logits at all."""
     predict = lambda x: {'score': jnp.sum(x, axis=(1, 2, 3))}
-    outcome = attacks.worst_case(
-        predict, KEYS, X, Y, step=attacks.ifgsm(0.02), num_steps=10, epsilon=EPSILON,
+    outcome = driver.worst_case(
+        predict, KEYS, X, Y, step=driver.ifgsm(0.02), num_steps=10, epsilon=EPSILON,
         start_from='none', loss=lambda outputs, y: -outputs['score'],
         judge=lambda outputs, y: outputs['score'],
     )  # fmt: skip
@@ -266,13 +267,13 @@ def test_given_functions_take_the_outputs_as_they_are():
 def test_training_climbs_log_probabilities_as_they_are():
     """Normalised once more, the numbers of runs would change in their last digits."""
     config = tiny_config(attack__loss='cross_entropy', attack__start='none')
-    raw = attacks.attack(
-        logits, KEYS, X, Y, step=attacks.ifgsm(config.attack.step_size), num_steps=2,
+    raw = driver.attack(
+        logits, KEYS, X, Y, step=driver.ifgsm(config.attack.step_size), num_steps=2,
         epsilon=config.epsilon, start_from='none', loss=losses.cross_entropy,
     )  # fmt: skip
-    np.testing.assert_array_equal(build.training_attack(config)(logits, KEYS, X, Y), raw)
-    assert np.any(raw != attacks.attack(
-        logits, KEYS, X, Y, step=attacks.ifgsm(config.attack.step_size), num_steps=2,
+    np.testing.assert_array_equal(from_config.training_attack(config)(logits, KEYS, X, Y), raw)
+    assert np.any(raw != driver.attack(
+        logits, KEYS, X, Y, step=driver.ifgsm(config.attack.step_size), num_steps=2,
         epsilon=config.epsilon, start_from='none',
     ))  # fmt: skip
 
@@ -280,7 +281,7 @@ def test_training_climbs_log_probabilities_as_they_are():
 PIXELS = np.asarray(X)
 
 
-@pytest.mark.parametrize('whole', [attacks.attack, attacks.worst_case])
+@pytest.mark.parametrize('whole', [driver.attack, driver.worst_case])
 @pytest.mark.parametrize(
     'change, told',
     [
@@ -304,10 +305,10 @@ PIXELS = np.asarray(X)
 def test_what_cannot_be_meant_is_refused(whole, change, told):
     given = {'predict': linear, 'rng': KEYS, 'x': PIXELS, 'y': Y, 'epsilon': 0.1, 'sigma': 0.05}
     with pytest.raises(ValueError, match=told):
-        whole(**given | change, step=attacks.pgd(0.02), num_steps=1)
+        whole(**given | change, step=driver.pgd(0.02), num_steps=1)
 
 
-@pytest.mark.parametrize('step', [attacks.ifgsm, attacks.pgd])
+@pytest.mark.parametrize('step', [driver.ifgsm, driver.pgd])
 def test_a_step_of_more_than_all_pixels_is_refused(step):
     with pytest.raises(ValueError, match='step_size'):
         step(2)
@@ -316,7 +317,7 @@ def test_a_step_of_more_than_all_pixels_is_refused(step):
 @pytest.mark.parametrize('start', [{'start_from': 'none'}, {'sigma': 0.0}])
 def test_restarts_that_would_be_equal_are_refused(start):
     of = functools.partial(
-        attacks.worst_case, linear, KEYS, X, Y, step=attacks.pgd(0.02), num_steps=1, epsilon=0.1,
+        driver.worst_case, linear, KEYS, X, Y, step=driver.pgd(0.02), num_steps=1, epsilon=0.1,
         **start,
     )  # fmt: skip
     with pytest.raises(ValueError, match='restarts: 3 equal ones'):
@@ -326,8 +327,8 @@ def test_restarts_that_would_be_equal_are_refused(start):
 
 def test_inside_jit_what_is_known_is_checked_and_the_rest_is_taken():
     def margins(x, epsilon):
-        settings = {'step': attacks.pgd(0.02), 'num_steps': 1, 'sigma': 0.05}
-        return attacks.worst_case(linear, KEYS, x, Y, epsilon=epsilon, **settings).margin
+        settings = {'step': driver.pgd(0.02), 'num_steps': 1, 'sigma': 0.05}
+        return driver.worst_case(linear, KEYS, x, Y, epsilon=epsilon, **settings).margin
 
     too_large = X * 255
     assert np.all(np.isfinite(jax.jit(margins)(too_large, 8.0)))
@@ -343,9 +344,9 @@ def test_other_kinds_of_keys_leave_an_example_to_itself(kind, raw):
     with jax.default_prng_impl(kind):
         keys = jax.random.split(jax.random.PRNGKey(3) if raw else jax.random.key(3), 5)
         settings = {'epsilon': EPSILON, 'sigma': 0.05, 'start_from': 'gaussian'}
-        begin = lambda keys, x: attacks.restart(
-            attacks.begin(linear, x, Y[: len(x)], step=attacks.pgd(0.02), start_from='none'),
-            keys, x, 1, step=attacks.pgd(0.02), **settings,
+        begin = lambda keys, x: driver.restart(
+            driver.begin(linear, x, Y[: len(x)], step=driver.pgd(0.02), start_from='none'),
+            keys, x, 1, step=driver.pgd(0.02), **settings,
         ).x_adv  # fmt: skip
         together, alone = begin(keys, X), begin(keys[3:4], X[3:4])
         np.testing.assert_allclose(together[3], alone[0], atol=1e-6)

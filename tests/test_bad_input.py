@@ -27,8 +27,10 @@ from test_report import planes
 
 from configs import default
 from ensadv import config as config_lib
-from ensadv import data, plane_files, transfer, workdir
 from ensadv.command_line import EXAMPLE
+from ensadv.data import datasets
+from ensadv.evaluation import transfer_sets
+from ensadv.storage import plane_files, workdir
 
 TIMES = int(os.environ.get('BAD_INPUT_EXAMPLES', '1'))
 FIELDS = config_lib.field_types(default.get_config())
@@ -485,7 +487,7 @@ def run_folder(tmp_path_factory) -> pathlib.Path:
     """A run that was never trained, on the digits that there are."""
     root = tmp_path_factory.mktemp('run')
     last = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5, 'pgd500': 0.4}
-    digits = data.load('digits')
+    digits = datasets.load('digits')
     config = run_config(model__dtype='float32')
     path = write_run(root / 'run', config, {20: last, 40: last}, dataset=digits.describe())
     write_examples(path, config, 40)
@@ -716,7 +718,7 @@ def train_on(program: Server, file: pathlib.Path, folder: pathlib.Path, **change
 
 
 def transfer_set(file: pathlib.Path) -> None:
-    digits = data.load('digits')
+    digits = datasets.load('digits')
     n = 30
     config = config_lib.to_dict(tiny_config('baseline', seed=9))
     record = {
@@ -725,10 +727,10 @@ def transfer_set(file: pathlib.Path) -> None:
         'sources': [{'system': 'Baseline', 'seed': 9, 'config': config}],
     }
     indices = np.arange(n, dtype=np.int32)
-    made = transfer.TransferSet(
+    made = transfer_sets.TransferSet(
         digits.image_test[:n], digits.label_test[:n], indices, np.ones(n, bool), record
     )
-    transfer.write(file, made)
+    transfer_sets.write(file, made)
 
 
 @examples(40)

@@ -12,7 +12,9 @@ import optax
 import pytest
 from conftest import ROOT, tiny_config
 
-from ensadv import attacks, build, ensemble
+from ensadv import build
+from ensadv.attacks import driver
+from ensadv.models import ensemble
 
 DESCRIPTION = {'num_classes': 10, 'mean': (0.3,), 'std': (0.4,)}
 
@@ -102,8 +104,8 @@ def test_foolboxs_adam_is_ours_on_signs_and_without_them_ours(strength, run, raw
     # The peer flattens NCHW.
     flatten = lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1)
     log_probs = lambda x: jax.nn.log_softmax(flatten(x) @ weight.T + bias)
-    adam = attacks.pgd(0.03) if raw else optax.chain(optax.scale_by_sign(), attacks.pgd(0.03))
-    ours = attacks.attack(
+    adam = driver.pgd(0.03) if raw else optax.chain(optax.scale_by_sign(), driver.pgd(0.03))
+    ours = driver.attack(
         log_probs, jax.random.split(jax.random.key(0), 5), run.x, run.y, step=adam, num_steps=3,
         epsilon=run.epsilon, start_from='none',
     )  # fmt: skip

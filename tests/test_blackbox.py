@@ -8,13 +8,14 @@ import pytest
 from conftest import ROOT, TINY, overrides, run_main, tiny_config
 from etils import epath
 
-import main
 from configs import default
-from ensadv import blackbox, build, checkpoints, evaluate, runs, transfer
+from ensadv import build, study
 from ensadv import config as config_lib
-from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, UserError
-from ensadv.evaluator import Evaluator
+from ensadv.evaluation import blackbox, evaluate, finished_runs, transfer_sets
+from ensadv.evaluation.evaluator import Evaluator
+from ensadv.storage import checkpoints, files
+from ensadv.storage import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -41,7 +42,7 @@ def config_of(**changes):
 def root(tmp_path_factory):
     """A transfer set and its sources."""
     root = epath.Path(tmp_path_factory.mktemp('blackbox'))
-    blackbox.make(config_of(), root, CONFIGS, main.run_one)
+    blackbox.make(config_of(), root, CONFIGS, study.run_one)
     return root
 
 
@@ -64,7 +65,7 @@ def log_probs_of(path, images):
 
 
 def test_every_source_errs_where_the_file_says_so(root, dataset):
-    found = transfer.load(root / 'blackbox.npz', dataset, 0.15)
+    found = transfer_sets.load(root / 'blackbox.npz', dataset, 0.15)
     np.testing.assert_array_equal(found.indices, np.arange(40))
     np.testing.assert_array_equal(found.labels, dataset.label_test[:40])
     errs = [
@@ -78,7 +79,7 @@ def test_every_source_errs_where_the_file_says_so(root, dataset):
 
 
 def test_the_record_says_how_it_was_made(root):
-    record = transfer.read_record(root / 'blackbox.npz')
+    record = transfer_sets.read_record(root / 'blackbox.npz')
     for source, name in zip(record['sources'], ('baseline', 'ensemble2'), strict=True):
         evaluations = workdir_lib.read_evaluations(root / f'{name}_seed1000')
         clean = evaluations[40]['attacks'][0]
@@ -110,14 +111,14 @@ def test_escalation_goes_on_only_with_what_stands(root, monkeypatch, tmp_path):
     monkeypatch.setattr(Evaluator, 'transfer_attack', watching)
     copy = epath.Path(tmp_path) / 'copy'
     shutil.copytree(root, copy)
-    before = transfer.read_record(copy / 'blackbox.npz')
+    before = transfer_sets.read_record(copy / 'blackbox.npz')
     (copy / 'blackbox.npz').unlink()
-    blackbox.make(config_of(), copy, CONFIGS, main.run_one)
+    blackbox.make(config_of(), copy, CONFIGS, study.run_one)
     assert len(attacked[0]) == 40
     for places, fooled in zip(attacked[1:], before['fooled_per_round'], strict=False):
         assert len(places) == 40 - fooled
     # Made again from the same sources it is the same set.
-    assert transfer.read_record(copy / 'blackbox.npz')['digest'] == before['digest']
+    assert transfer_sets.read_record(copy / 'blackbox.npz')['digest'] == before['digest']
 
 
 def test_a_set_that_is_there_is_not_made_again(root, monkeypatch):
@@ -125,9 +126,9 @@ def test_a_set_that_is_there_is_not_made_again(root, monkeypatch):
         raise AssertionError('attacked again')
 
     monkeypatch.setattr(Evaluator, 'transfer_attack', never)
-    assert blackbox.make(config_of(), root, CONFIGS, main.run_one) == root / 'blackbox.npz'
+    assert blackbox.make(config_of(), root, CONFIGS, study.run_one) == root / 'blackbox.npz'
     with pytest.raises(UserError, match='made from other sources or settings'):
-        blackbox.make(config_of(blackbox__rounds=1), root, CONFIGS, main.run_one)
+        blackbox.make(config_of(blackbox__rounds=1), root, CONFIGS, study.run_one)
 
 
 def test_what_never_falls_is_told_and_marked(tmp_path, root, capsys):
@@ -138,8 +139,8 @@ def test_what_never_falls_is_told_and_marked(tmp_path, root, capsys):
     (copy / 'blackbox.npz').unlink()
     # A step size of nothing fools nobody who was right.
     config = config_of(blackbox__step_size=1e-7, blackbox__rounds=1, blackbox__start='none')
-    blackbox.make(config, copy, CONFIGS, main.run_one)
-    record = transfer.read_record(copy / 'blackbox.npz')
+    blackbox.make(config, copy, CONFIGS, study.run_one)
+    record = transfer_sets.read_record(copy / 'blackbox.npz')
     left = 40 - record['fooled']
     assert left > 0
     assert f'{left} never did, and are marked' in capsys.readouterr().out
@@ -150,7 +151,7 @@ def judged(tmp_path):
     """A run that is no source, short."""
     path = epath.Path(tmp_path) / 'judged'
     config = tiny_config('singleadv', train__steps=2, eval__num_examples=40)
-    main.run_one(config, path, 'judged')
+    study.run_one(config, path, 'judged')
     return config, path
 
 
@@ -158,7 +159,7 @@ def test_accuracy_on_the_set_is_that_of_a_forward_pass(root, judged, dataset):
     config, path = judged
     config.eval.blackbox_path = str(root / 'blackbox.npz')
     evaluate.run(config, path)
-    found = transfer.load(root / 'blackbox.npz', dataset, 0.15)
+    found = transfer_sets.load(root / 'blackbox.npz', dataset, 0.15)
     correct = np.argmax(log_probs_of(path, found.images), axis=1) == found.labels
     results = {r['name']: r for r in workdir_lib.read_evaluations(path)[2]['attacks']}
     assert results['blackbox']['correct'] == correct.sum()
@@ -166,7 +167,7 @@ def test_accuracy_on_the_set_is_that_of_a_forward_pass(root, judged, dataset):
     settings = results['blackbox']['settings']
     assert settings['digest'] == found.record['digest']
     assert settings['share_fooled'] == found.fooled.mean()
-    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 2, '.npz'))
+    ledger = files.read_arrays(workdir_lib.evaluation_path(path, 2, '.npz'))
     np.testing.assert_array_equal(ledger['blackbox_correct'], correct)
 
 
@@ -184,7 +185,7 @@ def test_a_set_for_something_else_is_refused(root, judged, monkeypatch):
     config.eval.num_examples = None
     record = workdir_lib.read_record(path)
     record['config']['eval']['num_examples'] = None
-    workdir_lib.write_json(path / 'config.json', record)
+    files.write_json(path / 'config.json', record)
     with pytest.raises(UserError, match=r'expected the 360 test examples.*found 40 of them'):
         evaluate.Job(config, path).evaluate_pending()
 
@@ -196,7 +197,7 @@ def test_another_epsilon_is_refused(root, tmp_path):
         eval__blackbox_path=str(root / 'blackbox.npz'),
     )  # fmt: skip
     with pytest.raises(UserError, match='epsilon'):
-        main.run_one(config, path, 'other')
+        study.run_one(config, path, 'other')
 
 
 def test_a_source_is_not_judged_by_its_own_set(root):
@@ -224,13 +225,13 @@ def test_a_source_is_not_judged_by_its_own_set(root):
     ],
 )
 def test_who_is_a_source(root, changes, refused):
-    record = transfer.read_record(root / 'blackbox.npz')
+    record = transfer_sets.read_record(root / 'blackbox.npz')
     config = default.get_config()
     config.update_from_flattened_dict(config_lib.flatten(record['sources'][0]['config']))
     config.update_from_flattened_dict(changes)
     told = pytest.raises(UserError, match='one of the sources')
     with told if refused else contextlib.nullcontext():
-        runs.refuse_sources(config_lib.to_dict(config), record)
+        finished_runs.refuse_sources(config_lib.to_dict(config), record)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ensadv import checkpoints
 from ensadv.errors import StorageError
+from ensadv.storage import checkpoints
 
 # Orbax leaves coroutines and threads behind when one of its files is damaged.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')

@@ -14,8 +14,8 @@ from absl import logging
 from conftest import ROOT, Clock
 from etils import epath
 
-from ensadv import claims as claims_lib
-from ensadv import workdir as workdir_lib
+from ensadv.storage import files
+from ensadv.storage import leases as claims_lib
 
 STALE = 300.0
 # What has the name of a claim to 4000 that nobody made.
@@ -33,7 +33,7 @@ def folder(tmp_path) -> epath.Path:
 
 @pytest.fixture
 def new_claims(folder):
-    """Makes Claims, each like a process of its own; beats come by hand, `claims.beat()`."""
+    """Makes Claims, each like a process of its own; beats come by hand, `leases.beat()`."""
     with contextlib.ExitStack() as stack:
 
         def new(**settings):
@@ -65,7 +65,7 @@ def python(code, *args):
 TAKE_AND_WAIT = """
 import sys, time
 from etils import epath
-from ensadv import claims
+from ensadv.storage import leases as claims
 mine = claims.Claims(epath.Path(sys.argv[1]))
 print(mine.take('4000'), flush=True)
 time.sleep(float(sys.argv[2]))
@@ -213,15 +213,15 @@ def test_a_holder_paused_within_a_beat_gives_way(new_claims, folder, monkeypatch
     holder, observer = new_claims(clock=clock), new_claims(clock=clock)
     assert holder.take('4000')
     assert not observer.take('4000')
-    write_bytes = workdir_lib.write_bytes
+    write_bytes = files.write_bytes
 
     def paused(path, content):
-        monkeypatch.setattr(workdir_lib, 'write_bytes', write_bytes)
+        monkeypatch.setattr(files, 'write_bytes', write_bytes)
         clock.now += STALE
         assert observer.take('4000')
         write_bytes(path, content)
 
-    monkeypatch.setattr(workdir_lib, 'write_bytes', paused)
+    monkeypatch.setattr(files, 'write_bytes', paused)
     holder.beat()
     assert not holder.still_held('4000')
     assert observer.still_held('4000')
@@ -255,7 +255,7 @@ def test_beats_go_on_after_errors_with_one_warning(new_claims, folder, monkeypat
         raise OSError(28, 'No space left on device')
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger='absl'):
-        patch.setattr(workdir_lib, 'write_bytes', full)
+        patch.setattr(files, 'write_bytes', full)
         for _ in range(3):
             holder.beat()
     assert caplog.text.count('No space left on device') == 1
@@ -291,7 +291,7 @@ def test_who_does_not_see_its_own_claim_holds_nothing(new_claims, folder, monkey
 
 def test_two_that_see_each_other_withdraw_and_one_tries_again(new_claims, folder, monkeypatch):
     claims, rival = new_claims(), folder / STRAY
-    write_bytes, pauses = workdir_lib.write_bytes, []
+    write_bytes, pauses = files.write_bytes, []
 
     def write_beside_a_rival(path, content):
         write_bytes(path, content)
@@ -302,13 +302,13 @@ def test_two_that_see_each_other_withdraw_and_one_tries_again(new_claims, folder
         pauses.append(seconds)
         rival.unlink()
 
-    monkeypatch.setattr(workdir_lib, 'write_bytes', write_beside_a_rival)
+    monkeypatch.setattr(files, 'write_bytes', write_beside_a_rival)
     monkeypatch.setattr(claims_lib.time, 'sleep', rival_withdraws)
     assert not claims.take('4000')
     assert len(pauses) == 2
     assert all(0 <= pause <= 0.2 for pause in pauses)
     rival.unlink()
-    monkeypatch.setattr(workdir_lib, 'write_bytes', write_bytes)
+    monkeypatch.setattr(files, 'write_bytes', write_bytes)
     assert claims.take('4000')
 
 
@@ -445,7 +445,7 @@ def test_the_thread_beats_while_something_is_held(new_claims, folder):
 CONTEND = """
 import pathlib, random, sys, time
 from etils import epath
-from ensadv import claims
+from ensadv.storage import leases as claims
 folder = pathlib.Path(sys.argv[1])
 mine = claims.Claims(epath.Path(folder / 'claims'), beat_seconds=0.01)
 print('ready', flush=True)
@@ -486,7 +486,7 @@ def elsewhere(folder, beat=0):
     """Writes the claim of a process on another machine."""
     process = claims_lib.Process('far', 1, 'another machine', '1')
     content = json.dumps(dataclasses.asdict(process) | {'beat': beat}).encode()
-    workdir_lib.write_bytes(folder / STRAY, content)
+    files.write_bytes(folder / STRAY, content)
 
 
 def test_a_silent_holder_elsewhere_is_waited_for_and_then_succeeded(

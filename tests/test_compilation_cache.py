@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ensadv import compilation_cache, conv, onednn
+from ensadv.cpu import conv, onednn, processor
+from ensadv.runtime import compilation_cache
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_programs_are_kept_in_the_directory(restored, tmp_path):
 def test_the_default_is_the_users_cache(restored, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     compilation_cache.enable(None)
-    folder = tmp_path / 'ensadv' / 'compiled' / compilation_cache.processor()
+    folder = tmp_path / 'ensadv' / 'compiled' / processor.processor()
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 

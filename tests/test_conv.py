@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ensadv import conv, conv_cpu, onednn, winograd
+from ensadv.cpu import conv, gradients, onednn, winograd
 
 DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 SEPARATE = conv.get('separate')
@@ -164,7 +164,7 @@ def test_gradients_of_weights_are_products(
     monkeypatch, size, window, strides, padding, images_at_a_time
 ):
     x, w = arrays(size, window, channels=(8, 5))
-    monkeypatch.setattr(conv_cpu, '_VALUES', images_at_a_time * math.prod(size) * 8)
+    monkeypatch.setattr(gradients, '_VALUES', images_at_a_time * math.prod(size) * 8)
     ours, theirs = both(strides, padding)
     loss = lambda w, x: jnp.sum(jnp.tanh(ours(x, w)))
     of_loss, of_both = (
@@ -397,8 +397,8 @@ def only_onednn(monkeypatch):
     ],
 )
 def test_onednn(monkeypatch, size, window, strides, padding, images_at_a_time):
-    monkeypatch.setattr(conv_cpu, '_IMAGES', images_at_a_time)
-    monkeypatch.setattr(conv_cpu, '_VALUES_OF_BOTH', 0)
+    monkeypatch.setattr(gradients, '_IMAGES', images_at_a_time)
+    monkeypatch.setattr(gradients, '_VALUES_OF_BOTH', 0)
     assert_same(*both(strides, padding), *arrays(size, window, channels=(8, 5)))
 
 
@@ -414,7 +414,7 @@ def test_blocks_of_channels(inputs, strides):
 def test_images_at_a_time_of_gradients_of_weights():
     def images(size, inputs, outputs, batch=64):
         x, g = (jnp.zeros((batch, size, size, channels)) for channels in (inputs, outputs))
-        gradient = lambda x, g: conv_cpu.images_as_channels(x, g, (3, 3), (1, 1), ((1, 1), (1, 1)))
+        gradient = lambda x, g: gradients.images_as_channels(x, g, (3, 3), (1, 1), ((1, 1), (1, 1)))
         text = jax.jit(gradient).lower(x, g).as_text()
         (kernel,) = re.findall(r'onednn\$convolution.*tensor<(\d+)x\d+x\d+x\d+xf32>\) ->', text)
         return int(kernel)

@@ -7,9 +7,10 @@ import pytest
 from conftest import empty_files, tensorboard_values
 from test_follow import UNITS, config_for, evaluated, fake, ledgers, make_run, snapshot_steps
 
-from ensadv import checkpoints, evaluate
-from ensadv import workdir as workdir_lib
 from ensadv.errors import TrainingError
+from ensadv.evaluation import evaluate
+from ensadv.storage import checkpoints
+from ensadv.storage import workdir as workdir_lib
 
 __all__ = ['fake']  # a fixture
 # Orbax leaves coroutines and threads behind when one of its files is damaged.

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ensadv import config, data, data_checks, errors
+from ensadv import config as config_lib
+from ensadv import errors
+from ensadv.data import batches, checks, datasets, readers
 
 PREPARED = pathlib.Path(__file__).parents[2] / 'shared' / 'tfds'
 needs_cifar10 = pytest.mark.skipif(not PREPARED.exists(), reason='no prepared CIFAR-10 here')
@@ -31,13 +33,13 @@ def tiny_arrays() -> dict[str, np.ndarray]:
     }
 
 
-def tiny_dataset(**changes) -> data.Dataset:
-    return data.Dataset('npz', **(tiny_arrays() | changes), num_classes=3)
+def tiny_dataset(**changes) -> datasets.Dataset:
+    return datasets.Dataset('npz', **(tiny_arrays() | changes), num_classes=3)
 
 
 def message(*args, **kwargs) -> str:
-    with pytest.raises(data.DataError) as caught:
-        data.load(*args, **kwargs)
+    with pytest.raises(errors.DataError) as caught:
+        datasets.load(*args, **kwargs)
     text = str(caught.value)
     assert '\n' not in text
     return text
@@ -47,15 +49,15 @@ def message(*args, **kwargs) -> str:
 
 
 def test_names_are_those_that_the_config_allows():
-    assert data.NAMES == config.DATASETS
+    assert datasets.NAMES == config_lib.DATASETS
     assert 'imagenet' in message('imagenet')
-    assert issubclass(data.DataError, errors.UserError)
+    assert issubclass(errors.DataError, errors.UserError)
 
 
 def test_digits_are_sklearns_and_always_split_alike():
     from sklearn.datasets import load_digits
 
-    digits = data.load('digits')
+    digits = datasets.load('digits')
     assert digits.image_train.shape == (1437, 8, 8, 1)
     assert digits.image_test.shape == (360, 8, 8, 1)
     assert digits.image_train.dtype == np.uint8
@@ -68,7 +70,7 @@ def test_digits_are_sklearns_and_always_split_alike():
     assert (grey[0], grey[8], grey[16]) == (0, 128, 255)
     assert counted(images, labels) == counted(grey[source.images.astype(int)], source.target)
     assert digits.fingerprint == FINGERPRINT_OF_DIGITS
-    assert data.spec('digits') == ((8, 8, 1), 10)
+    assert datasets.spec('digits') == ((8, 8, 1), 10)
 
 
 # The split that results refer to: scikit-learn must not change it unnoticed.
@@ -122,7 +124,7 @@ def test_describe_survives_json():
 
 
 def test_flips_only_where_a_mirrored_image_means_the_same():
-    assert [name for name in data.NAMES if data.flips_by_default(name)] == [
+    assert [name for name in datasets.NAMES if datasets.flips_by_default(name)] == [
         'cifar10',
         'cifar100',
         'npz',
@@ -132,14 +134,14 @@ def test_flips_only_where_a_mirrored_image_means_the_same():
 # The validation split
 
 
-def numbered_dataset(total: int = 100, classes: int = 5) -> data.Dataset:
+def numbered_dataset(total: int = 100, classes: int = 5) -> datasets.Dataset:
     """A data set sorted by class, whose training images hold their own place."""
     places = np.arange(total)
     images = np.stack([places // 256, places % 256], axis=-1).astype(np.uint8)
     labels = (places * classes // total).astype(np.int32)
     test = tiny_arrays()['label_test'].astype(np.int32)
     images = images.reshape(total, 1, 1, 2)
-    return data.Dataset('npz', images, labels, images[:4], test, classes)
+    return datasets.Dataset('npz', images, labels, images[:4], test, classes)
 
 
 def places(images: np.ndarray) -> list[int]:
@@ -148,7 +150,7 @@ def places(images: np.ndarray) -> list[int]:
 
 def test_held_out_examples_are_not_trained_on():
     whole = numbered_dataset()
-    held = data.hold_out(whole, 20)
+    held = datasets.hold_out(whole, 20)
     train, validation = places(held.image_train), places(held.image_validation)
     assert (len(train), len(validation)) == (80, 20)
     assert sorted(train + validation) == list(range(100))
@@ -170,26 +172,26 @@ def test_held_out_examples_are_not_trained_on():
 
 
 def test_the_same_examples_are_always_held_out():
-    chosen = places(data.hold_out(numbered_dataset(), 10).image_validation)
+    chosen = places(datasets.hold_out(numbered_dataset(), 10).image_validation)
     # What runs that resume elsewhere refer to: NumPy must not change it unnoticed.
     assert chosen == [2, 16, 26, 54, 55, 73, 75, 86, 93, 95]
-    more = places(data.hold_out(numbered_dataset(), 30).image_validation)
+    more = places(datasets.hold_out(numbered_dataset(), 30).image_validation)
     assert set(chosen) < set(more)
-    largest = places(data.hold_out(numbered_dataset(50000, 10), 5).image_validation)
+    largest = places(datasets.hold_out(numbered_dataset(50000, 10), 5).image_validation)
     assert largest == [11841, 19602, 25747, 42642, 45519]
 
 
 def test_the_fingerprint_is_that_of_the_whole():
     whole = numbered_dataset()
-    assert data.hold_out(whole, 20).fingerprint == numbered_dataset().fingerprint
-    held = data.hold_out(whole, 99)
+    assert datasets.hold_out(whole, 20).fingerprint == numbered_dataset().fingerprint
+    held = datasets.hold_out(whole, 99)
     assert held.describe()['fingerprint'] == whole.describe()['fingerprint']
     assert (held.describe()['num_train'], held.describe()['num_validation']) == (1, 99)
 
 
 def test_nothing_held_out_is_the_data_set_itself():
     whole = numbered_dataset()
-    assert data.hold_out(whole, 0) is whole
+    assert datasets.hold_out(whole, 0) is whole
     images, labels = whole.split('validation')
     assert (images.shape, images.dtype) == ((0, 1, 1, 2), np.uint8)
     assert (labels.shape, labels.dtype) == ((0,), np.int32)
@@ -197,8 +199,8 @@ def test_nothing_held_out_is_the_data_set_itself():
 
 @pytest.mark.parametrize('n', [-1, 100, 101])
 def test_something_is_left_to_train_on(n):
-    with pytest.raises(data.DataError) as caught:
-        data.hold_out(numbered_dataset(), n)
+    with pytest.raises(errors.DataError) as caught:
+        datasets.hold_out(numbered_dataset(), n)
     expected = f'data.validation_examples: found {n}; npz has 100 training examples, '
     assert str(caught.value) == f'{expected}allowed are 0..99'
 
@@ -209,12 +211,12 @@ def test_something_is_left_to_train_on(n):
 def test_npz_gives_back_what_was_saved(tmp_path):
     arrays = tiny_arrays()
     np.savez_compressed(tmp_path / 'my.npz', **arrays, extra=np.zeros(2))
-    dataset = data.load('npz', path=str(tmp_path / 'my.npz'))
+    dataset = datasets.load('npz', path=str(tmp_path / 'my.npz'))
     for field, array in arrays.items():
         np.testing.assert_array_equal(getattr(dataset, field), array)
     assert dataset.label_train.dtype == dataset.label_test.dtype == np.int32
     assert dataset.num_classes == 3
-    assert data.spec('npz', path=str(tmp_path / 'my.npz')) == ((4, 5, 3), 3)
+    assert datasets.spec('npz', path=str(tmp_path / 'my.npz')) == ((4, 5, 3), 3)
 
 
 def bad_npz_cases() -> list:
@@ -312,7 +314,7 @@ def test_bad_npz_files_are_named(tmp_path):
 @needs_cifar10
 def test_cifar10_is_read_from_a_prepared_directory():
     pytest.importorskip('tensorflow_datasets')
-    cifar10 = data.load('cifar10', data_dir=str(PREPARED))
+    cifar10 = datasets.load('cifar10', data_dir=str(PREPARED))
     assert cifar10.image_train.shape == (50000, 32, 32, 3)
     assert cifar10.image_test.shape == (10000, 32, 32, 3)
     assert cifar10.image_train.dtype == cifar10.image_test.dtype == np.uint8
@@ -321,15 +323,15 @@ def test_cifar10_is_read_from_a_prepared_directory():
     assert cifar10.label_train.dtype == cifar10.label_test.dtype == np.int32
     np.testing.assert_allclose(cifar10.mean, (0.4914, 0.4822, 0.4465), atol=0.01)
     np.testing.assert_allclose(cifar10.std, (0.2470, 0.2435, 0.2616), atol=0.01)
-    assert data.spec('cifar10') == (cifar10.image_shape, cifar10.num_classes)
-    assert data_checks.doubts(cifar10) == []
+    assert datasets.spec('cifar10') == (cifar10.image_shape, cifar10.num_classes)
+    assert checks.doubts(cifar10) == []
 
 
 def test_specs_are_those_of_tfds(tmp_path):
     tfds = pytest.importorskip('tensorflow_datasets')
     for name in TFDS_NAMES:
         features = tfds.builder(name, data_dir=str(tmp_path)).info.features
-        assert data.spec(name) == (features['image'].shape, features['label'].num_classes)
+        assert datasets.spec(name) == (features['image'].shape, features['label'].num_classes)
 
 
 @pytest.mark.parametrize('name', TFDS_NAMES)
@@ -393,7 +395,7 @@ def prepared(tmp_path_factory):
 
 def test_every_format_of_tfds_gives_the_same_data(prepared):
     formats = ('tfrecord', 'array_record', 'parquet')
-    found = [data.load('mnist', data_dir=str(prepared / kind)) for kind in formats]
+    found = [datasets.load('mnist', data_dir=str(prepared / kind)) for kind in formats]
     expected = np.random.default_rng(0).integers(0, 256, (28, 28, 1), np.uint8)
     assert any(np.array_equal(expected, image) for image in found[1].image_train)
     assert found[1].image_train.shape == (30, 28, 28, 1)
@@ -412,11 +414,12 @@ find = machinery.PathFinder.find_spec.__func__
 def find_others(cls, name, path=None, target=None):
     return None if name.split('.')[0] == 'tensorflow' else find(cls, name, path, target)
 machinery.PathFinder.find_spec = classmethod(find_others)
-from ensadv import data
+from ensadv.data import datasets
+from ensadv.errors import DataError
 for kind in ('array_record', 'parquet', 'tfrecord', 'none'):
     try:
-        print(data.load('mnist', data_dir=f'{sys.argv[1]}/{kind}', download=True).fingerprint)
-    except data.DataError as error:
+        print(datasets.load('mnist', data_dir=f'{sys.argv[1]}/{kind}', download=True).fingerprint)
+    except DataError as error:
         print(error)
 assert 'tensorflow' not in sys.modules
 """
@@ -428,7 +431,7 @@ def test_where_tensorflow_is_not_installed_what_grain_reads_is_read(prepared):
         cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, check=True,
     )  # fmt: skip
     first, second, third, fourth = result.stdout.splitlines()
-    here = data.load('mnist', data_dir=str(prepared / 'tfrecord')).fingerprint
+    here = datasets.load('mnist', data_dir=str(prepared / 'tfrecord')).fingerprint
     assert first == second == here
     assert f'{prepared}/tfrecord/mnist/' in third
     assert 'of tfrecord files, which only TensorFlow reads' in third
@@ -452,8 +455,8 @@ def test_only_what_may_be_damaged_is_to_be_removed(prepared, tmp_path, monkeypat
         def fail(*args, error=error):
             raise error
 
-        monkeypatch.setattr(data, '_read_at_once', fail)
-        monkeypatch.setattr(data, '_read_one_by_one', fail)
+        monkeypatch.setattr(readers, '_read_at_once', fail)
+        monkeypatch.setattr(readers, '_read_one_by_one', fail)
         text = message('mnist', data_dir=str(tmp_path / 'copy'))
         assert f'cannot read mnist in {tmp_path}/copy' in text
         assert type(error).__name__ in text
@@ -466,8 +469,8 @@ def test_without_tensorflow_only_tfds_data_is_lost(monkeypatch, module):
     text = message('cifar10')
     for word in (module, 'pip install', 'importlib_resources', 'digits', 'npz'):
         assert word in text
-    assert data.load('digits').num_classes == 10
-    assert data.spec('cifar10') == ((32, 32, 3), 10)
+    assert datasets.load('digits').num_classes == 10
+    assert datasets.spec('cifar10') == ((32, 32, 3), 10)
 
 
 # Sampling
@@ -476,7 +479,7 @@ def test_without_tensorflow_only_tfds_data_is_lost(monkeypatch, module):
 def sampler(batch_size: int, num_examples: int):
     """`batch_indices` of (key, step, positions), compiled."""
     sizes = {'batch_size': batch_size, 'num_examples': num_examples}
-    return jax.jit(lambda *args: data.batch_indices(*args, **sizes))
+    return jax.jit(lambda *args: batches.batch_indices(*args, **sizes))
 
 
 def stream(key: jax.Array, num_examples: int, epochs: range) -> np.ndarray:
@@ -532,7 +535,7 @@ def test_long_runs_do_not_overflow(num_examples, batch_size):
 
 @pytest.mark.parametrize('num_examples,batch_size', [(7, 8), (2**24 + 1, 4096)])
 def test_sizes_that_cannot_be_sampled_are_refused(num_examples, batch_size):
-    with pytest.raises(data.DataError, match=rf'batch_size.*{batch_size}.*{num_examples}'):
+    with pytest.raises(errors.DataError, match=rf'batch_size.*{batch_size}.*{num_examples}'):
         sampler(batch_size, num_examples)(jax.random.key(0), 0, jnp.arange(2))
 
 
@@ -561,7 +564,9 @@ def test_augmented_images_are_all_the_allowed_crops(pad, flip):
     assert len(crops) == choices
     count = 64 * choices
     images = np.broadcast_to(image, (count, 6, 7, 3))
-    augmented = data.augment(jax.random.split(jax.random.key(0), count), images, pad=pad, flip=flip)
+    augmented = batches.augment(
+        jax.random.split(jax.random.key(0), count), images, pad=pad, flip=flip
+    )
     assert augmented.dtype == jnp.uint8
     seen = collections.Counter(crops[bytes(one)] for one in np.asarray(augmented))
     assert len(seen) == choices  # KeyError above if any crop is not an allowed one
@@ -573,7 +578,7 @@ def test_augmented_images_are_all_the_allowed_crops(pad, flip):
 def test_augmentation_belongs_to_the_image_not_to_its_batch():
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), np.uint8)
     keys = jax.random.split(jax.random.key(1), 6)
-    augment = jax.jit(lambda keys, images: data.augment(keys, images, pad=4, flip=True))
+    augment = jax.jit(lambda keys, images: batches.augment(keys, images, pad=4, flip=True))
     whole = augment(keys, images)
     np.testing.assert_array_equal(augment(keys[:2], images[:2]), whole[:2])
     np.testing.assert_array_equal(augment(keys[5:], images[5:]), whole[5:])
@@ -583,12 +588,12 @@ def test_augmentation_belongs_to_the_image_not_to_its_batch():
 def test_nothing_to_augment_returns_the_images():
     images = tiny_arrays()['image_train']
     keys = jax.random.split(jax.random.key(0), len(images))
-    np.testing.assert_array_equal(data.augment(keys, images, pad=0, flip=False), images)
+    np.testing.assert_array_equal(batches.augment(keys, images, pad=0, flip=False), images)
 
 
 def test_pixels_are_in_the_unit_interval():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    pixels = jax.jit(data.to_pixels)(levels)
+    pixels = jax.jit(batches.to_pixels)(levels)
     assert pixels.dtype == jnp.float32
     np.testing.assert_allclose(pixels, levels / 255, rtol=1e-6)
     assert pixels.min() == 0

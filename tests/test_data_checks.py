@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import build, data, data_checks
+from ensadv import build
+from ensadv.data import checks, datasets
 
 
 def good() -> dict[str, np.ndarray]:
@@ -21,9 +22,9 @@ def good() -> dict[str, np.ndarray]:
     }
 
 
-def dataset_of(**changes: np.ndarray) -> data.Dataset:
+def dataset_of(**changes: np.ndarray) -> datasets.Dataset:
     arrays = good() | changes
-    return data.Dataset('npz', **arrays, num_classes=int(arrays['label_train'].max()) + 1)
+    return datasets.Dataset('npz', **arrays, num_classes=int(arrays['label_train'].max()) + 1)
 
 
 def with_label(place: int, label: int) -> np.ndarray:
@@ -130,7 +131,7 @@ def doubtful_cases() -> list:
 
 @pytest.mark.parametrize('changes,words', doubtful_cases())
 def test_what_can_hardly_be_meant_is_told_once(changes, words):
-    (doubt,) = data_checks.doubts(dataset_of(**changes))
+    (doubt,) = checks.doubts(dataset_of(**changes))
     assert '\n' not in doubt
     for word in words:
         assert word in doubt
@@ -149,13 +150,13 @@ def test_what_can_hardly_be_meant_is_told_once(changes, words):
     ids=['gray', 'color', 'four_channels', 'black_and_white', 'bright'],
 )
 def test_what_may_be_meant_is_not_doubted(changes):
-    assert data_checks.doubts(dataset_of(**changes)) == []
+    assert checks.doubts(dataset_of(**changes)) == []
 
 
 def test_digits_are_not_doubted():
-    digits = data.load('digits')
-    assert data_checks.doubts(digits) == []
-    assert data_checks.doubts(data.hold_out(digits, 200)) == []
+    digits = datasets.load('digits')
+    assert checks.doubts(digits) == []
+    assert checks.doubts(datasets.hold_out(digits, 200)) == []
 
 
 def test_few_shared_images_are_counted_but_not_doubted():
@@ -164,29 +165,29 @@ def test_few_shared_images_are_counted_but_not_doubted():
     image_test[:3] = good()['image_train'][[5, 5, 9]]
     changes = {'image_test': image_test, 'label_test': np.arange(300) % 10}
     few = dataset_of(**changes)
-    assert data_checks.summary(few).endswith('; 3 test images are training images too')
-    assert data_checks.doubts(few) == []
+    assert checks.summary(few).endswith('; 3 test images are training images too')
+    assert checks.doubts(few) == []
     image_test[3] = good()['image_train'][0]
-    assert '4 of 300 test images' in data_checks.doubts(dataset_of(**changes))[0]
+    assert '4 of 300 test images' in checks.doubts(dataset_of(**changes))[0]
 
 
 def test_held_out_images_are_checked_too():
     arrays = good()
     twice = {name: np.repeat(arrays[name], 2, axis=0) for name in ('image_train', 'label_train')}
-    held = data.hold_out(dataset_of(**twice), 40)
-    found = data_checks.doubts(held)
+    held = datasets.hold_out(dataset_of(**twice), 40)
+    found = checks.doubts(held)
     assert len(found) == 1
     assert 'of 40 validation images are training images too' in found[0]
     # Six or seven images of each class: of some none is left.
-    few = data.hold_out(dataset_of(), 60)
-    assert 'fewer data.validation_examples' in data_checks.doubts(few)[0]
+    few = datasets.hold_out(dataset_of(), 60)
+    assert 'fewer data.validation_examples' in checks.doubts(few)[0]
 
 
 def test_the_summary_says_what_was_read():
     changes = in_color(3)
     changes['image_train'][changes['image_train'] < 7] = 7
     changes['label_train'] = np.sort(with_label(0, 9))
-    assert data_checks.summary(data.hold_out(dataset_of(**changes), 0)) == (
+    assert checks.summary(datasets.hold_out(dataset_of(**changes), 0)) == (
         '64 training, 0 validation, 20 test images of 8 x 9 pixels and 3 channels, 10 classes; '
         'training: pixels 7..255 of 0..255, 6..7 images per class'
     )
@@ -197,8 +198,8 @@ def told(monkeypatch) -> list[str]:
     lines = []
     # The module alone, since what reads the data logs as well.
     warn = lambda text, *args: lines.append(f'warning: {text % args}')
-    monkeypatch.setattr(data_checks, 'logging', types.SimpleNamespace(warning=warn))
-    monkeypatch.setattr(data_checks.parallel, 'tell', lambda line: lines.append(f'info: {line}'))
+    monkeypatch.setattr(checks, 'logging', types.SimpleNamespace(warning=warn))
+    monkeypatch.setattr(checks.parallel, 'tell', lambda line: lines.append(f'info: {line}'))
     return lines
 
 
@@ -224,5 +225,5 @@ def test_a_run_tells_of_its_data_once(told, labels_from_1):
 
 
 def test_sizes_that_are_read_from_data_come_with_the_warning(told, labels_from_1):
-    assert data.spec('npz', path=labels_from_1) == ((8, 8, 1), 11)
+    assert datasets.spec('npz', path=labels_from_1) == ((8, 8, 1), 11)
     assert [line.partition(':')[0] for line in told] == ['info', 'warning']

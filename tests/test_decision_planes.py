@@ -11,11 +11,14 @@ from conftest import run_main, tiny_config
 from etils import epath
 from test_evaluator import RIPPLES, Ripples, bench_of, biases, network_of, ripples, settings_of
 
-from ensadv import build, checkpoints, decision_planes, ensemble, losses, plane_files, planes
+from ensadv import build, losses
 from ensadv import config as config_lib
-from ensadv import workdir as workdir_lib
 from ensadv.errors import ConfigError, UserError
-from ensadv.evaluator import Evaluator
+from ensadv.evaluation import attack_settings, decision_planes, planes
+from ensadv.evaluation.evaluator import Evaluator
+from ensadv.models import ensemble
+from ensadv.storage import checkpoints, files, plane_files
+from ensadv.storage import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -109,10 +112,10 @@ def test_a_linear_models_regions_are_known_everywhere():
     for classes_of, change, rose in ((classes[0], first, last), (classes[1], -last, first)):
         void = change > 0.2
         for found, is_one in zip(classes_of, (rose > 0.05, change - 2 * rose > 0.011), strict=True):
-            np.testing.assert_array_equal(found, np.where(void, planes.VOID, is_one))
+            np.testing.assert_array_equal(found, np.where(void, plane_files.VOID, is_one))
     # A later row is higher up.
     assert (classes[0, 0, 0, 0], classes[0, 0, -1, 0]) == (0, 1)
-    assert classes[0, 0, 0, -1] == planes.VOID
+    assert classes[0, 0, 0, -1] == plane_files.VOID
     np.testing.assert_array_equal(point_classes, [[[0, 0, 1], [0, 1, 0]], [[0, 1, 0], [0, 0, 0]]])
 
 
@@ -161,7 +164,7 @@ def weights_of(config, path, member=None):
 def check_against(made, attacked, rows, config):
     """Compares planes with what attacks and predictions give that are made one by one."""
     dataset = build.dataset(config)
-    settings = build.evaluation_settings(config, 'ifgsm2')
+    settings = attack_settings.evaluation_settings(config, 'ifgsm2')
     places = np.array(config.planes.images)
     images, labels = dataset.split('test')
     x = images[places] / np.float32(255)
@@ -184,7 +187,7 @@ def check_against(made, attacked, rows, config):
     assert len(set(made.point_classes.ravel().tolist())) > 1
     assert made.classes.shape == (2, len(rows), 12, 12)
     # The same pixels are void for every model, and the rest are classes.
-    void = made.classes == planes.VOID
+    void = made.classes == plane_files.VOID
     np.testing.assert_array_equal(void, np.broadcast_to(void[:, :1], void.shape))
     assert 0 < np.sum(~void) < void.size
     assert made.classes.max() <= 9
@@ -257,7 +260,7 @@ def test_what_is_made_is_not_made_again(root, two_runs, tmp_path, monkeypatch):
     assert path.read_bytes() == before
     record = workdir_lib.read_record(one)
     record['config']['train']['momentum'] = 0.5
-    workdir_lib.write_json(one / 'config.json', record)
+    files.write_json(one / 'config.json', record)
     changed = asked(root, 'one', planes__other='two', train__momentum=0.5)
     decision_planes.run(changed, one)
     assert len(calls) == 5
@@ -294,7 +297,7 @@ def test_what_has_no_planes_is_refused(root, changes, told):
     if name in edits and not (root / name).exists():
         shutil.copytree(root / 'two', root / name)
         record = workdir_lib.read_record(root / name)
-        workdir_lib.write_json(root / name / 'config.json', edits[name](record))
+        files.write_json(root / name / 'config.json', edits[name](record))
     with pytest.raises(UserError, match=told) as caught:
         decision_planes.run(asked(root, 'one', **changes), root / 'one')
     assert '\n' not in str(caught.value)
@@ -305,7 +308,7 @@ def test_the_runs_own_data_are_those_that_are_there_now(root, tmp_path):
     shutil.copytree(root / 'two', two)
     record = workdir_lib.read_record(two)
     record['dataset']['fingerprint'] = 'another'
-    workdir_lib.write_json(two / 'config.json', record)
+    files.write_json(two / 'config.json', record)
     with pytest.raises(UserError, match='was made on other data than digits holds now'):
         decision_planes.run(asked(root, 'two'), two)
 

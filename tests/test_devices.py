@@ -10,8 +10,9 @@ from absl import logging
 from conftest import TINY, overrides, run_main, tiny_config, variables_like
 from etils import epath
 
-from ensadv import checkpoints, parallel, workdir
 from ensadv.errors import UserError
+from ensadv.runtime import distributed
+from ensadv.storage import checkpoints, files, workdir
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -65,7 +66,7 @@ def ledgers(runs):
         results = workdir.read_evaluations(path)[3]['attacks']
         assert {result['devices']['count'] for result in results} == {devices}
     return [
-        workdir.read_arrays(workdir.evaluation_path(path, 3, '.npz')) for path in evaluated.values()
+        files.read_arrays(workdir.evaluation_path(path, 3, '.npz')) for path in evaluated.values()
     ]
 
 
@@ -91,10 +92,10 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 def test_only_the_kind_of_device_that_is_asked_for_will_do(monkeypatch, wanted, found):
     monkeypatch.setattr(jax, 'default_backend', lambda: found)
     if wanted in ('auto', found):
-        parallel.check_device(wanted)
+        distributed.check_device(wanted)
         return
     with pytest.raises(UserError, match=f'device: expected {wanted}, found {found}'):
-        parallel.check_device(wanted)
+        distributed.check_device(wanted)
 
 
 @pytest.mark.parametrize('terminal', [True, False])
@@ -104,7 +105,7 @@ def test_what_is_told_is_seen_once(monkeypatch, capsys, terminal, verbosity):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal)
     monkeypatch.setattr(logging, 'get_verbosity', lambda: verbosity)
     monkeypatch.setattr(logging, 'info', lambda text, *values: logged.append(text % values))
-    parallel.tell('a line')
+    distributed.tell('a line')
     assert logged == ['a line'] * (verbosity == logging.INFO)
     printed = capsys.readouterr().err
     assert printed == ('a line\n' if terminal and not logged else '')

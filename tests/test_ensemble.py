@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from ensadv import ensemble
+from ensadv.models import ensemble
 from ensadv.models.wide_resnet import WideResNet
 
 MODEL = WideResNet(num_classes=4, mean=(0.4,), std=(0.3,), depth=10, width=1)

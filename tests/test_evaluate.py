@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import build, checkpoints, evaluate, evaluator, selection, train
+from ensadv import build
 from ensadv import config as config_lib
-from ensadv import workdir as workdir_lib
 from ensadv.errors import UserError
+from ensadv.evaluation import attack_settings, evaluate, evaluator
+from ensadv.storage import checkpoints, files, selection
+from ensadv.storage import workdir as workdir_lib
+from ensadv.training import train
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -55,7 +58,7 @@ def test_writes_results_and_the_ledger_behind_them(copy_of_trained):
     assert list(evaluations) == [2, 4, 6]
     labels = build.dataset(config).label_test[:30]
     for step, content in evaluations.items():
-        ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, step, '.npz'))
+        ledger = files.read_arrays(workdir_lib.evaluation_path(path, step, '.npz'))
         np.testing.assert_array_equal(ledger['label'], labels)
         assert [result['name'] for result in content['attacks']] == ['clean', 'ifgsm2']
         for result in content['attacks']:
@@ -67,7 +70,7 @@ def test_writes_results_and_the_ledger_behind_them(copy_of_trained):
             np.testing.assert_array_equal(correct, ledger[f'{result["name"]}_margin'] > 0)
         assert np.all(ledger['ifgsm2_margin'] <= ledger['clean_margin'] + 1e-6)
     settings = evaluations[6]['attacks'][1]['settings']
-    assert settings == build.evaluation_settings(config, 'ifgsm2')
+    assert settings == attack_settings.evaluation_settings(config, 'ifgsm2')
     assert (settings['steps'], settings['epsilon'], settings['step_size']) == (2, 0.15, 0.0375)
 
 
@@ -114,7 +117,7 @@ def test_only_what_is_missing_is_evaluated(copy_of_trained, monkeypatch):
     assert [last[0], attacked, last[1]] == before
     assert (added['name'], added['key']) == ('ifgsm2', 'ifgsm2_step_size=0.01')
     assert added['settings'] == before[1]['settings'] | {'step_size': 0.01}
-    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
+    ledger = files.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
     for result in (added, *before):
         assert ledger[f'{result["key"]}_correct'].sum() == result['correct']
         assert json.loads(str(ledger[f'{result["key"]}_settings'])) == result['settings']
@@ -126,7 +129,7 @@ def test_data_other_than_the_runs_are_refused(copy_of_trained):
     config, path = copy_of_trained
     record = workdir_lib.read_record(path)
     record['dataset']['fingerprint'] = 'another'
-    workdir_lib.write_json(path / 'config.json', record)
+    files.write_json(path / 'config.json', record)
     with pytest.raises(UserError, match='made on other data'):
         evaluate.Job(config, path).evaluate_pending()
 
@@ -173,7 +176,7 @@ def test_what_another_process_wrote_meanwhile_stays(copy_of_trained, monkeypatch
     monkeypatch.setattr(evaluator.Evaluator, 'evaluate', interrupted)
     job_of(config, path).evaluate_pending()
     assert names_of(path, 2) == ['clean', 'ifgsm2', 'pgd2', 'ifgsm3']
-    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 2, '.npz'))
+    ledger = files.read_arrays(workdir_lib.evaluation_path(path, 2, '.npz'))
     assert all(f'{name}_margin' in ledger for name in names_of(path, 2))
 
 
@@ -181,23 +184,23 @@ def test_results_stay_whole_where_others_die_between_ledger_and_json(copy_of_tra
     config, path = copy_of_trained
     job_of(config, path).evaluate_pending()
     before = workdir_lib.read_evaluations(path)
-    arrays = {step: workdir_lib.read_arrays(ledger_path(path, step)) for step in before}
-    original = workdir_lib.write_json
+    arrays = {step: files.read_arrays(ledger_path(path, step)) for step in before}
+    original = files.write_json
 
     def dies_after_the_ledger(target, content):
         if any(r['settings'].get('step_size') == 0.01 for r in content['attacks']):
             raise OSError('power loss')
         original(target, content)
 
-    monkeypatch.setattr(workdir_lib, 'write_json', dies_after_the_ledger)
+    monkeypatch.setattr(files, 'write_json', dies_after_the_ledger)
     other = {'eval__ifgsm__step_size': 0.01}
     with pytest.raises(OSError, match='power loss'):
         job_of(config, path, **other).evaluate_pending()
-    monkeypatch.setattr(workdir_lib, 'write_json', original)
+    monkeypatch.setattr(files, 'write_json', original)
     assert workdir_lib.read_evaluations(path) == before
-    sizes = {s: len(workdir_lib.read_arrays(ledger_path(path, s))) for s in before}
+    sizes = {s: len(files.read_arrays(ledger_path(path, s))) for s in before}
     (half,) = (s for s in before if sizes[s] > len(arrays[s]))
-    ledger = workdir_lib.read_arrays(ledger_path(path, half))
+    ledger = files.read_arrays(ledger_path(path, half))
     assert set(ledger) - set(arrays[half]) == {
         f'ifgsm2_step_size=0.01_{suffix}' for suffix in ('correct', 'margin', 'settings')
     }
@@ -228,7 +231,7 @@ def test_what_no_attack_could_be_made_on_is_not_called_robust(copy_of_trained, m
     assert clean['no_gradient'] == 0
     assert (attacked['no_gradient'], attacked['correct']) == (13, 12)
     assert attacked['accuracy'] == attacked['last_iterate_accuracy'] == 12 / 30
-    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
+    ledger = files.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
     np.testing.assert_array_equal(
         ledger['ifgsm2_correct'], (np.arange(30) >= 5) & (np.arange(30) % 2 == 0)
     )
@@ -251,7 +254,7 @@ def test_long_attacks_are_made_on_the_best_and_the_last(copy_of_trained):
     assert curve['accuracy'][-1] == result['accuracy']
     assert curve['iterate_n'] == result['last_iterate_n'] == 10
     assert curve['iterate_accuracy'][-1] == result['last_iterate_accuracy']
-    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
+    ledger = files.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
     fooled_at = ledger['pgd7_fooled_at']
     np.testing.assert_array_equal(fooled_at == -1, ledger['pgd7_margin'] > 0)
     assert np.mean((fooled_at == -1) | (fooled_at > 2)) == curve['accuracy'][1]
@@ -277,11 +280,11 @@ def test_examples_are_kept_of_the_best_and_the_last(copy_of_trained):
     log_probs = kept['adversarial_log_probs'].astype(float)
     own = np.eye(10, dtype=bool)[kept['label']]
     margin = log_probs[own] - np.where(own, -np.inf, log_probs).max(axis=1)
-    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
+    ledger = files.read_arrays(workdir_lib.evaluation_path(path, 6, '.npz'))
     np.testing.assert_allclose(margin, ledger['pgd3_margin'][:5], atol=1e-4)
     # Those that are there stay: two processes with other attacks would undo each other's for ever.
     file = workdir_lib.evaluation_path(path, 6, '_examples.npz')
-    workdir_lib.write_arrays(file, {'there': np.ones(1)})
+    files.write_arrays(file, {'there': np.ones(1)})
     job_of(config, path, **(shown | {'eval__pgd__step_size': 0.01})).evaluate_pending()
     assert list(workdir_lib.read_examples(path, 6)) == ['there']
 

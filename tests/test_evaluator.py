@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import attacks, build, conv, ensemble, evaluator, losses, parallel, parts, prng
+from ensadv import losses, prng
+from ensadv.attacks import driver
+from ensadv.cpu import conv, parts
+from ensadv.evaluation import attack_settings, evaluator
+from ensadv.models import ensemble
+from ensadv.runtime import distributed
 
 # 17 test images, which divides by nothing: labels 0, 1, 2 come 5, 8 and 4 times.
 LABELS = np.array([0, 1, 2, 1, 1, 0, 2, 1, 0, 1, 1, 2, 0, 1, 2, 1, 0], np.int32)
@@ -91,11 +96,13 @@ class Convolutions(nn.Module):
 def network_of(module, shape=(4, 4, 1), k=2, combine='probs'):
     variables = ensemble.init(module, jax.random.key(0), k, shape)
     network = ensemble.Network(partial(ensemble.apply, module), combine, variables)
-    return network, parallel.replicate(variables)
+    return network, distributed.replicate(variables)
 
 
 def settings_of(name, **changes):
-    return build.evaluation_settings(tiny_config(eval__long_attacks=(name,), **changes), name)
+    return attack_settings.evaluation_settings(
+        tiny_config(eval__long_attacks=(name,), **changes), name
+    )
 
 
 @functools.cache
@@ -174,8 +181,8 @@ def test_a_long_attack_says_at_which_step_each_example_fell():
     )  # fmt: skip
     above = np.array(levels) / 255 - 0.5
     expected = np.where(above < 0, 0, np.ceil(above / 0.002))
-    expected[-2] = attacks.NEVER  # it would take 250 steps
-    assert expected.tolist() == [1, 3, 5, 13, 25, attacks.NEVER, 0]
+    expected[-2] = driver.NEVER  # it would take 250 steps
+    assert expected.tolist() == [1, 3, 5, 13, 25, driver.NEVER, 0]
     np.testing.assert_array_equal(verdicts.fooled_at, expected)
     assert verdicts.steps == (1, 2, 5, 10, 20, 50, 60)
     assert verdicts.iterate_margin.shape == (7, 0)
@@ -203,9 +210,9 @@ def worst_case(module, settings, images, labels):
     network, variables = network_of(module, images.shape[1:])
     key = prng.key(settings['seed'])
     keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(len(labels)))
-    return attacks.worst_case(
+    return driver.worst_case(
         lambda x: network.log_probs(variables, x), keys, images / np.float32(255), labels,
-        step=build.attack_step(settings, settings['steps']), num_steps=settings['steps'],
+        step=attack_settings.attack_step(settings, settings['steps']), num_steps=settings['steps'],
         epsilon=settings['epsilon'], start_from=settings['start'], sigma=settings['sigma'],
         restarts=settings['restarts'], loss=losses.LOSSES[settings['loss']],
     )  # fmt: skip
@@ -242,7 +249,7 @@ def test_packing_changes_no_verdict(name, batch_size, stay, restarts, monkeypatc
     assert 5 < stands.sum() < 50
     assert len(set(packed.fooled_at.tolist())) > 4
     np.testing.assert_array_equal(packed.margin > 0, stands)
-    np.testing.assert_array_equal(packed.fooled_at == attacks.NEVER, stands)
+    np.testing.assert_array_equal(packed.fooled_at == driver.NEVER, stands)
     # Who stood to the end met every iterate.
     np.testing.assert_allclose(packed.margin[stands], whole.margin[stands], atol=1e-5)
     if restarts == 1:
@@ -272,7 +279,7 @@ def test_the_curve_is_that_of_shorter_attacks():
     gets_up = 0
     for place, steps in enumerate(long.steps):
         short = evaluate(Ripples(), f'ifgsm{steps}', images, labels, **changes)
-        fallen = (long.fooled_at != attacks.NEVER) & (long.fooled_at <= steps)
+        fallen = (long.fooled_at != driver.NEVER) & (long.fooled_at <= steps)
         np.testing.assert_array_equal(fallen, short.margin <= 0)
         np.testing.assert_allclose(long.iterate_margin[place], short.last_margin, atol=1e-5)
         gets_up += np.sum(short.last_margin > 0) > np.sum(short.margin > 0)
@@ -300,7 +307,7 @@ def test_fooled_examples_cost_nothing_more(monkeypatch):
     images = np.stack([np.full((4, 4, 1), 129, np.uint8)] * 15 + [np.full((4, 4, 1), 255)] * 2)
     images = images.astype(np.uint8)
     calls = []
-    original = parallel.map_examples
+    original = distributed.map_examples
 
     def counting(f, num_shared):
         mapped = original(f, num_shared)
@@ -311,7 +318,7 @@ def test_fooled_examples_cost_nothing_more(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(parallel, 'map_examples', counting)
+    monkeypatch.setattr(distributed, 'map_examples', counting)
     evaluate(
         Brightness(), 'ifgsm50', images, np.zeros(17, np.int32), long=True, batch_size=4,
         epsilon=0.1, eval__iterate_examples=0, eval__ifgsm__step_size=0.01,

@@ -9,12 +9,12 @@ from etils import epath
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from ensadv.analysis import Band
-from ensadv.planes import VOID, Planes
 from ensadv.report import drawing, figures, pictures
+from ensadv.report.analysis import Band
 from ensadv.report.computation import Panel
 from ensadv.report.figures import AttackCurve
 from ensadv.report.pictures import ExampleColumn
+from ensadv.storage.plane_files import VOID, Planes
 
 PAPER = (
     'Baseline', 'Ensemble2', 'Ensemble4', 'SingleAdv',

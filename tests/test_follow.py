@@ -18,21 +18,14 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT, TINY, overrides, run_environment, tiny_config
 
-import main
-from ensadv import (
-    attacks,
-    build,
-    checkpoints,
-    claims,
-    evaluate,
-    evaluator,
-    metrics,
-    selection,
-    train,
-)
+from ensadv import build, study
 from ensadv import config as config_lib
-from ensadv import workdir as workdir_lib
+from ensadv.attacks import driver
 from ensadv.errors import TrainingError
+from ensadv.evaluation import evaluate, evaluator
+from ensadv.storage import checkpoints, files, leases, metrics, selection
+from ensadv.storage import workdir as workdir_lib
+from ensadv.training import train
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -45,7 +38,8 @@ DRIVER = """
 import runpy, sys, time
 sys.path.append('tests')
 import small_network
-from ensadv import evaluate, evaluator, metrics
+from ensadv.evaluation import evaluate, evaluator
+from ensadv.storage import metrics
 
 small_network.install()
 
@@ -126,7 +120,7 @@ def evaluated(path, step):
 
 def ledgers(path):
     return {
-        step: workdir_lib.read_arrays(workdir_lib.evaluation_path(path, step, '.npz'))
+        step: files.read_arrays(workdir_lib.evaluation_path(path, step, '.npz'))
         for step in workdir_lib.read_evaluations(path)
     }
 
@@ -158,7 +152,7 @@ class FakeEvaluator:
 
     def long_attack(self, variables, settings, images, labels, label, **others):
         margin, _, has_gradient = self.evaluate(variables, settings, images, labels, label)
-        fooled_at = np.where(margin > 0, attacks.NEVER, 1)
+        fooled_at = np.where(margin > 0, driver.NEVER, 1)
         return evaluator.LongVerdicts(
             margin, has_gradient, fooled_at, (1,), margin[None] > 0, margin[None]
         )
@@ -272,7 +266,7 @@ def test_inline_evaluation_and_a_follower_share(workdir, fake, in_thread, monkey
 
     monkeypatch.setattr(evaluate.Job, 'evaluate_pending', second)
     follower = in_thread(evaluate.run, following(config), workdir)
-    main.run_one(config, workdir, 'inline')
+    study.run_one(config, workdir, 'inline')
     # What training waited for is done: its user may read the results.
     expected = [(step, name) for step in (2, 4, 6) for name in UNITS]
     assert sorted(fake.calls) == sorted([*expected, (2, 'pgd3'), (6, 'pgd3')])
@@ -393,7 +387,7 @@ def test_only_training_has_to_show_signs_of_life(workdir, fake, in_thread):
     make_run(config, workdir)
     config = following(config, eval__follow_timeout=0.2)
     fake.before = lambda call: time.sleep(0.4 * (call == (2, 'clean')))
-    other = claims.Claims(workdir / 'claims')
+    other = leases.Claims(workdir / 'claims')
     assert other.take('6')
     follower = in_thread(evaluate.run, config, workdir)
     wait_until(lambda: evaluated(workdir, 4) == UNITS)
@@ -547,6 +541,6 @@ def test_the_best_is_chosen_on_the_split_asked_for(workdir, fake, select_on, bes
     content = json.loads(path.read_text())
     for result in (*content['attacks'], *content['validation']):
         result['accuracy'] = 0.0
-    workdir_lib.write_json(path, content)
+    files.write_json(path, content)
     evaluate.run(config, workdir)
     assert snapshot_steps(workdir) == [6]

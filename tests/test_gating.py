@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from ensadv import attacks, ensemble, steps
+from ensadv.attacks import driver
+from ensadv.models import ensemble
 from ensadv.models.gated import Gated
 from ensadv.models.wide_resnet import WideResNet
+from ensadv.training import steps
 
 MEMBER = WideResNet(num_classes=4, mean=(0.4,), std=(0.3,), depth=10, width=1)
 MODEL = Gated(MEMBER, width=3)
@@ -129,8 +131,8 @@ def test_a_training_step_changes_members_and_gates():
     state = steps.init_state(MODEL, jax.random.key(3), 2, SHAPE, optimizer)
     state = state.replace(params=perturbed({'params': state.params})['params'])
     attack = partial(
-        attacks.attack,
-        step=attacks.STEPS['ifgsm'](0.05),
+        driver.attack,
+        step=driver.STEPS['ifgsm'](0.05),
         num_steps=2,
         epsilon=0.15,
         start_from='gaussian',

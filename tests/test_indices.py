@@ -10,12 +10,14 @@ import pytest
 from conftest import ROOT, tiny_config
 from etils import epath
 
-import main
 from configs import default
-from ensadv import blackbox, build, checkpoints, data, evaluate, transfer
+from ensadv import build, errors, study
 from ensadv import config as config_lib
-from ensadv import workdir as workdir_lib
+from ensadv.data import datasets
 from ensadv.errors import ConfigError, UserError
+from ensadv.evaluation import blackbox, evaluate, transfer_sets
+from ensadv.storage import checkpoints, files
+from ensadv.storage import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -41,7 +43,7 @@ def written(path, places) -> str:
 )
 def test_places_are_read_in_ascending_order(tmp_path, content):
     (tmp_path / 'places.txt').write_bytes(content)
-    found = data.read_places(str(tmp_path / 'places.txt'))
+    found = datasets.read_places(str(tmp_path / 'places.txt'))
     assert found.dtype == np.int32
     assert found.tolist() == [0, 7, 2147483647]
 
@@ -64,16 +66,16 @@ def test_places_are_read_in_ascending_order(tmp_path, content):
 def test_a_file_without_places_is_refused(tmp_path, content, told):
     path = tmp_path / 'places.txt'
     path.write_bytes(content)
-    with pytest.raises(data.DataError) as caught:
-        data.read_places(str(path))
+    with pytest.raises(errors.DataError) as caught:
+        datasets.read_places(str(path))
     assert str(caught.value).startswith(f'eval.indices: {path}: ')
     assert told in str(caught.value)
     assert '\n' not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(data.DataError, match=r'eval\.indices: cannot read .*none\.txt'):
-        data.read_places(str(tmp_path / 'none.txt'))
+    with pytest.raises(errors.DataError, match=r'eval\.indices: cannot read .*none\.txt'):
+        datasets.read_places(str(tmp_path / 'none.txt'))
 
 
 def test_places_beyond_the_split_are_refused(tmp_path):
@@ -106,7 +108,7 @@ def trained(tmp_path_factory):
         eval__select_on='validation', data__validation_examples=50,
     )  # fmt: skip
     path = epath.Path(folder) / 'run'
-    main.run_one(config, path, 'run')
+    study.run_one(config, path, 'run')
     return config, path
 
 
@@ -118,7 +120,7 @@ def run(trained, tmp_path):
 
 
 def ledger_of(path, step=2):
-    return workdir_lib.read_arrays(workdir_lib.evaluation_path(path, step, '.npz'))
+    return files.read_arrays(workdir_lib.evaluation_path(path, step, '.npz'))
 
 
 def results_of(path, step=2):
@@ -156,13 +158,13 @@ def test_the_examples_in_these_places_are_evaluated(trained):
 
 def test_the_first_ones_have_their_places_too(tmp_path):
     config = tiny_config(train__steps=2, eval__attacks=('clean',), eval__num_examples=7)
-    main.run_one(config, epath.Path(tmp_path) / 'run', 'run')
+    study.run_one(config, epath.Path(tmp_path) / 'run', 'run')
     assert ledger_of(epath.Path(tmp_path) / 'run')['index'].tolist() == list(range(7))
     assert 'indices' not in results_of(epath.Path(tmp_path) / 'run')['clean']['settings']
     # A run of before this field is one on the first examples, and goes on as such.
     record = workdir_lib.read_record(epath.Path(tmp_path) / 'run')
     del record['dataset']['indices'], record['config']['eval']['indices']
-    workdir_lib.write_json(epath.Path(tmp_path) / 'run' / 'config.json', record)
+    files.write_json(epath.Path(tmp_path) / 'run' / 'config.json', record)
     config.eval.attacks = ('clean', 'ifgsm2')
     evaluate.run(config, epath.Path(tmp_path) / 'run')
     assert results_of(epath.Path(tmp_path) / 'run')['ifgsm2']['n'] == 7
@@ -188,7 +190,7 @@ def test_training_goes_on_with_the_same_places_only(run, tmp_path):
     config.train.steps = 4
     config.eval.indices = written(tmp_path / 'other.txt', PLACES[1:])
     with pytest.raises(UserError, match=r'another eval\.indices'):
-        main.run_one(config, path, 'run')
+        study.run_one(config, path, 'run')
     assert list(workdir_lib.read_evaluations(path)) == [2]
 
 
@@ -196,7 +198,7 @@ def test_a_run_on_the_first_examples_is_not_evaluated_on_others(run, tmp_path):
     config, path = run
     record = workdir_lib.read_record(path)
     record['dataset']['indices'] = None
-    workdir_lib.write_json(path / 'config.json', record)
+    files.write_json(path / 'config.json', record)
     config.eval.attacks = ('ifgsm3',)
     with pytest.raises(UserError, match=r'\(none\) than given now \(digest'):
         evaluate.run(config, path)
@@ -221,7 +223,7 @@ def test_an_ensemble_of_runs_has_places_of_its_own(trained, tmp_path):
 # Transfer sets
 
 
-def transfer_set_of(dataset: data.Dataset, places: np.ndarray) -> transfer.TransferSet:
+def transfer_set_of(dataset: datasets.Dataset, places: np.ndarray) -> transfer_sets.TransferSet:
     noise = np.random.default_rng(0).integers(0, 30, dataset.image_test.shape, np.uint8)
     images = np.maximum(dataset.image_test, noise)[places]
     record = {
@@ -231,7 +233,7 @@ def transfer_set_of(dataset: data.Dataset, places: np.ndarray) -> transfer.Trans
     }
     fooled = np.zeros(len(places), bool)
     labels = dataset.label_test[places]
-    return transfer.TransferSet(images, labels, places.astype(np.int32), fooled, record)
+    return transfer_sets.TransferSet(images, labels, places.astype(np.int32), fooled, record)
 
 
 @pytest.mark.parametrize('places', [np.arange(360), np.union1d(SORTED, [0, 1, 60, 358])])
@@ -240,7 +242,7 @@ def test_a_transfer_set_of_more_examples_gives_those_of_the_places(run, tmp_path
     dataset = build.dataset(config)
     stored = transfer_set_of(dataset, places)
     config.eval.blackbox_path = str(tmp_path / 'set.npz')
-    transfer.write(config.eval.blackbox_path, stored)
+    transfer_sets.write(config.eval.blackbox_path, stored)
     evaluate.run(config, path)
     mine = np.isin(places, SORTED)
     expected = margins_of(path, config, stored.images[mine], dataset.label_test[SORTED])
@@ -251,7 +253,7 @@ def test_a_transfer_set_that_lacks_a_place_is_refused(run, tmp_path):
     config, path = run
     stored = transfer_set_of(build.dataset(config), np.setdiff1d(np.arange(360), [77]))
     config.eval.blackbox_path = str(tmp_path / 'set.npz')
-    transfer.write(config.eval.blackbox_path, stored)
+    transfer_sets.write(config.eval.blackbox_path, stored)
     told = 'expected the 12 test examples that are evaluated here, found 11 of them'
     with pytest.raises(UserError, match=told):
         evaluate.run(config, path)
@@ -264,10 +266,10 @@ def test_a_transfer_set_is_made_for_the_places(tmp_path):
         eval__indices=written(tmp_path / 'places.txt', PLACES),
     )  # fmt: skip
     root, configs = epath.Path(tmp_path) / 'set', epath.Path(ROOT) / 'configs'
-    blackbox.make(config, root, configs, main.run_one)
-    stored = transfer.load(root / 'blackbox.npz', build.dataset(config), 0.15)
+    blackbox.make(config, root, configs, study.run_one)
+    stored = transfer_sets.load(root / 'blackbox.npz', build.dataset(config), 0.15)
     assert stored.indices.tolist() == SORTED.tolist()
-    blackbox.make(config, root, configs, main.run_one)  # is there already
+    blackbox.make(config, root, configs, study.run_one)  # is there already
     config.eval.indices = written(tmp_path / 'others.txt', PLACES[1:])
     with pytest.raises(UserError, match='made from other sources or settings'):
-        blackbox.make(config, root, configs, main.run_one)
+        blackbox.make(config, root, configs, study.run_one)

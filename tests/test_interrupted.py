@@ -18,7 +18,7 @@ from conftest import (
     tiny_config,
 )
 
-from ensadv import checkpoints
+from ensadv.storage import checkpoints
 
 pytestmark = pytest.mark.usefixtures('small_network')
 

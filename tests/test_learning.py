@@ -4,9 +4,9 @@ import flax.linen as nn
 from conftest import tiny_config
 from etils import epath
 
-import main
-from ensadv import build, workdir
+from ensadv import build, study
 from ensadv.models.base import ImageNetwork
+from ensadv.storage import workdir
 
 STEPS = 300
 
@@ -30,7 +30,7 @@ def accuracies(system, path):
         train__learning_rate_steps=(200,), train__steps_per_call=100, train__steps=STEPS,
         train__log_every=STEPS, train__checkpoint_every=STEPS, train__snapshot_every=STEPS,
     )  # fmt: skip
-    main.run_one(config, epath.Path(path), system)
+    study.run_one(config, epath.Path(path), system)
     results = workdir.read_evaluations(epath.Path(path))[STEPS]['attacks']
     return {result['name']: result['accuracy'] for result in results}
 

@@ -13,8 +13,10 @@ from absl import logging
 from conftest import ROOT, TINY, overrides, run_main
 
 from configs import default, small
-from ensadv import build, command_line, data, describe, train
+from ensadv import build, command_line, describe
+from ensadv.data import datasets
 from ensadv.errors import ConfigError
+from ensadv.training import train
 
 SINGLE = '--config=configs/singleadv.py'
 ARRAYS = {
@@ -277,7 +279,7 @@ def test_describe_refuses_what_does_not_fit_the_data(shape, changes, told):
 )
 def test_few_examples_of_a_sorted_test_split_are_told(monkeypatch, labels, n, told):
     images = np.zeros((150, 4, 4, 1), np.uint8)
-    dataset = data.Dataset('npz', images, np.array(labels), images, np.array(labels), 3)
+    dataset = datasets.Dataset('npz', images, np.array(labels), images, np.array(labels), 3)
     config = small.get_config()
     config.eval.num_examples = n
     warnings = []

@@ -6,10 +6,11 @@ import pytest
 from conftest import TINY, overrides, tiny_config
 from etils import epath
 
-import main
-from ensadv import build, checkpoints, evaluate
-from ensadv import workdir as workdir_lib
+from ensadv import build, study
 from ensadv.errors import ConfigError, UserError
+from ensadv.evaluation import evaluate
+from ensadv.storage import checkpoints, files
+from ensadv.storage import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -24,7 +25,7 @@ def root(tmp_path_factory):
         ('two', 'ensemble2', {'seed': 2}),
     ):
         config = tiny_config(system, train__steps=2, **changes)
-        main.run_one(config, root / name, name)
+        study.run_one(config, root / name, name)
     return root
 
 
@@ -60,7 +61,7 @@ def test_predicts_as_worked_out_from_its_members(root, tmp_path, names, combine)
         log_probs = np.mean(members, axis=0)
     right = np.take_along_axis(log_probs, labels[:, None], 1)[:, 0]
     others = np.where(np.arange(10) == labels[:, None], -np.inf, log_probs).max(1)
-    ledger = workdir_lib.read_arrays(workdir_lib.evaluation_path(path, 2, '.npz'))
+    ledger = files.read_arrays(workdir_lib.evaluation_path(path, 2, '.npz'))
     np.testing.assert_allclose(ledger['clean_margin'], right - others, atol=1e-4)
     record = workdir_lib.read_record(path)
     assert record['config']['ensemble']['size'] == len(names)
@@ -118,14 +119,14 @@ def test_unfinished_runs_and_other_data_are_refused(root, tmp_path):
     shutil.copytree(root / 'wide', copy)
     record = workdir_lib.read_record(copy)
     record['config']['train']['steps'] = 9
-    workdir_lib.write_json(copy / 'config.json', record)
+    files.write_json(copy / 'config.json', record)
     config = ensemble_config(root, 'deep')
     config.ensemble.members_from += f',{copy}'
     with pytest.raises(UserError, match=r'a snapshot at step 9, found snapshots at \[2\]'):
         evaluate.run(config, epath.Path(tmp_path) / 'ensemble')
     record['config']['train']['steps'] = 2
     record['dataset']['fingerprint'] = 'another'
-    workdir_lib.write_json(copy / 'config.json', record)
+    files.write_json(copy / 'config.json', record)
     with pytest.raises(UserError, match='other data'):
         evaluate.run(config, epath.Path(tmp_path) / 'ensemble')
 
@@ -136,7 +137,7 @@ def test_a_workdir_is_of_these_snapshots(root, tmp_path):
     evaluate.run(config, path)
     record = workdir_lib.read_record(path)
     record['members'][1]['step'] = 1
-    workdir_lib.write_json(path / 'config.json', record)
+    files.write_json(path / 'config.json', record)
     with pytest.raises(UserError, match=r'of steps \[2, 1\], and now they are \[2, 2\]'):
         evaluate.run(config, path)
 

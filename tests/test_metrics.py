@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, tensorboard_values
 
-from ensadv import metrics
 from ensadv.errors import StorageError
+from ensadv.storage import metrics
 
 SETTINGS = {'train.steps': 4, 'train.learning_rate_steps': (2, 3), 'data.path': None, 'name': 'a'}
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ensadv import config, ensemble
-from ensadv.models import vgg
+from ensadv import config as config_lib
+from ensadv.models import ensemble, vgg
 from ensadv.models.vgg import VGG
 from ensadv.models.wide_resnet import WideResNet
 
@@ -53,7 +53,7 @@ def test_depth_of_vgg_counts_convolutions_and_the_originals_linear_layers(depth)
 
 
 def test_config_allows_the_depths_of_vgg():
-    assert config.VGG_DEPTHS == vgg.DEPTHS
+    assert config_lib.VGG_DEPTHS == vgg.DEPTHS
 
 
 @small_networks

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from conftest import TINY, overrides, run_main, tiny_config
 
-from ensadv import build, checkpoints, ensemble, inspection, losses, nans, parallel, train
+from ensadv import build, losses
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, TrainingError
-from ensadv.inspection import Place, Seen
+from ensadv.models import ensemble
 from ensadv.models.base import ImageNetwork
+from ensadv.runtime import distributed
+from ensadv.storage import checkpoints
+from ensadv.training import inspection, nans, train
+from ensadv.training.inspection import Place, Seen
 
 
 @jax.custom_vjp
@@ -84,7 +88,7 @@ def parts(config):
     model = build.model(config, dataset.describe(), dtype='float32')
     keys = train.learner_keys(config)
     state = jax.jit(partial(train.init_state, config, model, dataset.image_shape))(keys)
-    arrays, state, keys = parallel.replicate(
+    arrays, state, keys = distributed.replicate(
         ((dataset.image_train, dataset.label_train), state, keys)
     )
     draw = partial(train.draw_batch, config)

@@ -4,7 +4,7 @@ import optax
 import pytest
 
 from configs import default
-from ensadv import build, optim
+from ensadv.training import from_config, optim
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,9 @@ from ensadv import build, optim
      (499_999, 8e-4)],
 )  # fmt: skip
 def test_learning_rate_of_the_paper(step, expected):
-    np.testing.assert_allclose(build.schedule(default.get_config())(step), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        from_config.schedule(default.get_config())(step), expected, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize('nesterov', [False, True])

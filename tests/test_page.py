@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ensadv.report import drawing, page
 from ensadv.report.page import Claim, FigureBlock, Items, Section, TableBlock, Text
-from ensadv.tables import Row, Table
+from ensadv.report.tables import Row, Table
 
 EVIL = '<script>console.error("evil")</script> & "quotes"'
 

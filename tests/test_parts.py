@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ensadv import build, ensemble, onednn, parts
+from ensadv import build
+from ensadv.cpu import onednn, parts
+from ensadv.models import ensemble
+from ensadv.training import from_config
 
 
 def rows(n):
@@ -136,7 +139,7 @@ def test_training_attacks_a_few_images_unless_they_share_statistics(batch_norm, 
 
     x, y = np.full((16, 32, 32, 3), 0.5, np.float32), np.zeros(16, np.int32)
     keys = jax.random.split(jax.random.key(0), 16)
-    x_adv = build.training_attack(config)(log_probs, keys, x, y)
+    x_adv = from_config.training_attack(config)(log_probs, keys, x, y)
     assert x_adv.shape == x.shape
     assert set(seen) == {at_a_time}
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from ensadv import plane_files, planes, workdir
 from ensadv.errors import UserError
+from ensadv.evaluation import planes
+from ensadv.storage import files, plane_files
 
 GREY = np.full((2, 2, 1), 0.5)
 # A right angle and 3-4-5: |a - x| = 0.2; b - x = 0.3 along it and 0.4 across.
@@ -151,7 +152,7 @@ def test_samples_are_the_images_at_these_points():
 
 
 def some_planes():
-    return planes.Planes(
+    return plane_files.Planes(
         names=('SingleAdv, seed 0', 'ε'),
         attacked=('SingleAdv, seed 0', 'ε'),
         places=np.array([4], np.int32),
@@ -195,8 +196,8 @@ def test_a_file_gives_back_what_was_written(tmp_path):
 def test_other_files_are_refused_with_one_line(tmp_path, change, told):
     path = epath.Path(tmp_path) / 'x.npz'
     plane_files.write(path, some_planes())
-    arrays = workdir.read_arrays(path) | change
-    workdir.write_arrays(path, {k: array for k, array in arrays.items() if array is not None})
+    arrays = files.read_arrays(path) | change
+    files.write_arrays(path, {k: array for k, array in arrays.items() if array is not None})
     with pytest.raises(UserError) as caught:
         plane_files.read(path)
     assert told in str(caught.value)

@@ -17,9 +17,11 @@ import pytest
 from conftest import ROOT, TINY, TINY_STUDY, overrides, run_environment, tiny_config, variables_like
 from etils import epath
 
-from ensadv import checkpoints, parallel, train
-from ensadv import workdir as workdir_lib
 from ensadv.errors import UserError
+from ensadv.runtime import distributed
+from ensadv.storage import checkpoints, files
+from ensadv.storage import workdir as workdir_lib
+from ensadv.training import train
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -194,7 +196,7 @@ def test_each_layouts_checkpoint_is_gone_on_from_by_the_others(runs):
 def test_the_evaluation_is_that_of_one_process(runs):
     root, _ = runs
     ledgers = [
-        workdir_lib.read_arrays(workdir_lib.evaluation_path(root / name, 2, '.npz'))
+        files.read_arrays(workdir_lib.evaluation_path(root / name, 2, '.npz'))
         for name in ('pod', 'mixed')
     ]
     for name in ('clean', 'ifgsm2'):
@@ -296,16 +298,16 @@ TALK = """
 import os, signal, sys, time
 import numpy as np
 import jax
-from ensadv import parallel, peers
+from ensadv.runtime import distributed, peers
 from ensadv.errors import StorageError, TrainingError, UserError
 
 def say(words):
     print('\\nSAID', words, flush=True)
 
 peers.Peers.__init__.__kwdefaults__.update(sign_seconds=0.2, patience=15)
-parallel.initialize()
+distributed.initialize()
 index = int(os.environ['JAX_PROCESS_ID'])
-with parallel.together():
+with distributed.together():
     {}
 """
 
@@ -318,35 +320,35 @@ def talk(text, **settings) -> list[Result]:
 def test_what_the_processes_agree_on():
     results = talk(
         """
-assert parallel.num_processes() == 2 and parallel.is_main() == (index == 0)
-assert parallel.agree({'mine': index, 'steps': (1, 2)}) == {'mine': 0, 'steps': [1, 2]}
+assert distributed.num_processes() == 2 and distributed.is_main() == (index == 0)
+assert distributed.agree({'mine': index, 'steps': (1, 2)}) == {'mine': 0, 'steps': [1, 2]}
 for flags, answer in (((0, 0), False), ((0, 1), True), ((1, 0), True), ((0, 0), False)):
-    assert parallel.any_process(bool(flags[index])) is answer
-assert [parallel.agree(place * (1 - index)) for place in range(2100)] == list(range(2100))
-parallel.barrier('here')
-parallel.check_same('the weather', 'fine')
+    assert distributed.any_process(bool(flags[index])) is answer
+assert [distributed.agree(place * (1 - index)) for place in range(2100)] == list(range(2100))
+distributed.barrier('here')
+distributed.check_same('the weather', 'fine')
 try:
-    parallel.check_same('the weather', index)
+    distributed.check_same('the weather', index)
 except UserError as error:
     say(error)
 try:
-    with parallel.failing_together():
+    with distributed.failing_together():
         raise TrainingError('both')
 except TrainingError as error:
     say(error)
 
 tree = {'key': jax.random.split(jax.random.key(3), 2), 'x': np.arange(3.0)}
-tree = parallel.replicate(tree | {'y': jax.numpy.ones((2, 2))})
-assert parallel.replicate(tree)['x'].is_fully_replicated
-assert parallel.num_devices() == 4
+tree = distributed.replicate(tree | {'y': jax.numpy.ones((2, 2))})
+assert distributed.replicate(tree)['x'].is_fully_replicated
+assert distributed.num_devices() == 4
 
 def f(state, keys):
     noise = jax.random.normal(keys[0])
-    share = parallel.my_share(8)
-    total = parallel.mean_over_devices(jax.numpy.sum(share) * 4.0)
+    share = distributed.my_share(8)
+    total = distributed.mean_over_devices(jax.numpy.sum(share) * 4.0)
     return jax.tree.map(lambda leaf: leaf + total + 0 * noise, state)
 
-step = parallel.run_on_devices(f, 2, donate_first=True)
+step = distributed.run_on_devices(f, 2, donate_first=True)
 state = {'x': tree['x'], 'y': tree['y']}
 keys = tree['key']
 given = state['x']
@@ -355,8 +357,8 @@ assert given.is_deleted()
 assert not state['x'].is_fully_addressable and state['x'].is_fully_replicated
 assert np.asarray(state['x']).tolist() == [56, 57, 58] and np.asarray(state['y'])[0, 0] == 57
 
-double = parallel.map_examples(lambda scale, batch: (scale * batch[0], batch[1] > 3), 1)
-scale = parallel.replicate(np.float32(2))
+double = distributed.map_examples(lambda scale, batch: (scale * batch[0], batch[1] > 3), 1)
+scale = distributed.replicate(np.float32(2))
 one, two = double(scale, (np.arange(8, dtype=np.float32).reshape(8, 1), np.arange(8)))
 assert one.tolist() == [[2.0 * i] for i in range(8)], one
 assert two.tolist() == [False] * 4 + [True] * 4, two
@@ -410,11 +412,11 @@ def test_a_dead_process_is_not_taken_for_bad_storage(tmp_path):
     results = talk(
         f"""
 from etils import epath
-from ensadv import checkpoints
+from ensadv.storage import checkpoints
 store = checkpoints.open_checkpoints(epath.Path({str(tmp_path)!r}), 3)
-tree = parallel.replicate({{'x': np.arange(4.0)}})
+tree = distributed.replicate({{'x': np.arange(4.0)}})
 store.save(1, tree, wait=True)
-parallel.barrier('saved')
+distributed.barrier('saved')
 if index: os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0.5)
 store.save(2, tree, wait=True)
@@ -431,10 +433,10 @@ def test_saves_in_two_places_do_not_meet(tmp_path):
     results = talk(
         f"""
 from etils import epath
-from ensadv import checkpoints
+from ensadv.storage import checkpoints
 path = epath.Path({str(tmp_path)!r})
 stores = [checkpoints.open_checkpoints(path, 3), checkpoints.open_snapshots(path)]
-tree = parallel.replicate({{'x': np.arange(4.0)}})
+tree = distributed.replicate({{'x': np.arange(4.0)}})
 for step in range(20):
     for store in stores:
         store.save(step, tree)
@@ -453,15 +455,15 @@ def test_one_process_needs_no_others(monkeypatch):
     monkeypatch.delenv('JAX_NUM_PROCESSES', raising=False)
     joined = []
     monkeypatch.setattr(jax.distributed, 'initialize', lambda *a, **k: joined.append(a))
-    parallel.initialize()
+    distributed.initialize()
     monkeypatch.setenv('JAX_NUM_PROCESSES', '1')
-    parallel.initialize()
+    distributed.initialize()
     assert not joined
-    assert parallel.is_main()
-    assert parallel.num_processes() == 1
-    assert parallel.agree((1, 2)) == (1, 2)
-    assert parallel.any_process(True)
-    assert not parallel.any_process(False)
+    assert distributed.is_main()
+    assert distributed.num_processes() == 1
+    assert distributed.agree((1, 2)) == (1, 2)
+    assert distributed.any_process(True)
+    assert not distributed.any_process(False)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +482,7 @@ def test_variables_that_make_no_sense(monkeypatch, variables, told):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=told):
-        parallel.initialize()
+        distributed.initialize()
 
 
 @pytest.mark.parametrize('count', [1, 3])
@@ -500,9 +502,9 @@ def test_the_cluster_says_how_many_there_are(monkeypatch, count):
 
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)
     if count == 1:
-        parallel.initialize()
+        distributed.initialize()
         assert not joined
         return
     with pytest.raises(UserError, match='the 3 processes of this command did not find each other'):
-        parallel.initialize()
+        distributed.initialize()
     assert joined == [(None, 3, None)]

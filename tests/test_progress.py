@@ -12,7 +12,9 @@ import pytest
 import tqdm.std
 from conftest import Clock
 
-from ensadv import ensemble, evaluator, parallel, progress, terminal
+from ensadv.evaluation import evaluator
+from ensadv.models import ensemble
+from ensadv.runtime import distributed, progress, terminal
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_an_evaluator_says_it_once_for_each_thing_that_it_compiles(monkeypatch, 
     on_terminal(monkeypatch, False)
     caplog.set_level(logging.INFO, logger='absl')
     compiled = lambda *args: np.ones(len(args[-1][0]), np.float32)
-    monkeypatch.setattr(parallel, 'map_examples', lambda f, num_shared: compiled)
+    monkeypatch.setattr(distributed, 'map_examples', lambda f, num_shared: compiled)
     network = ensemble.Network(None, 'probs', None, 1)
     judging = evaluator.Evaluator(network, batch_size=4)
     for n in (10, 10, 3):  # in batches of 4, of 4 and of 3

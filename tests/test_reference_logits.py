@@ -9,7 +9,8 @@ import scipy.stats
 
 from benchmarks import reference_logits as reference
 from configs import default
-from ensadv import build, ensemble
+from ensadv import build
+from ensadv.models import ensemble
 
 DESCRIPTION = {
     'num_classes': 10,

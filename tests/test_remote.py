@@ -12,10 +12,10 @@ from conftest import ROOT, tiny_config, variables_like
 from etils import epath
 from etils.epath import backend, gpath, register
 
-import main
-from ensadv import checkpoints, claims, metrics, report
-from ensadv import workdir as workdir_lib
+from ensadv import report, study
 from ensadv.errors import UserError
+from ensadv.storage import checkpoints, files, leases, metrics
+from ensadv.storage import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -37,7 +37,7 @@ def bucket():
         patch.setenv('TENSORSTORE_GCS_HTTP_URL', address)
         patch.setenv('STORAGE_EMULATOR_HOST', address)
         patch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'none')
-        yield workdir_lib.absolute('gs://bucket')
+        yield files.absolute('gs://bucket')
     patch.undo()
     gpath._is_tf_installed.cache_clear()
     backend.fsspec_backend._get_filesystem.cache_clear()
@@ -65,9 +65,9 @@ def test_a_run_goes_on_and_is_evaluated_and_reported_on(bucket, tmp_path):
     here, there = epath.Path(tmp_path) / 'run', bucket / 'runs' / 'run'
     changes = {'train__snapshot_every': 1, 'eval__examples': 2}
     config = tiny_config('baseline', **changes)
-    main.run_one(config, here, 'here')
+    study.run_one(config, here, 'here')
     for steps in (2, 4):
-        main.run_one(tiny_config('baseline', **changes, train__steps=steps), there, 'there')
+        study.run_one(tiny_config('baseline', **changes, train__steps=steps), there, 'there')
     sessions = workdir_lib.read_record(there)['sessions']
     assert [session['step'] for session in sessions] == [0, 2]
     # The same weights, to the bit, and the same results; what is done is deleted alike.
@@ -98,9 +98,9 @@ def test_a_run_goes_on_and_is_evaluated_and_reported_on(bucket, tmp_path):
 def test_another_config_and_damage_are_told_there_too(bucket):
     path = bucket / 'other'
     config = tiny_config('baseline', eval__inline=False, train__steps=2)
-    main.run_one(config, path, 'run')
+    study.run_one(config, path, 'run')
     with pytest.raises(UserError, match=r'belongs to a run with another config \(seed: 0 -> 3\)'):
-        main.run_one(
+        study.run_one(
             tiny_config('baseline', eval__inline=False, train__steps=4, seed=3), path, 'run'
         )
     (path / 'config.json').write_text('{"config":')
@@ -109,7 +109,7 @@ def test_another_config_and_damage_are_told_there_too(bucket):
 
 
 def test_claims_there_have_one_holder(bucket):
-    first, second = claims.Claims(bucket / 'claims'), claims.Claims(bucket / 'claims')
+    first, second = leases.Claims(bucket / 'claims'), leases.Claims(bucket / 'claims')
     assert first.take('4')
     assert not second.take('4')
     assert second.take('5')
@@ -129,26 +129,26 @@ def ram(monkeypatch):
     monkeypatch.setitem(gpath._URI_MAP_ROOT, 'ram://', '/ram/')
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, 'ram', backend.tf_backend)
     monkeypatch.setitem(register._URI_PREFIXES_TO_CLS, 'ram://', gpath.PosixGPath)
-    return workdir_lib.absolute('ram://bucket') / 'run'
+    return files.absolute('ram://bucket') / 'run'
 
 
 def test_files_through_tensorflows_file_systems(ram):
     assert workdir_lib.read_record(ram) is None
     assert workdir_lib.read_evaluations(ram) == {}
-    workdir_lib.write_json(ram / 'a.json', {'a': 1})
-    workdir_lib.write_json(ram / 'a.json', {'a': 2})
-    assert workdir_lib.read_json(ram / 'a.json') == {'a': 2}
+    files.write_json(ram / 'a.json', {'a': 1})
+    files.write_json(ram / 'a.json', {'a': 2})
+    assert files.read_json(ram / 'a.json') == {'a': 2}
     for step in (10, 9):
-        workdir_lib.write_json(workdir_lib.evaluation_path(ram, step, '.json'), {'step': step})
+        files.write_json(workdir_lib.evaluation_path(ram, step, '.json'), {'step': step})
     assert list(workdir_lib.read_evaluations(ram)) == [9, 10]
     workdir_lib.write_examples(ram, 9, {'label': np.arange(3)})
     assert workdir_lib.read_examples(ram, 9)['label'].tolist() == [0, 1, 2]
-    workdir_lib.write_arrays(workdir_lib.evaluation_path(ram, 9, '.npz'), {'label': np.arange(2)})
+    files.write_arrays(workdir_lib.evaluation_path(ram, 9, '.npz'), {'label': np.arange(2)})
     path = workdir_lib.evaluation_path(ram, 9, '.npz')
     assert workdir_lib.read_ledger(path)['label'].tolist() == [0, 1]
     with pytest.raises(UserError, match='found no such file'):
         workdir_lib.read_ledger(workdir_lib.evaluation_path(ram, 8, '.npz'))
-    first, second = claims.Claims(ram / 'claims'), claims.Claims(ram / 'claims')
+    first, second = leases.Claims(ram / 'claims'), leases.Claims(ram / 'claims')
     assert first.take('4')
     assert not second.take('4')
     first.beat()

@@ -25,9 +25,10 @@ from report_runs import (
     write_run,
 )
 
-from ensadv import plane_files, report
-from ensadv.planes import Planes
+from ensadv import report
 from ensadv.report import drawing
+from ensadv.storage import plane_files
+from ensadv.storage.plane_files import Planes
 
 LAST = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5, 'pgd500': 0.4}
 ALL = ('baseline', 'ensemble2', 'ensemble4', 'singleadv', 'doubleadv', 'ensemble2adv',

@@ -37,8 +37,9 @@ def only_reason(root) -> str:
 
 
 def test_the_factory_writes_what_results_writes(tmp_path):
-    from ensadv import results, workdir
-    from ensadv.evaluator import LongVerdicts, Verdicts
+    from ensadv.evaluation import results
+    from ensadv.evaluation.evaluator import LongVerdicts, Verdicts
+    from ensadv.storage import files, workdir
 
     config = run_config()
     one = epath.Path(write_run(tmp_path / 'factory', config, RUNS))
@@ -66,7 +67,7 @@ def test_the_factory_writes_what_results_writes(tmp_path):
         return value if isinstance(value, str) else type(value).__name__
 
     paths = [workdir.evaluation_path(path, 40, '.json') for path in (one, other)]
-    found, expected = (shape(workdir.read_json(path)) for path in paths)
+    found, expected = (shape(files.read_json(path)) for path in paths)
     for content in (found, expected):
         for attack in content['attacks']:
             attack['seconds'] = None
@@ -427,7 +428,8 @@ def test_the_best_step_is_the_earliest_of_the_best(tmp_path):
 
 
 def test_member_is_what_runs_describe_says(tmp_path):
-    from ensadv import runs, workdir
+    from ensadv.evaluation import runs
+    from ensadv.storage import workdir
 
     config = run_config(seed=3)
     path = epath.Path(write(tmp_path, seed=3))

@@ -17,9 +17,9 @@ from report_runs import (
     write_run,
 )
 
-from ensadv import workdir
 from ensadv.report import findings, paper
 from ensadv.report.collect import collect
+from ensadv.storage import files, workdir
 
 FIRST = np.arange(N)
 PROVEN, NOT_PROVEN, TOO_LITTLE = 'supported', 'not supported', 'too little data'
@@ -282,7 +282,7 @@ def test_a_ledger_of_other_examples_is_left_out_wherever_it_stands(tmp_path, odd
         write(tmp_path, system, 50)
     path = epath.Path(tmp_path) / odd / 'eval' / '40.npz'
     ledger = workdir.read_ledger(path)
-    workdir.write_arrays(path, ledger | {'label': ledger['label'][::-1].copy()})
+    files.write_arrays(path, ledger | {'label': ledger['label'][::-1].copy()})
     found = outcomes_of(tmp_path)
     assert found.notes == [f'{odd} is not in the comparisons: its ledger is of other examples.']
     assert found.correct.shape == (3, 2, N)

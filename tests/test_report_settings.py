@@ -15,9 +15,9 @@ from report_runs import (
 from test_report_collect import collected, names, only_reason
 from test_report_tables import Report
 
-from ensadv import workdir
 from ensadv.report import basis, findings, sections
 from ensadv.report.collect import strongest
+from ensadv.storage import files, workdir
 
 LAST = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5}
 MARGIN = {'loss': 'margin'}
@@ -117,10 +117,10 @@ def test_what_no_gradient_was_found_for_makes_no_attack_strong(tmp_path):
     path = write(tmp_path, {40: LAST | {'pgd20': nothing, 'pgd20_loss=margin': by_margin(0.6)}})
     (run,) = collected(tmp_path).runs
     file = workdir.evaluation_path(run.path, 40, '.npz')
-    ledger = workdir.read_arrays(file)
+    ledger = files.read_arrays(file)
     stands = ledger['pgd20_margin'] = np.where(np.arange(N) < 95, 1, -1).astype(np.float32)
     assert np.sum(stands > 0) == 95
-    workdir.write_arrays(file, ledger)
+    files.write_arrays(file, ledger)
     found = Report(tmp_path)
     assert found.cell('last_snapshot', BOTH[0]) == '0.0*'
     # All that the other loss did not fool was attacked, by it.
@@ -194,11 +194,11 @@ def test_curves_are_those_of_the_strongest(tmp_path):
 def test_a_ledger_of_other_settings_is_not_that_of_the_results(tmp_path):
     path = write(tmp_path, {40: with_margin(0.5)})
     file = workdir.evaluation_path(collected(tmp_path).runs[0].path, 40, '.npz')
-    ledger = workdir.read_arrays(file)
+    ledger = files.read_arrays(file)
     # As many are right with both, so that nothing else shows it.
     for suffix in ('correct', 'settings'):
         ledger[f'pgd20_{suffix}'] = ledger[f'pgd20_loss=margin_{suffix}']
-    workdir.write_arrays(file, ledger)
+    files.write_arrays(file, ledger)
     assert findings.read_outcomes(collected(tmp_path)).notes == [
         f'{path.name} is not in the comparisons: its ledger and its results differ in pgd20.'
     ]
@@ -207,7 +207,7 @@ def test_a_ledger_of_other_settings_is_not_that_of_the_results(tmp_path):
 def test_older_results_have_no_keys(tmp_path):
     path = write(tmp_path, {40: LAST})
     file = path / 'eval' / '40.json'
-    content = workdir.read_json(file)
+    content = files.read_json(file)
     for result in content['attacks']:
         del result['key']
     file.write_text(json.dumps(content))

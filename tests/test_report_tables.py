@@ -20,7 +20,7 @@ from report_runs import (
 
 from ensadv.report import computation, paper, table1
 from ensadv.report.collect import collect
-from ensadv.tables import to_csv
+from ensadv.report.tables import to_csv
 
 LAST = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5, 'pgd500': 0.4}
 # As it stands in the paper's text; its Table 1c turned, rows for columns.

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from test_follow import config_for, fake, ledgers, make_run
 
-from ensadv import claims, evaluate, metrics
-from ensadv import selection as selection_lib
-from ensadv import workdir as workdir_lib
+from ensadv.evaluation import evaluate
+from ensadv.storage import files, leases, metrics
+from ensadv.storage import selection as selection_lib
+from ensadv.storage import workdir as workdir_lib
 
 __all__ = ['fake']  # a fixture
 
@@ -46,15 +47,15 @@ def write_as_an_older_version(path, step, **settings):
       settings: what ifgsm2 was last made with.
     """
     file = workdir_lib.evaluation_path(path, step, '.json')
-    content = workdir_lib.read_json(file)
+    content = files.read_json(file)
     for result in content['attacks']:
         assert result.pop('key') == result['name']
     made = content['attacks'][1]['settings']
     made |= settings
-    workdir_lib.write_json(file, content)
-    ledger = workdir_lib.read_arrays(file.with_suffix('.npz'))
+    files.write_json(file, content)
+    ledger = files.read_arrays(file.with_suffix('.npz'))
     ledger['ifgsm2_settings'] = np.array(json.dumps(made, sort_keys=True))
-    workdir_lib.write_arrays(file.with_suffix('.npz'), ledger)
+    files.write_arrays(file.with_suffix('.npz'), ledger)
 
 
 def test_results_of_an_older_version_are_read_and_stay(workdir, fake, scalars):
@@ -120,7 +121,7 @@ def test_no_scalar_of_tensorboard_is_of_two_settings(workdir, fake, scalars):
         changed(config, eval__ifgsm__step_size=0.01, eval__ifgsm__restarts=2),
     ]
     for configs, steps in (([others[0], config], ('4', '6')), ([config, *others], ())):
-        held = claims.Claims(workdir / 'claims')
+        held = leases.Claims(workdir / 'claims')
         assert all(held.take(step) for step in steps)
         for each in configs:
             job = evaluate.Job(each, workdir)
@@ -152,8 +153,8 @@ def test_both_are_shown_and_damage_of_either_is_found(workdir, fake, scalars, ca
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == 'step 6  n 30  clean 0.5000  ifgsm2 0.5000  ifgsm2_loss=margin 0.3000'
     path = workdir_lib.evaluation_path(workdir, 6, '.npz')
-    ledger = workdir_lib.read_arrays(path)
-    workdir_lib.write_arrays(path, {k: v for k, v in ledger.items() if k != f'{key}_correct'})
+    ledger = files.read_arrays(path)
+    files.write_arrays(path, {k: v for k, v in ledger.items() if k != f'{key}_correct'})
     fake.calls.clear()
     evaluate.run(config, workdir)
     # It is put aside with all that it had: what the run itself asks for is made again.

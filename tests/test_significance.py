@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from ensadv import significance
 from ensadv.errors import UserError
+from ensadv.report import significance
 
 LABELS = np.array([3, 1, 4, 1, 5], np.int32)
 
@@ -117,7 +117,7 @@ def test_large_numbers_are_readable():
 
 
 def test_significance_needs_no_jax():
-    program = 'import sys, ensadv.significance; sys.exit("jax" in sys.modules)'
+    program = 'import sys, ensadv.report.significance; sys.exit("jax" in sys.modules)'
     subprocess.run([sys.executable, '-c', program], check=True)
 
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 from small_network import SmallNetwork
 
-from ensadv import ensemble, steps
+from ensadv.models import ensemble
+from ensadv.training import steps
 
 
 class Linear(nn.Module):

@@ -8,11 +8,11 @@ import time
 import pytest
 from conftest import ROOT
 
-from ensadv import stopping
+from ensadv.runtime import stopping
 
 PROGRAM = """
 import sys, time
-from ensadv import stopping
+from ensadv.runtime import stopping
 
 stopping.GRACE_SECONDS = {grace}
 stopping.install()

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_environment, tiny_config
 
-from ensadv import build, data, ensemble, evaluator, parallel, train
+from ensadv import build
+from ensadv.data import batches
+from ensadv.evaluation import evaluator
+from ensadv.models import ensemble
+from ensadv.runtime import distributed
+from ensadv.training import train
 
 # Labels say which image it is: 37 of them, of which 8 make no whole number of batches.
 IMAGES = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 1), np.uint8)
@@ -26,16 +31,18 @@ def compiled_draw():
     def batch(step, keys, arrays):
         (pixels, indices), attack = train.draw_batch(CONFIG, step, arrays, keys)
         levels = jnp.rint(255 * pixels).astype(jnp.uint8)
-        of_each = jax.lax.all_gather((levels, indices, jax.random.key_data(attack)), parallel.AXIS)
+        of_each = jax.lax.all_gather(
+            (levels, indices, jax.random.key_data(attack)), distributed.AXIS
+        )
         return jax.tree.map(lambda parts: parts.reshape(-1, *parts.shape[2:]), of_each)
 
     batches = lambda *args: jax.lax.map(lambda step: batch(step, *args), jnp.int32(STEPS))
-    return parallel.run_on_devices(batches, 2)
+    return distributed.run_on_devices(batches, 2)
 
 
 def draw(keys):
     """Returns images, indices and the data of the attack's keys, [steps, batch, ...] each."""
-    return jax.device_get(compiled_draw()(*parallel.replicate((keys, (IMAGES, LABELS)))))
+    return jax.device_get(compiled_draw()(*distributed.replicate((keys, (IMAGES, LABELS)))))
 
 
 def test_a_run_has_the_streams_that_it_always_had():
@@ -51,14 +58,14 @@ def test_a_run_has_the_streams_that_it_always_had():
 
 def test_every_draw_is_of_its_own_stream():
     for step, images, indices, attack in zip(STEPS, *draw(KEYS), strict=True):
-        expected = data.batch_indices(
+        expected = batches.batch_indices(
             KEYS.batches, step, jnp.arange(8), batch_size=8, num_examples=len(LABELS)
         )
         np.testing.assert_array_equal(indices, expected)
         of_step = lambda key, step=step: jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(key, step), jnp.arange(8)
         )
-        expected = data.augment(of_step(KEYS.augmentation), IMAGES[indices], pad=1, flip=True)
+        expected = batches.augment(of_step(KEYS.augmentation), IMAGES[indices], pad=1, flip=True)
         np.testing.assert_array_equal(images, expected)
         np.testing.assert_array_equal(attack, jax.random.key_data(of_step(KEYS.attack)))
 
@@ -98,7 +105,7 @@ def everything():
     """Returns what training and evaluation draw on this process's devices."""
     evaluation = lambda places: jax.random.key_data(evaluator._keys({'seed': 0}, places))
     places = np.arange(12, dtype=np.int32)
-    return *draw(KEYS), parallel.map_examples(evaluation, 0)(places)
+    return *draw(KEYS), distributed.map_examples(evaluation, 0)(places)
 
 
 @pytest.mark.parametrize('devices', [2, 4])

@@ -1,6 +1,8 @@
 """Studies: which runs, going on, and the report at the end."""
 
 import hashlib
+import importlib
+import re
 import sys
 
 import jax
@@ -9,12 +11,12 @@ from conftest import CIFAR10, ROOT, TINY, TINY_STUDY, overrides, run_main, tiny_
 from etils import epath
 
 import ensadv
-import main
 from configs import quickstart, table1
+from ensadv import command_line, study
 from ensadv import config as config_lib
-from ensadv import study, train
-from ensadv import workdir as workdir_lib
-from ensadv.errors import ConfigError, TrainingError, UserError
+from ensadv.errors import ConfigError, TrainingError
+from ensadv.storage import workdir as workdir_lib
+from ensadv.training import train
 
 CONFIGS = epath.Path(ROOT) / 'configs'
 
@@ -79,7 +81,7 @@ def test_sizes_follow_the_studys_epsilon():
     assert dict(study.runs(config, CONFIGS))['singleadv_seed0'].attack.step_size == 0.05
 
 
-def test_one_run_that_diverges_does_not_stop_the_others(tmp_path):
+def test_one_run_that_diverges_does_not_stop_the_others(monkeypatch, tmp_path):
     config = quickstart.get_config()
     config.study.systems = ('baseline', 'singleadv')
     begun = []
@@ -89,7 +91,8 @@ def test_one_run_that_diverges_does_not_stop_the_others(tmp_path):
         if config.system == 'Baseline':
             raise TrainingError('loss is not finite')
 
-    finished, failures = study.run(config, epath.Path(tmp_path), CONFIGS, run_one)
+    monkeypatch.setattr(study, 'run_one', run_one)
+    finished, failures = study.make_runs(config, epath.Path(tmp_path), CONFIGS)
     assert begun == ['baseline_seed0', 'singleadv_seed0']
     assert [path.name for path in finished] == ['singleadv_seed0']
     assert failures == {'baseline_seed0': 'loss is not finite'}
@@ -102,7 +105,7 @@ def test_a_run_leaves_no_compiled_programs_behind(monkeypatch, tmp_path):
     before = programs()  # that other tests hold
     compiled(1)
     assert programs() == before + 1
-    main.run_one(tiny_config(eval__inline=False), epath.Path(tmp_path), 'a run')
+    study.run_one(tiny_config(eval__inline=False), epath.Path(tmp_path), 'a run')
     assert programs() <= before
 
 
@@ -116,7 +119,9 @@ def test_decision_planes_are_of_two_systems_of_the_study(pair):
         config_lib.validate(config)
 
 
-def test_a_study_without_matplotlib_trains_and_says_what_is_missing(monkeypatch, tmp_path, caplog):
+def test_a_study_without_matplotlib_trains_and_says_what_is_missing(
+    monkeypatch, tmp_path, caplog, capfd
+):
     for name in [name for name in sys.modules if name.startswith('ensadv.report')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(ensadv, 'report', raising=False)
@@ -124,11 +129,14 @@ def test_a_study_without_matplotlib_trains_and_says_what_is_missing(monkeypatch,
     config = quickstart.get_config()
     config.eval.attacks = ('clean',)
     finished = [tmp_path / f'{name}_seed0' for name in config.study.systems]
-    monkeypatch.setattr(study, 'run', lambda *args: (finished, {}))
-    main.run_study(config, epath.Path(tmp_path))
+    monkeypatch.setattr(study, 'make_runs', lambda *args: (finished, {}))
+    study.run(config, epath.Path(tmp_path), CONFIGS)
     assert 'the report needs a package that is missing' in caplog.text
-    with pytest.raises(UserError, match=r'matplotlib.*pip install -r requirements\.txt'):
-        main.report_writer()
+    with pytest.raises(SystemExit), command_line.exits():
+        importlib.import_module('ensadv.report.write')
+    assert re.search(
+        r'error: .*matplotlib.*pip install -r requirements\.txt', capfd.readouterr().err
+    )
 
 
 FIELDS = (

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_main, tiny_config
 
-from ensadv import build, prng, switches, train
-from ensadv import workdir as workdir_lib
+from ensadv import build, prng
+from ensadv.runtime import switches
+from ensadv.storage import environments
+from ensadv.storage import workdir as workdir_lib
+from ensadv.training import train
 
 OTHERS = {
     'jax_default_prng_impl': 'rbg',
@@ -125,9 +128,9 @@ def test_what_alters_rounding_is_recorded(clean_environment, monkeypatch):
 
 def test_xla_flags_are_the_same_in_any_order_and_without_what_alters_nothing():
     flags = '--xla_b=1 --xla_dump_to=/tmp/x --xla_a=2 --xla_force_host_platform_device_count=4'
-    assert switches.of({'xla_flags': flags}) == {'XLA_FLAGS': '--xla_a=2 --xla_b=1'}
-    assert switches.of({'xla_flags': '', 'switches': {'A': '1'}}) == {'A': '1'}
-    assert switches.of({}) == {}
+    assert environments.switches({'xla_flags': flags}) == {'XLA_FLAGS': '--xla_a=2 --xla_b=1'}
+    assert environments.switches({'xla_flags': '', 'switches': {'A': '1'}}) == {'A': '1'}
+    assert environments.switches({}) == {}
 
 
 @pytest.mark.usefixtures('small_network', 'clean_environment')

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from ensadv import tables
-from ensadv.tables import Row, Table
+from ensadv.report import tables
+from ensadv.report.tables import Row, Table
 
 TABLE = Table(
     'table1a',

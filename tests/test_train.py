@@ -18,9 +18,13 @@ from conftest import (
 )
 from etils import epath
 
-from ensadv import build, checkpoints, claims, ensemble, parallel, stopping, train
-from ensadv import workdir as workdir_lib
+from ensadv import build
 from ensadv.errors import ConfigError, TrainingError, UserError
+from ensadv.models import ensemble
+from ensadv.runtime import distributed, stopping
+from ensadv.storage import checkpoints, files, leases
+from ensadv.storage import workdir as workdir_lib
+from ensadv.training import train
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -113,7 +117,7 @@ def test_a_signal_while_a_snapshot_is_evaluated(workdir, monkeypatch):
 
 def test_two_trainers_in_one_workdir(workdir):
     config = tiny_config('singleadv')
-    other = claims.Claims(workdir / 'claims')
+    other = leases.Claims(workdir / 'claims')
     assert other.take(train.LOCK)
     with pytest.raises(UserError, match=f'is being trained in by .* pid {os.getpid()}'):
         train.run(config, workdir)
@@ -126,7 +130,7 @@ def test_two_trainers_in_one_workdir(workdir):
 def test_a_trainer_that_lost_its_workdir_writes_no_more(workdir, monkeypatch):
     """As after a laptop's sleep, when another machine has taken the run over."""
     config = tiny_config('singleadv')
-    monkeypatch.setattr(claims.Claims, 'still_held', lambda self, name: False)
+    monkeypatch.setattr(leases.Claims, 'still_held', lambda self, name: False)
     with pytest.raises(TrainingError, match='another process trains here'):
         train.run(config, workdir)
     assert checkpoints.open_checkpoints(workdir, 3).steps() == []
@@ -211,7 +215,7 @@ def test_members_at_the_same_time_or_one_by_one_train_the_same(system, monkeypat
         monkeypatch.setattr(ensemble, 'stacks_members', lambda stacks=stacks: stacks)
         state = jax.jit(partial(train.init_state, config, model, dataset.image_shape))(keys)
         train_steps = train.make_train_steps(config, model, dataset)
-        arrays, state, copies = parallel.replicate(
+        arrays, state, copies = distributed.replicate(
             ((dataset.image_train, dataset.label_train), state, keys)
         )
         results.append(jax.device_get(train_steps(state, arrays, copies, np.int32(1))))
@@ -287,7 +291,7 @@ def test_other_data_in_the_same_workdir_are_refused(workdir):
     train.run(config, workdir)
     record = workdir_lib.read_record(workdir)
     record['dataset']['fingerprint'] = 'another'
-    workdir_lib.write_json(workdir / 'config.json', record)
+    files.write_json(workdir / 'config.json', record)
     config.train.steps = 6
     with pytest.raises(UserError, match='fingerprint'):
         train.run(config, workdir)

@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from ensadv import data, transfer
+from ensadv.data import datasets
 from ensadv.errors import UserError
+from ensadv.evaluation import transfer_sets
 
 EPSILON = 8 / 255
 MEMBERS = {'images', 'labels', 'indices', 'fooled', 'record'}
@@ -21,10 +22,10 @@ def edited(**changes) -> np.ndarray:
 
 
 @pytest.fixture(scope='module')
-def dataset() -> data.Dataset:
+def dataset() -> datasets.Dataset:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (12, 4, 5, 3), np.uint8), np.arange(12) % 3
-    return data.Dataset('npz', images[:2], labels[:2], images, labels.astype(np.int32), 3)
+    return datasets.Dataset('npz', images[:2], labels[:2], images, labels.astype(np.int32), 3)
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def path(tmp_path):
     return tmp_path / 'sets' / 'blackbox.npz'
 
 
-def arrays(dataset: data.Dataset) -> dict[str, np.ndarray]:
+def arrays(dataset: datasets.Dataset) -> dict[str, np.ndarray]:
     """Five test images, each moved by 8 levels wherever it can be."""
     indices = np.array([0, 2, 3, 7, 11], np.int32)
     clean = dataset.image_test[indices].astype(int)
@@ -44,14 +45,16 @@ def arrays(dataset: data.Dataset) -> dict[str, np.ndarray]:
     }
 
 
-def made(dataset: data.Dataset, record: dict | None = None, **changes) -> transfer.TransferSet:
+def made(
+    dataset: datasets.Dataset, record: dict | None = None, **changes
+) -> transfer_sets.TransferSet:
     facts = {'epsilon': EPSILON, 'fingerprint': dataset.fingerprint, 'sources': SOURCES}
-    return transfer.TransferSet(**(arrays(dataset) | changes), record=facts | (record or {}))
+    return transfer_sets.TransferSet(**(arrays(dataset) | changes), record=facts | (record or {}))
 
 
-def refusal(path, dataset: data.Dataset, epsilon: float = EPSILON) -> str:
+def refusal(path, dataset: datasets.Dataset, epsilon: float = EPSILON) -> str:
     with pytest.raises(UserError) as caught:
-        transfer.load(path, dataset, epsilon)
+        transfer_sets.load(path, dataset, epsilon)
     text = str(caught.value)
     assert text.startswith(f'eval.blackbox_path: {path}: ')
     assert '\n' not in text
@@ -74,14 +77,17 @@ def assert_has(text: str, *words: str) -> None:
 
 def test_a_set_comes_back_as_it_was_written(dataset, path):
     given = made(dataset)
-    record = transfer.write(path, given)
+    record = transfer_sets.write(path, given)
     assert record['n'] == 5
     assert record['fooled'] == 4
     assert record['share_fooled'] == 0.8
     assert record['sources'] == SOURCES
     assert json.loads(json.dumps(record)) == record
     assert set(stored(path)) == MEMBERS
-    for read in (transfer.load(path, dataset, EPSILON), transfer.load(str(path), dataset, EPSILON)):
+    for read in (
+        transfer_sets.load(path, dataset, EPSILON),
+        transfer_sets.load(str(path), dataset, EPSILON),
+    ):
         assert read.record == record
         for name, array in arrays(dataset).items():
             found = getattr(read, name)
@@ -90,7 +96,7 @@ def test_a_set_comes_back_as_it_was_written(dataset, path):
     assert given.record.keys() == {'epsilon', 'fingerprint', 'sources'}
     assert [file.name for file in path.parent.iterdir()] == ['blackbox.npz']
     # A file that went through another program and back is the same set.
-    again = transfer.write(path, transfer.load(path, dataset, EPSILON))
+    again = transfer_sets.write(path, transfer_sets.load(path, dataset, EPSILON))
     assert again == record
 
 
@@ -102,28 +108,28 @@ def test_the_digest_tells_any_difference(dataset, path):
     changed['fooled'][0] ^= True
     changes = [{}, *({name: array} for name, array in changed.items())]
     changes.append({'images': changed['images'].reshape(5, 5, 4, 3)})
-    digests = [transfer.write(path, made(dataset, **each))['digest'] for each in changes]
+    digests = [transfer_sets.write(path, made(dataset, **each))['digest'] for each in changes]
     assert len(set(digests)) == 6
     assert {len(digest) for digest in digests} == {64}
-    assert transfer.write(path, made(dataset, record={'seed': 1}))['digest'] == digests[0]
+    assert transfer_sets.write(path, made(dataset, record={'seed': 1}))['digest'] == digests[0]
 
 
 def test_the_record_is_read_without_the_images(dataset, path):
-    record = transfer.write(path, made(dataset))
-    assert transfer.read_record(path) == record
+    record = transfer_sets.write(path, made(dataset))
+    assert transfer_sets.read_record(path) == record
     np.savez(path, record=stored(path)['record'])
-    assert transfer.read_record(path) == record
+    assert transfer_sets.read_record(path) == record
 
 
 @pytest.mark.parametrize('epsilon', [EPSILON, np.nextafter(EPSILON, 0), np.nextafter(EPSILON, 1)])
 def test_rounding_of_epsilon_makes_no_difference(dataset, path, epsilon):
-    transfer.write(path, made(dataset))
-    assert transfer.load(path, dataset, float(epsilon)).record['epsilon'] == EPSILON
+    transfer_sets.write(path, made(dataset))
+    assert transfer_sets.load(path, dataset, float(epsilon)).record['epsilon'] == EPSILON
 
 
 def test_what_is_held_out_makes_no_difference(dataset, path):
-    transfer.write(path, made(dataset))
-    transfer.load(path, data.hold_out(dataset, 1), EPSILON)
+    transfer_sets.write(path, made(dataset))
+    transfer_sets.load(path, datasets.hold_out(dataset, 1), EPSILON)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +142,7 @@ def test_what_is_held_out_makes_no_difference(dataset, path):
 )
 def test_what_could_not_be_read_is_not_written(dataset, path, changes, words):
     with pytest.raises(ValueError, match='transfer set') as caught:
-        transfer.write(path, made(dataset, **changes))
+        transfer_sets.write(path, made(dataset, **changes))
     assert words in str(caught.value)
     assert not path.exists()
 
@@ -155,12 +161,12 @@ def test_files_that_cannot_be_read_are_refused(dataset, path, tmp_path):
     with path.open('wb') as file:
         np.save(file, np.zeros(3))
     assert 'cannot be read' in refusal(path, dataset)
-    transfer.write(path, made(dataset))
+    transfer_sets.write(path, made(dataset))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     assert 'cannot be read' in refusal(path, dataset)
     with pytest.raises(UserError, match='cannot be read'):
-        transfer.read_record(path)
+        transfer_sets.read_record(path)
 
 
 @pytest.mark.parametrize('name', sorted(MEMBERS))
@@ -169,7 +175,7 @@ def test_python_objects_are_never_unpickled(dataset, path, name):
         def __reduce__(self):
             return pytest.fail, ('unpickled',)
 
-    transfer.write(path, made(dataset))
+    transfer_sets.write(path, made(dataset))
     members = stored(path) | {name: np.array([Exploding()] * 5, dtype=object)}
     np.savez(path, **members)
     assert_has(refusal(path, dataset), 'cannot be read', 'plain arrays', 'allow_pickle=False')
@@ -177,7 +183,7 @@ def test_python_objects_are_never_unpickled(dataset, path, name):
 
 @pytest.mark.parametrize('name', sorted(MEMBERS))
 def test_missing_members_are_named(dataset, path, name):
-    transfer.write(path, made(dataset))
+    transfer_sets.write(path, made(dataset))
     members = stored(path)
     del members[name]
     np.savez(path, **members)
@@ -200,11 +206,11 @@ def test_missing_members_are_named(dataset, path, name):
     ],
 )
 def test_bad_records_are_refused(dataset, path, record, words):
-    transfer.write(path, made(dataset))
+    transfer_sets.write(path, made(dataset))
     np.savez(path, **(stored(path) | {'record': record}))
     assert_has(refusal(path, dataset), 'record', *words)
     with pytest.raises(UserError, match=r'eval\.blackbox_path: .*record'):
-        transfer.read_record(path)
+        transfer_sets.read_record(path)
 
 
 @pytest.mark.parametrize(
@@ -221,14 +227,14 @@ def test_bad_records_are_refused(dataset, path, record, words):
     ],
 )
 def test_wrong_dtypes_and_shapes_are_refused(dataset, path, name, array, words):
-    transfer.write(path, made(dataset))
+    transfer_sets.write(path, made(dataset))
     np.savez(path, **(stored(path) | {name: array}))
     assert_has(refusal(path, dataset), f'{name}: found', *words)
 
 
 @pytest.mark.parametrize('name', ['images', 'labels', 'indices', 'fooled'])
 def test_edited_arrays_are_refused(dataset, path, name):
-    transfer.write(path, made(dataset))
+    transfer_sets.write(path, made(dataset))
     members = stored(path)
     edited = members[name].copy()
     edited.flat[0] = not edited.flat[0]
@@ -238,19 +244,19 @@ def test_edited_arrays_are_refused(dataset, path, name):
 
 @pytest.mark.parametrize('field,value', [('fooled', 5), ('n', 6), ('share_fooled', 1.0)])
 def test_edited_records_are_refused(dataset, path, field, value):
-    record = transfer.write(path, made(dataset)) | {field: value}
+    record = transfer_sets.write(path, made(dataset)) | {field: value}
     np.savez(path, **(stored(path) | {'record': np.array(json.dumps(record))}))
     assert_has(refusal(path, dataset), f'{field} ', f'the {value} of its record')
 
 
 def test_sets_made_for_other_images_are_refused(dataset, path):
-    transfer.write(path, made(dataset, record={'fingerprint': 'f' * 64}))
+    transfer_sets.write(path, made(dataset, record={'fingerprint': 'f' * 64}))
     text = refusal(path, dataset)
     assert_has(text, 'made for other images', 'f' * 16, dataset.fingerprint[:16])
 
 
 def test_sets_made_for_another_epsilon_are_refused(dataset, path):
-    transfer.write(path, made(dataset))
+    transfer_sets.write(path, made(dataset))
     text = refusal(path, dataset, epsilon=0.15)
     assert_has(text, 'another epsilon', '0.0313725 (8/255)', '0.15 (38.25/255)')
     assert 'another epsilon' in refusal(path, dataset, epsilon=EPSILON * (1 + 2e-6))
@@ -266,19 +272,19 @@ def test_sets_made_for_another_epsilon_are_refused(dataset, path):
     ],
 )
 def test_places_outside_or_out_of_order_are_refused(dataset, path, indices, words):
-    transfer.write(path, made(dataset, indices=np.array(indices, np.int32)))
+    transfer_sets.write(path, made(dataset, indices=np.array(indices, np.int32)))
     assert_has(refusal(path, dataset), 'indices: found', *words)
 
 
 def test_other_labels_are_refused(dataset, path):
     labels = arrays(dataset)['labels'].copy()
     labels[1:3] += 1
-    transfer.write(path, made(dataset, labels=labels))
+    transfer_sets.write(path, made(dataset, labels=labels))
     assert_has(refusal(path, dataset), 'labels: found 2', 'those of the test split')
 
 
 def test_images_of_another_shape_are_refused(dataset, path):
-    transfer.write(path, made(dataset, images=arrays(dataset)['images'][:, :3]))
+    transfer_sets.write(path, made(dataset, images=arrays(dataset)['images'][:, :3]))
     assert_has(refusal(path, dataset), 'images: found (5, 3, 5, 3)', '(5, 4, 5, 3)')
 
 
@@ -288,7 +294,7 @@ def test_images_beyond_epsilon_are_refused(dataset, path, level):
     clean = int(dataset.image_test[places[1], 2, 3, 1])
     images[1, 2, 3, 1] = level
     assert abs(level - clean) > 8
-    transfer.write(path, made(dataset, images=images))
+    transfer_sets.write(path, made(dataset, images=images))
     text = refusal(path, dataset)
     assert_has(text, f'images: found 1 up to {abs(level - clean)} levels', 'allowed are 8 levels')
 
@@ -297,9 +303,9 @@ def test_images_beyond_epsilon_are_refused(dataset, path, level):
 def test_the_ball_ends_at_the_last_whole_level(dataset, path, difference, accepted):
     clean = dataset.image_test[arrays(dataset)['indices']].astype(int)
     images = np.where(clean < 128, clean + difference, clean - difference).astype(np.uint8)
-    transfer.write(path, made(dataset, images=images, record={'epsilon': 0.15}))
+    transfer_sets.write(path, made(dataset, images=images, record={'epsilon': 0.15}))
     if accepted:
-        transfer.load(path, dataset, 0.15)
+        transfer_sets.load(path, dataset, 0.15)
     else:
         assert_has(refusal(path, dataset, 0.15), 'found 5 up to 39', 'allowed are 38 levels')
 
@@ -331,7 +337,7 @@ def test_the_ball_ends_at_the_last_whole_level(dataset, path, difference, accept
 def test_images_are_stored_at_the_nearest_level_within_the_ball(epsilon, image, level, expected):
     x_adv = np.full((1, 2, 2, 1), level, np.float32) / np.float32(255)
     images = np.full((1, 2, 2, 1), image, np.uint8)
-    stored_images = transfer.quantize(x_adv, images, epsilon)
+    stored_images = transfer_sets.quantize(x_adv, images, epsilon)
     assert stored_images.dtype == np.uint8
     assert stored_images.shape == images.shape
     assert set(stored_images.ravel().tolist()) == {expected}
@@ -343,5 +349,5 @@ def test_what_an_attack_reaches_in_float32_keeps_its_level(epsilon):
     x = images.astype(np.float32) / 255
     x_adv = np.clip(x + np.float32(epsilon), 0, 1)
     expected = np.minimum(images.astype(int) + round(255 * epsilon), 255)
-    np.testing.assert_array_equal(transfer.quantize(x_adv, images, epsilon), expected)
-    np.testing.assert_array_equal(transfer.quantize(x, images, epsilon), images)
+    np.testing.assert_array_equal(transfer_sets.quantize(x_adv, images, epsilon), expected)
+    np.testing.assert_array_equal(transfer_sets.quantize(x, images, epsilon), images)

@@ -16,7 +16,11 @@ from conftest import tiny_config
 from etils import epath
 from scipy.special import log_softmax, logsumexp
 
-from ensadv import blackbox, build, ensemble, evaluator, parallel, results, steps
+from ensadv import build
+from ensadv.evaluation import attack_settings, blackbox, evaluator, results
+from ensadv.models import ensemble
+from ensadv.runtime import distributed
+from ensadv.training import from_config, steps
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 2, 2, 3), np.uint8)
@@ -149,7 +153,9 @@ def test_the_training_attack_is_the_configs(changes):
     config = config_of(**changes)
     predict = lambda x: jax.nn.log_softmax(x.reshape(len(x), -1) @ jnp.float32(WEIGHTS[0]))
     keys = jax.random.split(jax.random.key(0), len(Y))
-    found = build.training_attack(config)(predict, keys, jnp.float32(X.reshape(IMAGES.shape)), Y)
+    found = from_config.training_attack(config)(
+        predict, keys, jnp.float32(X.reshape(IMAGES.shape)), Y
+    )
     np.testing.assert_allclose(found.reshape(X.shape), attacked(config, WEIGHTS[:1]), atol=2e-5)
 
 
@@ -162,7 +168,7 @@ def test_the_training_attack_starts_as_the_config_says(start, sigma, deviation):
     keys = jax.random.split(jax.random.key(0), len(x))
     y = jnp.zeros(len(x), int)
     predict = lambda x: jax.nn.log_softmax(x.reshape(len(x), -1) @ jnp.float32(WEIGHTS[0]))
-    noise = np.asarray(build.training_attack(config)(predict, keys, x, y)) - 0.5
+    noise = np.asarray(from_config.training_attack(config)(predict, keys, x, y)) - 0.5
     np.testing.assert_allclose(noise.std(), deviation, rtol=0.04)
     assert abs(np.mean(noise**4) / deviation**4 - {'gaussian': 3, 'uniform': 1.8}[start]) < 0.3
 
@@ -182,7 +188,7 @@ def test_training_steps_are_the_configs(changes):
     """Attack, combination, weight of the adversarial loss, and all of the optimizer's settings."""
     config = config_of(**changes)
     train, joined = config.train, config.ensemble.combine == 'logits'
-    settings = build.step_settings(config, Linear())
+    settings = from_config.step_settings(config, Linear())
     state = steps.init_state(
         Linear(), jax.random.key(0), 2, IMAGES.shape[1:], settings['optimizer']
     )
@@ -232,7 +238,7 @@ def test_a_network_is_the_configs():
     expected = {
         'num_classes': 7, 'mean': (0.4,), 'std': (0.3,), 'depth': 16, 'width': 3,
         'dtype': jnp.dtype('bfloat16'), 'conv': 'separate', 'remat': True, 'norm_momentum': 0.8,
-        'norm_epsilon': 1e-3, 'norm_axis': parallel.AXIS,
+        'norm_epsilon': 1e-3, 'norm_axis': distributed.AXIS,
     }  # fmt: skip
     assert expected == {name: found[name] for name in expected}
     # Evaluation computes in a type of its own.
@@ -243,7 +249,7 @@ def test_a_network_is_the_configs():
 @pytest.mark.parametrize('batch_norm', ['running', 'batch'])
 def test_the_training_attack_has_the_statistics_of_the_config(batch_norm):
     config = config_of(attack__batch_norm=batch_norm)
-    assert build.step_settings(config, Linear())['attack_batch_norm'] == batch_norm
+    assert from_config.step_settings(config, Linear())['attack_batch_norm'] == batch_norm
 
 
 SCHEDULES = {
@@ -262,7 +268,7 @@ def bench_of(weights, combine):
         combine,
         jax.eval_shape(lambda: variables),
     )
-    return evaluator.Evaluator(network, 250), parallel.replicate(variables)
+    return evaluator.Evaluator(network, 250), distributed.replicate(variables)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,9 @@ def bench_of(weights, combine):
 def test_an_evaluation_attack_is_the_configs(name, changes):
     config = config_of(**changes)
     bench, variables = bench_of(WEIGHTS, 'probs')
-    found = bench.evaluate(variables, build.evaluation_settings(config, name), IMAGES, Y, name)
+    found = bench.evaluate(
+        variables, attack_settings.evaluation_settings(config, name), IMAGES, Y, name
+    )
     if name == 'clean':
         np.testing.assert_allclose(found.margin, margin(log_probs(WEIGHTS, X), Y), atol=1e-4)
         return
@@ -296,7 +304,9 @@ def test_an_evaluation_attack_is_the_configs(name, changes):
 
 
 def test_a_tie_has_fallen_from_the_start():
-    settings = build.evaluation_settings(config_of(eval__long_attacks=('ifgsm2',)), 'ifgsm2')
+    settings = attack_settings.evaluation_settings(
+        config_of(eval__long_attacks=('ifgsm2',)), 'ifgsm2'
+    )
     bench, variables = bench_of(np.zeros((1, 12, 3)), 'probs')
     found = bench.long_attack(variables, settings, IMAGES, Y, 'test')
     np.testing.assert_array_equal(found.margin, 0)
@@ -341,7 +351,7 @@ def test_an_evaluation_attack_starts_as_the_config_says(name, changes, deviation
     weights = WEIGHTS[:1, :, :2]
     bench, variables = bench_of(weights, 'probs')
     evaluate = lambda config: bench.evaluate(
-        variables, build.evaluation_settings(config, name), images, labels, name
+        variables, attack_settings.evaluation_settings(config, name), images, labels, name
     )
     found = evaluate(config)
     clean = margin(log_probs(weights, images.reshape(-1, 12) / 255), labels)

@@ -7,18 +7,19 @@ import pytest
 from etils import epath
 from report_runs import run_config, write_ensemble, write_run
 
-from ensadv import workdir as workdir_lib
 from ensadv.errors import StorageError, UserError
+from ensadv.storage import files
+from ensadv.storage import workdir as workdir_lib
 
 CONTENT = {'accuracy': 0.7251, 'steps': [1, 2], 'nested': {'none': None}}
 
 
 def test_json_comes_back(workdir):
-    workdir_lib.write_json(workdir / 'a.json', CONTENT)
-    assert workdir_lib.read_json(workdir / 'a.json') == CONTENT
+    files.write_json(workdir / 'a.json', CONTENT)
+    assert files.read_json(workdir / 'a.json') == CONTENT
     # Of somebody else, without a checksum.
     (workdir / 'b.json').write_text('{"a": 1}')
-    assert workdir_lib.read_json(workdir / 'b.json') == {'a': 1}
+    assert files.read_json(workdir / 'b.json') == {'a': 1}
 
 
 @pytest.mark.parametrize(
@@ -33,10 +34,10 @@ def test_json_comes_back(workdir):
 )
 def test_changed_json_is_refused(workdir, change):
     path = workdir / 'a.json'
-    workdir_lib.write_json(path, CONTENT)
+    files.write_json(path, CONTENT)
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=r'a\.json: (not valid JSON|is not what was written)'):
-        workdir_lib.read_json(path)
+        files.read_json(path)
 
 
 def test_json_that_is_no_text_is_refused(workdir):
@@ -45,20 +46,20 @@ def test_json_that_is_no_text_is_refused(workdir):
     (workdir / 'b.json').write_text(100_000 * '[')
     for name in ('a.json', 'b.json'):
         with pytest.raises(UserError, match='not valid JSON'):
-            workdir_lib.read_json(workdir / name)
+            files.read_json(workdir / name)
 
 
 def test_a_full_disk_leaves_the_old_file(workdir):
     path = workdir / 'a.json'
-    workdir_lib.write_json(path, CONTENT)
+    files.write_json(path, CONTENT)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
     try:
         with pytest.raises(StorageError, match=r'a\.json: cannot be written: File too large'):
-            workdir_lib.write_json(path, {'long': 2_000 * 'a'})
+            files.write_json(path, {'long': 2_000 * 'a'})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert workdir_lib.read_json(path) == CONTENT
+    assert files.read_json(path) == CONTENT
     assert [path.name for path in workdir.iterdir()] == ['a.json']
 
 
@@ -66,14 +67,14 @@ def test_no_permission_is_one_line(workdir):
     workdir.mkdir()
     (workdir / 'file').write_text('')
     with pytest.raises(StorageError, match=r'cannot be written: (Not a directory|File exists)'):
-        workdir_lib.write_json(workdir / 'file' / 'a.json', CONTENT)
+        files.write_json(workdir / 'file' / 'a.json', CONTENT)
 
 
 def test_put_aside(workdir):
     path = workdir / 'a.json'
-    workdir_lib.write_json(path, CONTENT)
-    workdir_lib.put_aside(path)
-    workdir_lib.put_aside(path)  # another process was faster
+    files.write_json(path, CONTENT)
+    files.put_aside(path)
+    files.put_aside(path)  # another process was faster
     assert [path.name for path in pathlib.Path(workdir).iterdir()] == ['a.json.damaged']
 
 
@@ -89,11 +90,11 @@ def a_run(path, before, **changes):
 
 def was_in(path, before):
     file = epath.Path(path) / 'config.json'
-    record = workdir_lib.read_json(file)
+    record = files.read_json(file)
     del record['sessions'][-1]['workdir']
     if before is not None:
         record['sessions'][-1]['workdir'] = str(before)
-    workdir_lib.write_json(file, record)
+    files.write_json(file, record)
 
 
 @pytest.mark.parametrize('recorded', [True, False])
@@ -142,7 +143,7 @@ def test_a_run_writes_down_where_it_is(workdir):
     config = run_config()
     facts = {'dataset': {}, 'parameters': 1}
     workdir_lib.write_record(workdir, config, facts, {'step': 0})
-    sessions = workdir_lib.read_json(workdir / 'config.json')['sessions']
+    sessions = files.read_json(workdir / 'config.json')['sessions']
     assert sessions == [{'workdir': str(workdir), 'step': 0}]
 
 

@@ -1,1 +1,3 @@
-"""Network architectures: flax modules from images [B, H, W, C] in [0, 1] to logits [B, classes]."""
+"""Networks, and k of them as one. Pure functions."""
+
+__all__ = ['base', 'ensemble', 'gated', 'norm', 'vgg', 'wide_resnet']

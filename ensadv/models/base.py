@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from ensadv import conv
+from ensadv.cpu import conv
 from ensadv.models.norm import BatchNorm
 
 # Initialisation as Zagoruyko & Komodakis: convolutions as He et al. (2015) by fan-out, the linear

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ensadv import conv
+from ensadv.cpu import conv
 from ensadv.models.base import ImageNetwork, conv_init
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from etils import epath
 
-from ensadv import selection, workdir
 from ensadv.errors import UserError
 from ensadv.report import comparable, worst_case
 from ensadv.report.run import Run, find, name_of, read
+from ensadv.storage import files, selection, workdir
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ def _sources(paths: Sequence[epath.Path]) -> dict[epath.Path, str]:
         if not file.exists():
             continue
         try:
-            record = json.loads(str(workdir.read_arrays(file)['record']))
+            record = json.loads(str(files.read_arrays(file)['record']))
             # The directory may have moved since.
             found = {folder / epath.Path(source['workdir']).name for source in record['sources']}
             reason = 'a source of the transfer set'

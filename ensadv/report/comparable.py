@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ensadv import config as config_lib
-from ensadv import selection, switches
 from ensadv.report.run import Run, made, name_of
+from ensadv.storage import environments, selection
 
 # What makes a system what it is; all else should be the same for all systems that are compared.
 _OF_A_SYSTEM = ('system', 'seed', 'model.width', 'ensemble', 'train.adversarial_weight', 'eval')
@@ -257,7 +257,7 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
 
 
 def _switches(record: Mapping[str, Any]) -> str:
-    texts = [f'{name}={value}' for name, value in switches.of(record).items()]
+    texts = [f'{name}={value}' for name, value in environments.switches(record).items()]
     return ', '.join(texts) or 'no switch set'
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ensadv import analysis
+from ensadv.report import analysis
 from ensadv.report.run import Run
 from ensadv.report.table1 import MISSING, attack_name
-from ensadv.tables import Row, Table
+from ensadv.report.tables import Row, Table
 
 
 class Costs(NamedTuple):

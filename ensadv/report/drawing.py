@@ -16,7 +16,7 @@ from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ensadv import workdir
+from ensadv.storage import files
 
 COLUMN, PAGE = 3.3, 6.8  # widths in inches
 LETTER, BOLD_LETTER = 0.057, 0.068  # and those of a letter
@@ -120,8 +120,8 @@ def save(figure: Figure, path: epath.Path) -> bytes:
     """
     content = png(figure)
     pdf = _written(figure, format='pdf', metadata={'CreationDate': None})
-    workdir.write_bytes(path.parent / f'{path.name}.png', content)
-    workdir.write_bytes(path.parent / f'{path.name}.pdf', pdf)
+    files.write_bytes(path.parent / f'{path.name}.png', content)
+    files.write_bytes(path.parent / f'{path.name}.pdf', pdf)
     return content
 
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import (
 )
 from matplotlib.transforms import Bbox
 
-from ensadv.analysis import Band
+from ensadv.report.analysis import Band
 from ensadv.report.computation import Panel
 from ensadv.report.drawing import (
     COLUMN,

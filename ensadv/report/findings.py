@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ensadv import significance
 from ensadv.errors import UserError
-from ensadv.report import paper, worst_case
+from ensadv.report import paper, significance, worst_case
 from ensadv.report.collect import Collection, strongest
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
-from ensadv.tables import Row, Table
+from ensadv.report.tables import Row, Table
 
 SEEDS_NEEDED = 3  # of each system, for a claim; the paper has as many
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from ensadv.tables import Table
+from ensadv.report.tables import Table
 
 VERDICTS = ('supported', 'not supported', 'too little data')
 _PIXELS_PER_INCH = 200  # of the figures

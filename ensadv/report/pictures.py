@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -13,7 +14,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
 from matplotlib.patheffects import withStroke
 
-from ensadv import planes as planes_lib
 from ensadv.report.drawing import (
     BOLD_LETTER,
     COLUMN,
@@ -26,8 +26,10 @@ from ensadv.report.drawing import (
     legend_columns,
     legend_width,
     new_figure,
+    save,
     shortened,
 )
+from ensadv.storage import plane_files
 
 # Tol's light scheme and a purple: dots and arrows show on all of them, and none is near dark grey.
 _CLASS_COLORS = (
@@ -193,8 +195,23 @@ def _verdict(predicted: int, label: int) -> tuple[str, str]:
     return ('✓', RIGHT) if predicted == label else ('✗', WRONG)
 
 
+def draw_planes(file: epath.Path) -> None:
+    """Draws decision planes beside their file, and tells the user.
+
+    Args:
+      file: planes/<name>.npz of a run.
+    """
+    made = plane_files.read(file)
+    save(planes(made), file.with_suffix(''))
+    for place, note in zip(made.places, made.notes, strict=True):
+        if note:
+            print(f'image {place}: {note}')
+    for suffix in ('.npz', '.png', '.pdf'):
+        print(file.with_suffix(suffix))
+
+
 @in_style
-def planes(planes: planes_lib.Planes) -> Figure:
+def planes(planes: plane_files.Planes) -> Figure:
     """Draws decision regions around images (the paper's Figure 4).
 
     Images are columns and models rows. A class has one colour in every panel; with at most ten
@@ -250,7 +267,7 @@ def _class_label(number: int, names: Sequence[str] | None) -> str:
 class _Beneath:
     """What is written beneath decision planes: the axes' label, two legends and the notes."""
 
-    def __init__(self, planes: planes_lib.Planes, colors: Mapping[int, str], width: float):
+    def __init__(self, planes: plane_files.Planes, colors: Mapping[int, str], width: float):
         """Finds what is to be written in this width, in inches, and its height."""
         self._legends = [
             (handles, legend_columns([handle.get_label() for handle in handles], width, most))
@@ -279,7 +296,7 @@ class _Beneath:
 
 
 def _draw_plane(
-    axes: Axes, planes: planes_lib.Planes, i: int, r: int, colors: Mapping[int, str]
+    axes: Axes, planes: plane_files.Planes, i: int, r: int, colors: Mapping[int, str]
 ) -> None:
     """Draws the i-th image's plane as the r-th model sees it."""
     classes = planes.classes[i, r]
@@ -314,10 +331,10 @@ def _draw_plane(
     axes.set_title('image {}   1 {}   2 {}'.format(*marks))
 
 
-def _class_colors(planes: planes_lib.Planes) -> dict[int, str]:
+def _class_colors(planes: plane_files.Planes) -> dict[int, str]:
     """Returns the colours of the classes that occur, and of VOID."""
     found = {int(c) for array in (planes.classes, planes.point_classes) for c in np.unique(array)}
-    classes = sorted(found - {planes_lib.VOID})
+    classes = sorted(found - {plane_files.VOID})
     ten = len(_CLASS_COLORS)
     if max(classes, default=0) < ten:
         colors = {c: _CLASS_COLORS[c] for c in classes}
@@ -327,23 +344,23 @@ def _class_colors(planes: planes_lib.Planes) -> dict[int, str]:
             c: to_hex(shades[place % ten] * 0.75 ** (place // ten))
             for place, c in enumerate(classes)
         }
-    return colors | ({planes_lib.VOID: _VOID_COLOR} if planes_lib.VOID in found else {})
+    return colors | ({plane_files.VOID: _VOID_COLOR} if plane_files.VOID in found else {})
 
 
-def _class_patches(planes: planes_lib.Planes, colors: Mapping[int, str]) -> list[Patch]:
+def _class_patches(planes: plane_files.Planes, colors: Mapping[int, str]) -> list[Patch]:
     """Returns the legend of the classes that occur."""
     names = planes.record.get('class_names')
     patches = [
         Patch(facecolor=color, label=_class_label(c, names))
         for c, color in colors.items()
-        if c != planes_lib.VOID
+        if c != plane_files.VOID
     ]
-    if planes_lib.VOID in colors:
+    if plane_files.VOID in colors:
         patches.append(Patch(facecolor=_VOID_COLOR, label='outside [0, 1]'))
     return patches
 
 
-def _plane_symbols(planes: planes_lib.Planes) -> list[Line2D]:
+def _plane_symbols(planes: plane_files.Planes) -> list[Line2D]:
     """Returns the legend of what is drawn on the classes."""
     red = {'color': _ATTACK_COLOR, 'ls': '-', 'marker': 'o'}
     return [

@@ -10,8 +10,9 @@ import numpy as np
 from etils import epath
 
 from ensadv import config as config_lib
-from ensadv import records, selection, significance, workdir
 from ensadv.errors import UserError
+from ensadv.report import significance
+from ensadv.storage import files, records, selection, workdir
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,7 +156,7 @@ def find(root: epath.Path) -> Iterator[epath.Path]:
     file = root / 'config.json'
     if file.exists():
         try:
-            content = workdir.read_json(file)
+            content = files.read_json(file)
         except UserError:
             yield root
         else:

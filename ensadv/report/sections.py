@@ -9,13 +9,24 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from ensadv import analysis, plane_files, records, selection, tables, workdir
 from ensadv.config import parse_attack
 from ensadv.errors import UserError
-from ensadv.report import basis, computation, drawing, figures, findings, page, pictures, table1
+from ensadv.report import (
+    analysis,
+    basis,
+    computation,
+    drawing,
+    figures,
+    findings,
+    page,
+    pictures,
+    table1,
+    tables,
+)
 from ensadv.report.collect import Collection, strongest
 from ensadv.report.run import Run, name_of
 from ensadv.report.table1 import attack_name
+from ensadv.storage import files, plane_files, records, selection, workdir
 
 BASIS, APART = 'How these numbers were made', 'Not in this report'
 # What an earlier report may have written that this one does not.
@@ -34,7 +45,7 @@ class Writer:
 
     def text(self, name: str, content: str) -> None:
         self._written.add(name)
-        workdir.write_bytes(self.folder / name, content.encode())
+        files.write_bytes(self.folder / name, content.encode())
 
     def figure(self, name: str, figure: Figure, caption: str, alt: str) -> page.FigureBlock:
         """Writes a figure as PNG and PDF; returns its place on the page."""

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ensadv import analysis
 from ensadv.config import parse_attack
-from ensadv.report import paper, worst_case
+from ensadv.report import analysis, paper, worst_case
 from ensadv.report.collect import Collection, strongest
 from ensadv.report.run import Run, name_of
-from ensadv.tables import Row, Table
+from ensadv.report.tables import Row, Table
 
 LAST_EVALUATIONS = 10  # that Table 1a averages
 WINDOW = 50  # evaluations in the rolling median, as in the paper

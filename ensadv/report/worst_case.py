@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ensadv import selection, significance
 from ensadv.errors import UserError
+from ensadv.report import significance
 from ensadv.report.run import Run, name_of
+from ensadv.storage import selection
 
 WORST = 'worst case'  # in labels
 

@@ -1,0 +1,3 @@
+"""What an adversary may do: the threat model, the attacks, and what runs them. Pure functions."""
+
+__all__ = ['driver']

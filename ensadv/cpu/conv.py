@@ -1,0 +1,316 @@
+"""The one convolution everything runs through.
+
+`flax.linen.Conv(..., conv_general_dilated=conv.get(kind))` takes it. The kinds compute the same
+numbers and differ in what `vmap` over weights, which is how members are stacked, compiles to:
+
+- 'grouped': `jax.lax.conv_general_dilated` itself, so one grouped convolution for all members.
+- 'separate': one plain convolution per member, forward and in both gradients.
+- 'onednn': the same, on the CPU by oneDNN where that is there (`onednn`).
+- 'auto': 'onednn' on the CPU, 'grouped' elsewhere. On the CPU `ensemble` does not stack members;
+  there it is for fast gradients.
+
+XLA:CPU runs only plain convolutions of NHWC images with HWIO kernels fast. It misses that path for
+grouped convolutions, and for gradients in a loop, where it folds the transposition of an operand
+into the convolution: the gradient of the weights then takes a hundred times as long. Hence
+`optimization_barrier`, which keeps the transposed operand an array of its own.
+
+Two kinds of convolution are matrix multiplications on the CPU instead, in 'separate': large ones
+with 3x3 kernels (`winograd`), and those of few input channels, as a network's first. So are, in
+float32, the input gradients where there is a stride, and the weight gradients of all convolutions
+but those of few input channels. In 'onednn' so are strided input gradients, the weight gradients of
+1x1 kernels, and large convolutions with 3x3 kernels whose weights are constant, as in attacks. Of
+few input channels, weight gradients are XLA's convolution in both.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ensadv.cpu import gradients, onednn, winograd
+
+KINDS = ('auto', 'grouped', 'onednn', 'separate')
+_NHWC = ('NHWC', 'HWIO', 'NHWC')
+# On two cores of an AMD EPYC, jaxlib 0.10.2: from so many channels on Winograd's convolution is
+# faster than XLA's (32 channels, 32x32, batch 64: 6.3 ms and 7.1; 128, 8x8: 3.4 and 5.8).
+_WINOGRAD_CHANNELS = 32
+# And faster than oneDNN's, where the weights are constant: an attack's step of a WRN-16-4, batch
+# 32, takes 0.89 of the time (two cores of an Intel Xeon with AVX-512). Where they are not, all
+# filters are transformed for each pass, and the two passes of training take 1.26 times as long.
+_WINOGRAD_CHANNELS_BEFORE_ONEDNN = 128
+# It takes 0.4 s longer to compile, which smaller ones than this do not earn.
+_WINOGRAD_MULTIPLICATIONS = 2**24
+# Up to so many channels XLA's convolution is far slower than matrix multiplications (an image's
+# 3 channels to 16, batch 64: 2.4 ms and 0.8, batch 128: 4.5 and 2.1; its input gradient, batch 64:
+# 4.0 and 0.8).
+_FEW_INPUTS = 4
+_TIMES_AS_MANY_OUTPUTS = 4  # at least; where fewer come out nothing was measured
+
+
+def get(kind):
+    """Returns the convolution of this kind, called like `jax.lax.conv_general_dilated`.
+
+    The convolution maps lhs [N, H, W, I] and rhs [KH, KW, I, O], of the same floating dtype, to
+    [N, H', W', O] of that dtype or of `preferred_element_type`.
+    """
+    functions = {
+        'auto': _auto,
+        'grouped': lax.conv_general_dilated,
+        'onednn': functools.partial(_separate, by_onednn=True),
+        'separate': _separate,
+    }
+    if kind not in functions:
+        raise ValueError(f'kind of convolution is {kind!r}, must be one of {", ".join(KINDS)}')
+    return functions[kind]
+
+
+def uses_onednn(kind):
+    """Returns whether the convolution of this kind is oneDNN's here, in float32."""
+    return kind in ('auto', 'onednn') and onednn.is_there()
+
+
+def library(kind, dtype):
+    """Returns who computes the convolutions of this kind, in words; '' where that is no question.
+
+    Args:
+      kind: of KINDS.
+      dtype: 'float32' or 'bfloat16'.
+    """
+    if jax.default_backend() != 'cpu' or kind not in ('auto', 'onednn') or dtype != 'float32':
+        return ''
+    return "oneDNN's" if onednn.is_there() else "XLA's own, as oneDNN's do not work in this jaxlib"
+
+
+def _auto(*args, **kwargs):
+    # Asked for at each call, because asking starts the backend, which an import should not.
+    kind = 'onednn' if jax.default_backend() == 'cpu' else 'grouped'
+    return get(kind)(*args, **kwargs)
+
+
+def _separate(
+    lhs,
+    rhs,
+    window_strides,
+    padding,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count=1,
+    batch_group_count=1,
+    precision=None,
+    preferred_element_type=None,
+    out_sharding=None,
+    by_onednn=False,
+):
+    plain = (
+        jnp.ndim(lhs) == jnp.ndim(rhs) == 4
+        and lhs.size * rhs.size > 0
+        and lhs.dtype == rhs.dtype
+        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and feature_group_count == batch_group_count == 1
+        and out_sharding is None
+        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
+    )
+    if not plain:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            batch_group_count,
+            precision,
+            preferred_element_type,
+            out_sharding,
+        )
+    strides = tuple(window_strides)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+    dtypes = (lhs.dtype, preferred_element_type)
+    sizes = lhs.shape[:3], rhs.shape, strides, padding
+    return _build(*sizes, precision, *dtypes, by_onednn)(lhs, rhs)
+
+
+def _build(images, kernel, strides, padding, precision, dtype, preferred, by_onednn):
+    """Returns conv(x, w) for these sizes, with its own rules for `vmap` and for gradients.
+
+    conv(x, w), the gradient of the input and that of the weights are bilinear, and each other's
+    gradients, so that three functions are closed under differentiation to any order.
+    """
+    conv_of = functools.partial(
+        lax.conv_general_dilated,
+        dimension_numbers=_NHWC,
+        precision=precision,
+        preferred_element_type=preferred,
+    )
+    sizes = images, kernel, strides, padding
+    is_cpu = jax.default_backend() == 'cpu'
+    is_float32 = dtype == jnp.float32 and preferred in (None, dtype)
+    by_onednn &= is_float32 and onednn.is_there() and _suits_onednn(*sizes)
+    if by_onednn:
+        functions = _by_onednn(conv_of, *sizes)
+    elif is_cpu and is_float32 and _winograd_pays(_WINOGRAD_CHANNELS, *sizes):
+        functions = winograd.conv, winograd.input_gradient, winograd.weight_gradient
+    elif is_cpu:
+        functions = _by_xla_cpu(conv_of, *sizes, dtype, is_float32)
+    else:
+        functions = _by_xla(conv_of, *sizes, dtype)
+    forward, input_gradient, weight_gradient = functions
+
+    conv = _differentiable(_batched(forward, 1), lambda x, w, g: (dx(g, w), dw(x, g)))
+    dx = _differentiable(_batched(input_gradient, 1), lambda g, w, x: (conv(x, w), dw(x, g)))
+    dw = _differentiable(_batched(weight_gradient, None), lambda x, g, w: (dx(g, w), conv(x, w)))
+    if not (by_onednn and _winograd_pays(_WINOGRAD_CHANNELS_BEFORE_ONEDNN, *sizes)):
+        return conv
+    constant_conv, constant_dx = (_batched(f, 1) for f in (winograd.conv, winograd.input_gradient))
+    constant_dx = _differentiable(constant_dx, lambda g, w, x: (conv(x, w), dw(x, g)))
+    return _where_constant(constant_conv, constant_dx, conv, dx, dw)
+
+
+def _by_xla(conv_of, images, kernel, strides, padding, dtype):
+    """Returns the convolution and its two gradients as JAX has them."""
+    forward = lambda x, w: conv_of(x, w, strides, padding)
+
+    def input_gradient(g, w):
+        x = jax.ShapeDtypeStruct((g.shape[0], *images[1:], kernel[2]), g.dtype)
+        return jax.linear_transpose(lambda x: forward(x, w.astype(g.dtype)), x)(g)[0].astype(dtype)
+
+    def weight_gradient(x, g):
+        w = jax.ShapeDtypeStruct(kernel, g.dtype)
+        return jax.linear_transpose(lambda w: forward(x.astype(g.dtype), w), w)(g)[0].astype(dtype)
+
+    return forward, input_gradient, weight_gradient
+
+
+def _by_onednn(conv_of, images, kernel, strides, padding):
+    """Returns the convolution and its two gradients, by oneDNN where that is the fastest."""
+    size, window = images[1:], kernel[:2]
+    forward = lambda x, w: onednn.conv(x, w, strides, padding)
+    few = _few_come_in(kernel, strides)
+    # Of few input channels and of pixels by oneDNN, a step of IFGSM-1 takes 1.03 times as long
+    # (WRN-10-2, batch 64; WRN-16-4, batch 32: 1.015; medians of 11 turns).
+    if few:
+        weight_gradient = lambda x, g: gradients.weight_gradient(
+            conv_of, x, g, window, strides, padding
+        )
+    elif _is_of_pixels(window, padding):
+        weight_gradient = lambda x, g: gradients.product_of_pixels(x, g, strides)
+    else:
+        weight_gradient = lambda x, g: gradients.images_as_channels(x, g, window, strides, padding)
+    if few or strides != (1, 1):
+        input_gradient = lambda g, w: gradients.sum_of_patches(g, w, size, strides, padding)
+    else:
+        input_gradient = lambda g, w: gradients.input_gradient(
+            onednn.conv, g, w, size, strides, padding
+        )
+    return forward, input_gradient, weight_gradient
+
+
+def _by_xla_cpu(conv_of, images, kernel, strides, padding, dtype, is_float32):
+    """Returns the convolution and its two gradients, as XLA:CPU is fast."""
+    size, window = images[1:], kernel[:2]
+    forward = lambda x, w: conv_of(x, w, strides, padding)
+
+    def input_gradient(g, w):
+        w = w.astype(g.dtype)
+        return gradients.input_gradient(conv_of, g, w, size, strides, padding).astype(dtype)
+
+    def weight_gradient(x, g):
+        x = x.astype(g.dtype)
+        return gradients.weight_gradient(conv_of, x, g, window, strides, padding).astype(dtype)
+
+    few = is_float32 and _few_come_in(kernel, strides)
+    if few:
+        forward = lambda x, w: gradients.conv_of_patches(x, w, padding)
+    if few or (is_float32 and strides != (1, 1)):
+        input_gradient = lambda g, w: gradients.sum_of_patches(g, w, size, strides, padding)
+    if is_float32 and _is_of_pixels(window, padding):
+        weight_gradient = lambda x, g: gradients.product_of_pixels(x, g, strides)
+    elif is_float32 and not few:
+        weight_gradient = lambda x, g: gradients.products_of_windows(x, g, window, strides, padding)
+    return forward, input_gradient, weight_gradient
+
+
+def _few_come_in(kernel, strides):
+    """Whether there is no stride, and few channels come in, and far more out."""
+    inputs, outputs = kernel[2:]
+    return (
+        strides == (1, 1) and inputs <= _FEW_INPUTS and outputs >= _TIMES_AS_MANY_OUTPUTS * inputs
+    )
+
+
+def _is_of_pixels(window, padding):
+    """Whether each output sees one pixel of the image, and none of a pad."""
+    return window == (1, 1) and not any(map(any, padding))
+
+
+def _suits_onednn(images, kernel, strides, padding):
+    """Whether windows fit in, and all pads, those of the input's gradient too, are >= 0."""
+    return all(
+        0 <= low < taps and 0 <= high < taps and n + low + high >= taps
+        for n, taps, (low, high) in zip(images[1:], kernel[:2], padding, strict=True)
+    )
+
+
+def _winograd_pays(channels, images, kernel, strides, padding):
+    """Whether it is a 3x3 convolution that is large enough, with so many channels at least."""
+    return (
+        (strides, kernel[:2]) == ((1, 1), (3, 3))
+        and all(tuple(pads) == (1, 1) for pads in padding)
+        and min(kernel[2:]) >= channels
+        and math.prod(images) * math.prod(kernel) >= _WINOGRAD_MULTIPLICATIONS
+    )
+
+
+def _where_constant(constant_conv, constant_dx, conv, dx, dw):
+    """Returns a convolution that is the constant one where the weights are not differentiated."""
+
+    @jax.custom_vjp
+    def function(x, w):
+        return constant_conv(x, w)
+
+    def forward(x, w):
+        if w.perturbed:
+            return conv(x.value, w.value), (x.value, w.value)
+        return constant_conv(x.value, w.value), (None, w.value)
+
+    def backward(saved, g):
+        x, w = saved
+        if x is None:
+            return constant_dx(g, w), None
+        return dx(g, w), dw(x, g)
+
+    function.defvjp(forward, backward, symbolic_zeros=True)
+    return function
+
+
+def _differentiable(function, gradients):
+    """Gives function(a, b) the gradients(a, b, cotangent) -> (of a, of b)."""
+    function = jax.custom_vjp(function)
+    function.defvjp(lambda a, b: (function(a, b), (a, b)), lambda saved, g: gradients(*saved, g))
+    return function
+
+
+def _batched(function, weights):
+    """Gives function(a, b) a `vmap` that calls it per member; `weights`: which argument they are.
+
+    Where the weights are shared, or only they lack a batch, members are merged into the images.
+    """
+    function = jax.custom_batching.custom_vmap(function)
+
+    @function.def_vmap
+    def rule(members, batched, a, b):
+        if weights == 1 and not batched[1]:
+            out = function(a.reshape(-1, *a.shape[2:]), b)
+            return out.reshape(*a.shape[:2], *out.shape[1:]), True
+        pick = lambda array, is_batched, i: array[i] if is_batched else array
+        out = [function(pick(a, batched[0], i), pick(b, batched[1], i)) for i in range(members)]
+        return jnp.stack(out), True
+
+    return function

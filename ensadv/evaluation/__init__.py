@@ -1,0 +1,13 @@
+"""Snapshots under attack: the job, its results, the transfer set and the decision planes."""
+
+__all__ = [
+    'attack_settings',
+    'blackbox',
+    'decision_planes',
+    'evaluate',
+    'evaluator',
+    'finished_runs',
+    'planes',
+    'results',
+    'transfer_sets',
+]

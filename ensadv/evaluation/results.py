@@ -1,0 +1,497 @@
+"""A workdir's eval/: results and ledgers, one pair of files for each step's weights."""
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from ensadv import build
+from ensadv import config as config_lib
+from ensadv.data import datasets
+from ensadv.errors import UserError
+from ensadv.evaluation import attack_settings, finished_runs, transfer_sets
+from ensadv.evaluation.evaluator import Evaluator, LongVerdicts, Verdicts
+from ensadv.models import ensemble
+from ensadv.runtime import distributed
+from ensadv.storage import files, metrics, selection, workdir
+
+LEDGER_SUFFIXES = ('correct', 'margin', 'settings', 'fooled_at')  # of each attack's arrays
+
+
+class Unit(NamedTuple):
+    """An attack with its settings on a split; results have it once per snapshot.
+
+    The split 'examples' is the first few of the test split, whose images are kept to be looked at.
+
+    Attributes:
+      name: the attack's.
+      split: 'test', 'validation' or 'examples'.
+      settings: see `selection.identity`.
+    """
+
+    name: str
+    split: str
+    settings: str
+
+
+class Results:
+    """A workdir's eval/: what attacks do to the weights of each step, evaluated once.
+
+    A step's files are written anew after each attack, so that what is finished is never lost.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir_path: epath.Path,
+        label: str,
+        make_network: Callable[[datasets.Dataset], ensemble.Network],
+    ):
+        """Reads nothing yet, but for the transfer set's record: the workdir may be empty still.
+
+        Args:
+          config: a validated config.
+          workdir_path: of a run, or of an ensemble of runs.
+          label: the run's name in the progress.
+          make_network: what is evaluated, for its data.
+
+        Raises:
+          UserError: if an attack's settings cannot be made.
+        """
+        self.label = label
+        self._config = config
+        self._workdir = workdir_path
+        self._make_network = make_network
+        self._settings: dict[Unit, dict[str, Any]] = {}
+        names = attack_settings.attack_names(config)
+        self.units = [self._unit(name) for name in names]
+        if config.eval.select_on == 'validation':
+            self.units.append(self._unit(selection.selection_attack(names), 'validation'))
+        self.long_units = [self._unit(name) for name in config.eval.long_attacks]
+        self.final_units = list(self.long_units)
+        shown = selection.strongest(names)
+        if config.eval.examples and shown:
+            self.final_units.append(self._unit(shown, 'examples'))
+        self._keys: dict[Unit, str] | None = None  # of what other steps have
+        self._evaluator: Evaluator | None = None
+        self._writer: metrics.Writer | None = None
+        self._shown: dict[str, int] = {}  # each scalar's latest step in TensorBoard's file
+        self._in_order = True
+
+    def _unit(self, name: str, split: str = 'test') -> Unit:
+        settings = attack_settings.evaluation_settings(self._config, name)
+        unit = Unit(name, split, selection.identity(settings))
+        self._settings[unit] = settings
+        return unit
+
+    def missing(self, step: int, units: Sequence[Unit]) -> list[Unit]:
+        """Returns which of these units the step's files lack."""
+        done = self._read(step)
+        return [
+            unit
+            for unit in units
+            if unit not in done and not (unit.split == 'examples' and self._has_examples(step))
+        ]
+
+    def has_configured(self, step: int, name: str, split: str, config: Mapping[str, Any]) -> bool:
+        """Returns whether a step has an attack with the settings of a run's config.json."""
+        return any(
+            (unit.name, unit.split) == (name, split)
+            and selection.is_configured(name, result['settings'], config)
+            for unit, result in self._read(step).items()
+        )
+
+    def evaluate(
+        self, step: int, units: Sequence[Unit], restore: Callable[[ensemble.Network], Any]
+    ) -> None:
+        """Evaluates what is missing of `units` on all processes; process 0 writes it.
+
+        Args:
+          step: of the weights.
+          units: what is wanted.
+          restore: gives the network's weights, replicated.
+        """
+        missing = self.missing(step, units)
+        places = [place for place, unit in enumerate(units) if unit in missing]
+        missing = [units[place] for place in distributed.agree(places)]
+        if not missing:
+            return
+        self._open()
+        variables = restore(self._evaluator.network)
+        for unit in missing:
+            if unit.split == 'examples':
+                self._write_examples(step, unit, variables)
+                continue
+            start = time.monotonic()
+            key = self._key(unit, self._read(step))
+            verdicts = self._verdicts(unit, variables, f'{self.label} step {step} {key}')
+            result = self._result(unit, verdicts)
+            self._warn_of_no_gradient(key, verdicts)
+            result['seconds'] = round(time.monotonic() - start, 3)
+            if distributed.is_main():
+                key = self._add(step, unit, result, verdicts)
+            self._show(step, {f'accuracy/{key}': result['accuracy']})
+        self._writer.flush()
+        done = self._read(step)
+        shown = [
+            f'{selection.ledger_key(done[unit])} {done[unit]["accuracy"]:.3f}'
+            for unit in units
+            if unit in done
+        ]
+        if shown:  # not so if there were only examples to be written
+            logging.info('%s: step %d: %s', self.label, step, ', '.join(shown))
+
+    def put_aside_damaged(self, step: int, again: bool) -> None:
+        """Renames a step's files if one is damaged, so that they are made again.
+
+        Args:
+          step: whose; the caller has its claim.
+          again: whether its weights are there.
+        """
+        examples = workdir.evaluation_path(self._workdir, step, '_examples.npz')
+        if examples.exists() and (reason := _why_unreadable(examples)):
+            logging.warning('%s: damaged (%s)', examples, reason)
+            files.put_aside(examples)
+        if not (problem := self._problem(step)):
+            return
+        path, reason = problem
+        remedy = 'evaluating again' if again else 'its snapshot is gone, so it stays without'
+        if again and path.suffix == '.npz':
+            others = [
+                selection.ledger_key(result)
+                for unit, result in self._read(step).items()
+                if unit not in self._settings
+            ]
+            remedy += (
+                f', but for {", ".join(others)}, which this command does not ask for'
+                if others
+                else ''
+            )
+        logging.warning('%s: damaged (%s); %s', path, reason, remedy)
+        # Accuracies without a ledger are worth more than nothing.
+        if again or path.suffix == '.json':
+            for suffix in ('.json', '.npz'):
+                files.put_aside(workdir.evaluation_path(self._workdir, step, suffix))
+
+    def _problem(self, step: int) -> tuple[epath.Path, str] | None:
+        """Returns the damaged one of a step's files, and what it has; None if both are whole."""
+        path = workdir.evaluation_path(self._workdir, step, '.json')
+        try:
+            done = self._read(step)
+        except (UserError, TypeError, KeyError) as error:
+            return path, str(error)
+        path = workdir.evaluation_path(self._workdir, step, '.npz')
+        arrays = [f'{selection.ledger_key(result)}_correct' for result in done.values()]
+        reason = _why_unreadable(path, arrays)
+        return (path, reason) if reason else None
+
+    def check(self) -> None:
+        """Reads the data, if a run is still to be trained, and checks what evaluation needs.
+
+        Raises:
+          UserError: for what else would be told only when the first snapshot is there.
+        """
+        if workdir.read_record(self._workdir) is None:
+            self._read_data(config_lib.to_dict(self._config))
+
+    def close(self) -> None:
+        """Waits until the metrics are written."""
+        if self._writer is not None:
+            self._writer.close()
+            if not self._in_order:
+                self._open_writer()
+                self._writer.close()
+            self._writer = None
+
+    def _open(self) -> None:
+        """Gets ready, at the first evaluation."""
+        if self._writer is not None:
+            return
+        config = self._config
+        # Evaluation computes in a type of its own, on whatever devices there are.
+        workdir.check_config(self._workdir, config, ignore=('model.dtype',))
+        record = workdir.read_record(self._workdir)
+        dataset = self._read_data(
+            *(judged['config'] for judged in (record, *record.get('members', ())))
+        )
+        description = build.describe_data(config, dataset)
+        workdir.check_data(self._workdir, description)
+        distributed.check_same('the data', dataset.fingerprint)
+        distributed.check_same('eval.indices', description['indices'])
+        self._evaluator = Evaluator(self._make_network(dataset), config.eval.batch_size)
+        self._environment = build.environment()
+        distributed.tell(f'{self.label}: evaluation {build.computation(config, config.eval.dtype)}')
+        self._open_writer()
+
+    def _open_writer(self) -> None:
+        """Opens TensorBoard's file, and writes what there is: once each, and in order."""
+        self._writer = metrics.Writer(self._workdir / 'eval', first_step=0)
+        self._shown, self._in_order = {}, True
+        for step in workdir.evaluated_steps(self._workdir) if distributed.is_main() else ():
+            accuracies = {
+                f'accuracy/{selection.ledger_key(result)}': result['accuracy']
+                for result in self._read(step).values()
+            }
+            self._show(step, accuracies, log=False)
+
+    def _show(self, step: int, accuracies: Mapping[str, float], *, log: bool = True) -> None:
+        """Writes scalars for TensorBoard, which may drop those of later steps."""
+        self._writer.scalars(step, accuracies, log=log)
+        for tag in accuracies:
+            self._in_order &= self._shown.get(tag, -1) < step
+            self._shown[tag] = step
+
+    def _read_data(self, *judged: Mapping[str, Any]) -> datasets.Dataset:
+        """Reads what is evaluated on; `judged` are the configs of the runs that are evaluated."""
+        config = self._config
+        dataset = build.dataset(config)
+        self._places = places = build.test_places(config, len(dataset.label_test))
+        self._splits = {
+            'test': build.test_split(config, dataset), 'validation': dataset.split('validation')
+        }  # fmt: skip
+        if any(unit.name == 'blackbox' for unit in self.units):
+            path = config.eval.blackbox_path
+            transfer_set = transfer_sets.load(path, dataset, config.epsilon)
+            there = np.isin(places, transfer_set.indices)
+            if not np.all(there):
+                raise UserError(
+                    f'eval.blackbox_path: {path}: expected the {len(places)} test examples that '
+                    f'are evaluated here, found {np.sum(there)} of them'
+                )
+            for stored in judged:
+                finished_runs.refuse_sources(stored, transfer_set.record)
+            found = np.searchsorted(transfer_set.indices, places)
+            self._transfer_images = transfer_set.images[found]
+        return dataset
+
+    def _verdicts(self, unit: Unit, variables: Any, label: str) -> Verdicts | LongVerdicts:
+        images, labels = self._splits[unit.split]
+        if unit.name == 'blackbox':
+            images = self._transfer_images
+        evaluate = self._evaluator.evaluate
+        if unit in self.long_units:
+            evaluate = self._evaluator.long_attack
+        return evaluate(
+            variables, self._settings[unit], images, labels, label,
+            split_places=self._places if unit.split == 'test' else None,
+        )  # fmt: skip
+
+    def _result(self, unit: Unit, verdicts: Verdicts | LongVerdicts) -> dict[str, Any]:
+        """Returns a unit's part of the results, but for its time."""
+        stands = verdicts.margin > 0
+        # What no gradient was found for was not attacked, and is not called robust.
+        correct = stands & verdicts.has_gradient
+        result = {
+            'name': unit.name,
+            'split': unit.split,
+            'n': len(correct),
+            'correct': int(np.sum(correct)),
+            'accuracy': float(np.mean(correct)),
+        }
+        if isinstance(verdicts, LongVerdicts):
+            result['curve'] = curve = self._curve(verdicts)
+            # Of more restarts than one it is not known: only in the first do examples stay.
+            known = curve['iterate_n'] and self._settings[unit]['restarts'] == 1
+            result['last_iterate_accuracy'] = curve['iterate_accuracy'][-1] if known else None
+            result['last_iterate_n'] = curve['iterate_n'] if known else 0
+        else:
+            last = (verdicts.last_margin > 0) & verdicts.has_gradient
+            result['last_iterate_accuracy'] = float(np.mean(last))
+        result['no_gradient'] = int(np.sum(stands & ~verdicts.has_gradient))
+        result['settings'] = self._settings[unit]
+        result['select_on'] = self._config.eval.select_on
+        return result | self._environment
+
+    def _warn_of_no_gradient(self, key: str, verdicts: Verdicts | LongVerdicts) -> None:
+        stands = verdicts.margin > 0
+        if count := np.sum(stands & ~verdicts.has_gradient):
+            logging.warning(
+                '%s: %s: no gradient, or one of zeros or NaN only, on %d of the %d examples that '
+                'stand: they were not attacked, and do not count as robust. Try another '
+                'eval.<attack>.loss',
+                self.label,
+                key,
+                count,
+                np.sum(stands),
+            )
+
+    def _curve(self, verdicts: LongVerdicts) -> dict[str, Any]:
+        """Returns accuracies over the first restart's steps: of the worst and current iterate."""
+        stayed = verdicts.iterate_margin.shape[1]
+        stands = verdicts.stands & verdicts.has_gradient
+        iterate = (verdicts.iterate_margin > 0) & verdicts.has_gradient[:stayed]
+        return {
+            'steps': list(verdicts.steps),
+            'accuracy': [float(np.mean(row)) for row in stands],
+            'iterate_accuracy': [float(np.mean(row)) for row in iterate] if stayed else [],
+            'iterate_n': stayed,
+        }
+
+    def _ledger(
+        self, unit: Unit, key: str, verdicts: Verdicts | LongVerdicts
+    ) -> dict[str, np.ndarray]:
+        """Returns a unit's part of the ledger."""
+        prefix = '' if unit.split == 'test' else f'{unit.split}_'
+        arrays = {
+            f'{prefix}label': self._splits[unit.split][1],
+            f'{key}_correct': (verdicts.margin > 0) & verdicts.has_gradient,
+            f'{key}_margin': verdicts.margin,
+            f'{key}_settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
+        }
+        if unit.split == 'test':
+            arrays['index'] = self._places
+        if isinstance(verdicts, LongVerdicts):
+            arrays[f'{key}_fooled_at'] = verdicts.fooled_at
+        return arrays
+
+    def _key(self, unit: Unit, there: Mapping[Unit, Mapping[str, Any]]) -> str:
+        """Returns what a unit is called in the ledger and among the scalars of TensorBoard.
+
+        That is the attack's name, where its settings are those of the run's config.json, and else
+        the name and what differs. It is the same at all steps, and another for each settings.
+
+        Args:
+          unit: not of the split 'examples'.
+          there: what the step's files have already.
+        """
+        if self._keys is None:
+            self._keys = self._read_keys()
+        if unit in there:
+            return selection.ledger_key(there[unit])
+        here = {selection.ledger_key(result): other for other, result in there.items()}
+        # An older version replaced results, and so gave the name to others at other steps.
+        if (key := self._keys.get(unit)) and key not in here:
+            return key
+        name, settings = unit.name, self._settings[unit]
+        plain = name if unit.split == 'test' else f'{unit.split}_{name}'
+        config = workdir.read_record(self._workdir)['config']
+        others = [selection.as_configured(name, settings, config)]
+        holders = [*self._keys.items(), *((other, key) for key, other in here.items())]
+        others += [json.loads(other.settings) for other, key in holders if key == plain]
+        keys = ['_'.join([plain, *selection.differences(settings, [other])]) for other in others]
+        numbered = (f'{keys[-1]}_{number}' for number in itertools.count(2))
+        used = {*here, *self._keys.values()}
+        return next(key for key in itertools.chain(keys, numbered) if key not in used)
+
+    def _read_keys(self) -> dict[Unit, str]:
+        """Returns what each unit is called that some step has."""
+        keys: dict[Unit, str] = {}
+        for step in workdir.evaluated_steps(self._workdir):
+            with contextlib.suppress(UserError, TypeError, KeyError):  # damaged
+                for unit, result in self._read(step).items():
+                    keys.setdefault(unit, selection.ledger_key(result))
+        return keys
+
+    def _has_examples(self, step: int) -> bool:
+        # Whatever their settings, which they tell: nobody would gain from others in their place.
+        return workdir.evaluation_path(self._workdir, step, '_examples.npz').exists()
+
+    def _write_examples(self, step: int, unit: Unit, variables: Any) -> None:
+        """Writes the first test examples' worst points, to be looked at, and the predictions."""
+        images, labels = self._splits['test']
+        count = min(self._config.eval.examples, len(labels))
+        label = f'{self.label} step {step} {unit.split} {unit.name}'
+        worst = self._evaluator.worst_points(
+            variables,
+            self._settings[unit],
+            images,
+            labels,
+            label,
+            places=np.arange(count),
+            split_places=self._places,
+        )
+        clean = images[:count] / np.float32(255)
+        log_probs = self._evaluator.log_probs(variables, np.concatenate([clean, worst]), label)
+        arrays = {
+            'index': self._places[:count],
+            'label': labels[:count],
+            'image': images[:count],
+            'adversarial': worst,
+            'clean_log_probs': log_probs[:count],
+            'adversarial_log_probs': log_probs[count:],
+            'settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
+        }
+        if distributed.is_main():
+            workdir.write_examples(self._workdir, step, arrays)
+
+    def _read(self, step: int) -> dict[Unit, dict[str, Any]]:
+        """Returns all of a step's results."""
+        path = workdir.evaluation_path(self._workdir, step, '.json')
+        if not path.exists():
+            return {}
+        content = files.read_json(path)
+        return {
+            Unit(result['name'], result['split'], selection.identity(result['settings'])): result
+            for result in (*content['attacks'], *content['validation'])
+        }
+
+    def _add(
+        self,
+        step: int,
+        unit: Unit,
+        result: Mapping[str, Any],
+        verdicts: Verdicts | LongVerdicts,
+    ) -> str:
+        """Adds a unit to a step's files, as they are by now, and returns its key.
+
+        Nothing is replaced but what is of the same settings. What is new comes to the ledger first,
+        so that the .json never has what the ledger has not.
+        """
+        done = self._read(step)
+        key = self._key(unit, done)
+        path = workdir.evaluation_path(self._workdir, step, '.npz')
+        ledger = files.read_arrays(path) if path.exists() else {}
+        kept = {'index', 'label', 'validation_label'}
+        kept |= {
+            f'{selection.ledger_key(other)}_{suffix}'
+            for other in done.values()
+            for suffix in LEDGER_SUFFIXES
+        }
+        ledger = {name: array for name, array in ledger.items() if name in kept}
+        ledger |= self._ledger(unit, key, verdicts)
+        fingerprint = workdir.read_record(self._workdir)['dataset']['fingerprint']
+        files.write_arrays(path, ledger | {'fingerprint': np.array(fingerprint)})
+        self._write(step, done | {unit: {**result, 'key': key}})
+        self._keys[unit] = key
+        return key
+
+    def _write(self, step: int, done: Mapping[Unit, Any]) -> None:
+        record = workdir.read_record(self._workdir)
+        # In the config's order; then what was asked for at another time, and stays. Of a name the
+        # first stays the first.
+        names = [unit.name for unit in self._settings]
+        names += [unit.name for unit in done]
+        ordered = sorted(done, key=lambda unit: names.index(unit.name))
+        content = {
+            'system': self._config.system,
+            'seed': self._config.seed,
+            'step': step,
+            'dataset': record['dataset']['name'],
+            'fingerprint': record['dataset']['fingerprint'],
+            'test_examples': record['dataset']['num_test'],
+            'select_on': self._config.eval.select_on,
+            'attacks': [done[unit] for unit in ordered if unit.split == 'test'],
+            'validation': [done[unit] for unit in ordered if unit.split == 'validation'],
+        }
+        files.write_json(workdir.evaluation_path(self._workdir, step, '.json'), content)
+
+
+def _why_unreadable(path: epath.Path, names: Sequence[str] = ()) -> str:
+    """Returns why a file of arrays is damaged, '' if it is whole and has those of these names."""
+    try:
+        arrays = files.read_arrays(path)  # an archive has checksums
+    except FileNotFoundError:
+        return 'it is not there'
+    except OSError:  # the storage's trouble, and not the file's
+        raise
+    except Exception as error:  # whatever zipfile, zlib and NumPy raise
+        return str(error) or type(error).__name__
+    lacking = sorted(set(names) - set(arrays))
+    return f'it lacks {", ".join(lacking)}' if lacking else ''

@@ -1,0 +1,13 @@
+"""What a run writes, and how it is read."""
+
+__all__ = [
+    'checkpoints',
+    'environments',
+    'files',
+    'leases',
+    'metrics',
+    'plane_files',
+    'records',
+    'selection',
+    'workdir',
+]

@@ -1,0 +1,69 @@
+"""From config values to what a training step is made of."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from ensadv import build, losses
+from ensadv.attacks import driver
+from ensadv.cpu import parts
+from ensadv.training import optim
+
+
+def schedule(config: ConfigDict) -> optax.Schedule:
+    """Returns the learning rate as a function of the step."""
+    train = config.train
+    return optim.learning_rate(
+        train.learning_rate, tuple(train.learning_rate_steps), train.learning_rate_factor
+    )
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns what turns gradients into updates."""
+    train = config.train
+    return optim.sgd(
+        schedule(config),
+        momentum=train.momentum,
+        nesterov=train.nesterov,
+        weight_decay=train.weight_decay,
+    )
+
+
+def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
+    """Returns the attack inside training, `attack(log_prob_fn, rng, x, y) -> x_adv`."""
+    attack = config.attack
+    of_batch = partial(
+        driver.attack,
+        step=driver.STEPS[attack.name](attack.step_size),
+        num_steps=attack.steps,
+        epsilon=config.epsilon,
+        start_from=attack.start,
+        sigma=attack.sigma,
+        # The network gives log-probabilities.
+        loss=losses.LOSSES[attack.loss],
+    )
+    if attack.batch_norm == 'batch':  # the images' statistics are of all of them
+        return of_batch
+
+    def in_parts(log_prob_fn, rng, x, y, **settings):
+        of_part = partial(of_batch, log_prob_fn, **settings)
+        return parts.by_network(of_part, rng, x, y, fewest=build.images_at_a_time(config))
+
+    return in_parts
+
+
+def step_settings(config: ConfigDict, model: nn.Module) -> dict[str, Any]:
+    """Returns how a training step computes, by the names that `steps.train_step` has for it."""
+    return {
+        'model': model,
+        'optimizer': optimizer(config),
+        'combine': config.ensemble.combine,
+        'attack': training_attack(config),
+        'attack_batch_norm': config.attack.batch_norm,
+        'adversarial_weight': config.train.adversarial_weight,
+    }
