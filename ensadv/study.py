@@ -44,13 +44,18 @@ def run_and_show(config: ConfigDict, path: epath.Path) -> None:
     evaluate.show(path)
 
 
-def draw_planes(config: ConfigDict, path: epath.Path) -> None:
-    """Makes the decision planes of a run and another, or of its members, and draws them."""
+def draw_planes(config: ConfigDict, path: epath.Path) -> epath.Path:
+    """Makes the decision planes of a run and another, or of its members, and draws them.
+
+    Returns:
+      Their file.
+    """
     file = decision_planes.run(config.copy_and_resolve_references(), path)
     if distributed.is_main():
         from ensadv.report import pictures  # Matplotlib takes its time
 
         pictures.draw_planes(file)
+    return file
 
 
 def make_transfer_set(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> epath.Path:

@@ -199,7 +199,7 @@ def told(monkeypatch) -> list[str]:
     # The module alone, since what reads the data logs as well.
     warn = lambda text, *args: lines.append(f'warning: {text % args}')
     monkeypatch.setattr(checks, 'logging', types.SimpleNamespace(warning=warn))
-    monkeypatch.setattr(checks.parallel, 'tell', lambda line: lines.append(f'info: {line}'))
+    monkeypatch.setattr(checks.distributed, 'tell', lambda line: lines.append(f'info: {line}'))
     return lines
 
 

@@ -11,7 +11,7 @@ from conftest import run_main, tiny_config
 from etils import epath
 from test_evaluator import RIPPLES, Ripples, bench_of, biases, network_of, ripples, settings_of
 
-from ensadv import build, losses
+from ensadv import build, losses, study
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluation import attack_settings, decision_planes, planes
@@ -150,7 +150,7 @@ def asked(root, name, **changes):
 @pytest.fixture(scope='module')
 def two_runs(root):
     """The planes of both runs."""
-    return decision_planes.run(asked(root, 'one', planes__other='two'), root / 'one')
+    return study.draw_planes(asked(root, 'one', planes__other='two'), root / 'one')
 
 
 def weights_of(config, path, member=None):

@@ -68,7 +68,8 @@ if sys.argv.pop() == 'tensorboard':
     sys.modules['tensorflow'] = None
 from absl import logging
 from etils import epath
-from ensadv import command_line, errors, metrics
+from ensadv import command_line, errors
+from ensadv.storage import metrics
 logging.use_absl_handler()  # as absl's app does
 command_line.FLAGS(['main.py'])
 command_line.set_up_logging()

@@ -12,8 +12,9 @@ from conftest import ROOT, tiny_config, variables_like
 from etils import epath
 from etils.epath import backend, gpath, register
 
-from ensadv import report, study
+from ensadv import study
 from ensadv.errors import UserError
+from ensadv.report import write as report
 from ensadv.storage import checkpoints, files, leases, metrics
 from ensadv.storage import workdir as workdir_lib
 

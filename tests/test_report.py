@@ -25,8 +25,8 @@ from report_runs import (
     write_run,
 )
 
-from ensadv import report
 from ensadv.report import drawing
+from ensadv.report import write as report
 from ensadv.storage import plane_files
 from ensadv.storage.plane_files import Planes
 
