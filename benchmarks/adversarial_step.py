@@ -25,7 +25,8 @@ from benchmarks.speed_tables import OURS
 from configs import default
 from ensadv import build
 from ensadv import config as config_lib
-from ensadv.attacks import driver
+from ensadv.attacks import registry
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import batches
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
@@ -83,8 +84,9 @@ class Ours:
         """Returns the noise that the first step's attack starts with."""
         x, _, keys = self.batch()
         group, zeros = self.config.attack, jnp.zeros_like(x)
-        epsilon = self.config.epsilon
-        return driver.start(group.start, keys, zeros, epsilon=epsilon, sigma=group.sigma)
+        threat = ThreatModel(self.config.norm, self.config.epsilon)
+        made = registry.make({'attack': group.name, **group.to_dict()})
+        return made.init(None, threat, keys, zeros + 0.5, None).x - 0.5
 
     def log_probs(self, state, x):
         """The ensemble's log-probabilities, with running averages."""

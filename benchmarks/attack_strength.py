@@ -31,6 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 try:
     import eagerpy
     import foolbox
+    import optax
     import torch
     import torchattacks
 except ImportError as error:
@@ -45,13 +46,14 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-import optax
 from etils import epath
 
 from benchmarks import machine, peer_pytorch
 from configs import default
 from ensadv import build, losses, prng
 from ensadv.attacks import driver
+from ensadv.attacks.first_order import IFGSM, PGD
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import UserError
 from ensadv.models import ensemble
 from ensadv.storage import checkpoints, workdir
@@ -60,6 +62,7 @@ ALLOWED_POINTS = 0.5  # our robust accuracy over the best of theirs, at most
 ALLOWED_DIFFERENCE = 1e-4  # between the two networks' log-probabilities
 ALLOWED_OUTSIDE = 1e-6  # of the ball and the box, in pixels: rounding
 LIBRARY_EPSILON = 1e-8  # of Adam, in foolbox; ours is 1e-16
+LIBRARY_ADAM = optax.scale_by_adam(eps=LIBRARY_EPSILON)
 STARTS = ('none', 'uniform')
 # What is run, in the order of the report's columns. The verdict is on OURS against THEIRS.
 OURS, WORST, FOOLBOX, TORCHATTACKS = 'ensadv', 'ensadv worst', 'foolbox', 'torchattacks'
@@ -178,31 +181,49 @@ class Ours:
         call = lambda keys, x, y: compiled(run.variables, keys, x, y, np.int32(num_steps))
         return in_batches(call, run.batch_size, self._keys, run.x, run.y)
 
-    def last(self, step, start, num_steps, name):
+    def last(self, attack, start, num_steps, name):
         """Returns the last iterates, [n, H, W, C]."""
         run = self._run
 
         def compute(variables, keys, x, y, num_steps):
             # `worst_case` folds in the number of the restart, so that both start at one point.
             keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
-            return driver.attack(
-                partial(run.log_probs, variables), keys, x, y, step=step, num_steps=num_steps,
-                epsilon=run.epsilon, start_from=start,
-            )  # fmt: skip
+            one = dataclasses.replace(attack, steps=num_steps, start=start)
+            threat = ThreatModel('linf', run.epsilon)
+            return driver.last_iterate(one, partial(run.log_probs, variables), threat, keys, x, y)
 
         return self._call(('last', name, start), compute, num_steps)
 
-    def worst(self, step, start, num_steps, name):
+    def worst(self, attack, start, num_steps, name):
         """Returns the worst iterates, [n, H, W, C]."""
         run = self._run
 
         def compute(variables, keys, x, y, num_steps):
-            return driver.worst_case(
-                partial(run.log_probs, variables), keys, x, y, step=step, num_steps=num_steps,
-                epsilon=run.epsilon, start_from=start,
-            ).x_adv  # fmt: skip
+            one = dataclasses.replace(attack, steps=num_steps, start=start)
+            threat = ThreatModel('linf', run.epsilon)
+            predict = partial(run.log_probs, variables)
+            return driver.worst_case(one, predict, threat, keys, x, y).x_adv
 
         return self._call(('worst', name, start), compute, num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryAdam(PGD):
+    """PGD with Adam's epsilon as the libraries have it."""
+
+    def memory(self, x):
+        return jax.vmap(LIBRARY_ADAM.init)(x)
+
+    def move(self, threat, gradient, memory):
+        return jax.vmap(LIBRARY_ADAM.update)(gradient, memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamOfSigns(LibraryAdam):
+    """The same on the gradient's signs, as foolbox's."""
+
+    def move(self, threat, gradient, memory):
+        return super().move(threat, jnp.sign(gradient), memory)
 
 
 def on_peer(attack):
@@ -307,17 +328,16 @@ def implementations(run, ours, x_start, kind, start, num_steps, step_size):
     """Returns everybody's attack of one kind: {name: function of nothing -> x_adv [n, H, W, C]}."""
     on_all = lambda attack: lambda: in_batches(attack, run.batch_size, run.x, run.y, x_start)
     from_foolbox = partial(foolbox_attack, run, kind, start, num_steps, step_size)
-    step = driver.STEPS[kind](step_size)
-    adam = optax.chain(optax.scale_by_adam(eps=LIBRARY_EPSILON), optax.scale(step_size))
-    signs = optax.chain(optax.scale_by_sign(), adam)
+    of = lambda made: made(steps=num_steps, step_size=step_size, start='none')
+    attack = of({'ifgsm': IFGSM, 'pgd': PGD}[kind])
     made = {
-        OURS: lambda: ours.last(step, start, num_steps, kind),
-        WORST: lambda: ours.worst(step, start, num_steps, kind),
+        OURS: lambda: ours.last(attack, start, num_steps, kind),
+        WORST: lambda: ours.worst(attack, start, num_steps, kind),
         FOOLBOX: on_all(from_foolbox()),
         FOOLBOX_RAW: on_all(from_foolbox(raw_gradient=True)),
         TORCHATTACKS: on_all(torchattacks_attack(run, start, num_steps, step_size)),
-        OURS_LARGE: lambda: ours.last(adam, start, num_steps, OURS_LARGE),
-        OURS_SIGNS: lambda: ours.last(signs, start, num_steps, OURS_SIGNS),
+        OURS_LARGE: lambda: ours.last(of(LibraryAdam), start, num_steps, OURS_LARGE),
+        OURS_SIGNS: lambda: ours.last(of(AdamOfSigns), start, num_steps, OURS_SIGNS),
     }
     return {name: made[name] for name in KINDS[kind]}
 
@@ -326,7 +346,10 @@ def measure(run, ours, judge, args):
     """Returns what every attack left standing: {(kind, steps, start): {name: Judged}}."""
     results, begin = {}, time.monotonic()
     # No step is taken: this is where the attacks start.
-    x_starts = {start: ours.last(driver.ifgsm(0.0), start, 0, 'no step') for start in STARTS}
+    x_starts = {
+        start: ours.last(IFGSM(steps=0, step_size=0.0, start='none'), start, 0, 'no step')
+        for start in STARTS
+    }
     groups = [(k, n, start) for k in KINDS for n in args.steps for start in STARTS]
     for i, (kind, num_steps, start) in enumerate(groups):
         step_size = {'ifgsm': args.ifgsm_step_size, 'pgd': args.pgd_step_size}[kind]
@@ -425,7 +448,7 @@ def report(args, run, judge, clean, results):
 
 def _legend():
     return [
-        f'- {OURS}: `driver.attack` with `driver.ifgsm` or `driver.pgd` (Adam, epsilon 1e-16): '
+        f'- {OURS}: `driver.last_iterate` of `IFGSM` or `PGD` (Adam, epsilon 1e-16): '
         'the last iterate, which is also what the libraries return. Judged against the best of '
         f'{", ".join(THEIRS)} in its row.',
         f'- {WORST}: `driver.worst_case`, the worst iterate, which `accuracy` in eval/STEP.json '

@@ -7,15 +7,18 @@ is a diff on this one. A value of None stands for the default that the comment g
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ensadv.attacks import registry
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.system = 'custom'  # name of the system in tables; each file in configs/ sets its own
     config.device = 'auto'  # cpu, gpu, tpu: refused where it is not there; auto: JAX's choice
     config.seed = 0  # start of all randomness: initialisation, batches, augmentation, attacks
-    # L-infinity radius of the threat model, in training and evaluation. The step sizes and sigmas
-    # below follow it unless they are set themselves.
-    config.epsilon = 8 / 255
+    # The threat model, in training and evaluation. Step sizes and sigmas below are lengths in its
+    # norm too. They follow epsilon unless they are set themselves.
+    config.norm = 'linf'  # linf or l2
+    config.epsilon = 8 / 255  # the ball's radius; of l2 128/255 is usual
 
     config.data = data = ConfigDict()
     data.name = 'cifar10'  # cifar10, cifar100, svhn_cropped, mnist (TFDS), digits, or npz
@@ -70,29 +73,23 @@ def get_config() -> ConfigDict:
     config.attack = attack = ConfigDict()  # the attack inside training
     attack.name = 'ifgsm'  # ifgsm (sign of the gradient) or pgd (Adam on the gradient)
     attack.steps = 7  # gradient steps
-    attack.step_size = config.get_oneway_ref('epsilon') / 4  # pixels; for pgd Adam's rate
+    attack.step_size = config.get_oneway_ref('epsilon') / 4  # of each step; for pgd Adam's rate
     attack.start = 'gaussian'  # gaussian, uniform (in the ball) or none
-    attack.sigma = config.get_oneway_ref('epsilon') / 2  # of the gaussian start, in pixels
+    attack.sigma = config.get_oneway_ref('epsilon') / 2  # size of the gaussian start
     attack.loss = 'cross_entropy'  # what the attack climbs: cross_entropy or margin
     attack.batch_norm = 'running'  # statistics while attacking: running averages, or the batch's
 
     config.eval = evaluation = ConfigDict()
     evaluation.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20')  # name and number of steps
     evaluation.long_attacks = ('ifgsm500', 'pgd500')  # at the end, on the best and last snapshot
-    evaluation.ifgsm = ifgsm = ConfigDict()
-    ifgsm.step_size = config.get_oneway_ref('epsilon') / 4  # pixels per step
-    evaluation.pgd = pgd = ConfigDict()
-    # By benchmarks/pgd_step_size.py, of the rates eps/8, eps/4, eps/2 and 0.1 * 255/8 eps: at 20
-    # steps eps/2 left 73.9 % (the lowest, eps/4, 73.6) and 65.3 % (the lowest) of digits' 360 test
-    # images, for SingleAdv and Ensemble2Adv of configs/quickstart.py, and 19.8 % (the lowest) of
-    # 500 of CIFAR-10 (JPEG copy), for a WRN-10-2 after 220 steps. They differ by a few images each.
-    pgd.step_size = config.get_oneway_ref('epsilon') / 2  # Adam's rate, pixels
-    for group in (ifgsm, pgd):
-        group.schedule = 'constant'  # of the step size: constant, or linear or cosine down to 0
-        group.start = 'gaussian'  # as attack.start
-        group.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
-        group.restarts = 1  # independent starts; the worst point over all counts
-        group.loss = 'cross_entropy'  # as attack.loss
+    # Each kind of attack has its settings, in eval.ifgsm and eval.pgd: step_size (epsilon/4 and
+    # epsilon/2); schedule (of the step size: constant, or linear or cosine down to 0); start, sigma
+    # and loss, as in attack; restarts (independent ones, whose worst point counts). An entry of
+    # eval.attacks may have settings of its own: 'pgd20_margin(loss=margin)'.
+    for kind in registry.KINDS:
+        evaluation[kind] = ConfigDict()
+        for field, value in registry.defaults(kind, config.get_oneway_ref('epsilon')).items():
+            evaluation[kind][field] = value
     evaluation.seed = 0  # of the attacks' starts
     evaluation.blackbox_path = placeholder(str)  # file of --mode=blackbox; adds attack blackbox
     # The others leave a long attack when they are fooled. These, the first ones, are what the
@@ -115,7 +112,7 @@ def get_config() -> ConfigDict:
     blackbox.seed = 1000  # of the sources, so that none of them is also a judged run
     blackbox.steps = 20  # gradient steps of the first round; each round doubles them
     blackbox.rounds = 6  # at most, each on the examples that some source still gets right
-    blackbox.step_size = config.get_oneway_ref('epsilon') / 2  # Adam's rate, pixels
+    blackbox.step_size = config.get_oneway_ref('epsilon') / 2  # Adam's rate
     blackbox.start = 'gaussian'  # as attack.start
     blackbox.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
 

@@ -24,7 +24,7 @@ from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ensadv import config as config_lib
-from ensadv import flag_values
+from ensadv import flag_values, values
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
 from ensadv.runtime import stopping, terminal
 from ensadv.storage import files, workdir
@@ -51,7 +51,7 @@ FLAGS = flags.FLAGS
 class _ModeParser(flags.EnumParser):
     def parse(self, argument: str) -> str:
         if argument not in self.enum_values:
-            hint = config_lib.nearest(argument.lower(), self.enum_values)
+            hint = values.nearest(argument.lower(), self.enum_values)
             raise ValueError(f'expected one of {", ".join(self.enum_values)}{hint}')
         return argument
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from ensadv import values
+from ensadv.attacks import registry
 from ensadv.errors import ConfigError
+from ensadv.values import is_integer, nearest, shown
 
 # Fields that may change when a run goes on in its workdir: no step computes with them.
 MUTABLE_FIELDS = (
@@ -23,12 +26,10 @@ MUTABLE_FIELDS = (
     'eval.blackbox_path',
     'eval.follow',
     'eval.follow_timeout',
-    'eval.ifgsm',
     'eval.indices',  # what the file holds is compared instead
     'eval.inline',
     'eval.iterate_examples',
     'eval.long_attacks',
-    'eval.pgd',
     'eval.seed',
     'model.conv',
     'model.remat',
@@ -44,36 +45,23 @@ MUTABLE_FIELDS = (
     'train.steps_per_call',
 )
 
+# What a run of an older version had, which did not say so.
+_FIELDS_OF_OLDER_RUNS = {'norm': 'linf'}
+
 DEVICES = ('auto', 'cpu', 'gpu', 'tpu')
 DATASETS = ('cifar10', 'cifar100', 'svhn_cropped', 'mnist', 'digits', 'npz')
 MODELS = ('wide_resnet', 'vgg')
 VGG_DEPTHS = (11, 13, 16, 19)
 COMBINES = ('probs', 'logits', 'gating')
 TRAININGS = ('joint', 'separate')
-ATTACKS = ('ifgsm', 'pgd')
-MAX_ATTACK_STEPS = 10**6
-MAX_INTEGER = 2**31 - 1  # devices count in 32 bits
-MAX_NUMBER = float.fromhex('0x1.fffffep+127')  # and compute in float32
 # Far beyond what anyone trains. What is made for each of so many would take all memory, or hours.
 MAX_DEPTH = 1000
 MAX_WIDTH = 1000
 MAX_MEMBERS = 1000
 MAX_ROUNDS = 20
 MAX_RESOLUTION = 10_000
-WITHOUT_STEPS = ('clean', 'blackbox')  # evaluation attacks whose names have no number
-STARTS = ('gaussian', 'uniform', 'none')
-LOSSES = ('cross_entropy', 'margin')
-SCHEDULES = ('constant', 'linear', 'cosine')
 SPLITS = ('test', 'validation')
 DTYPES = ('float32', 'bfloat16')
-# JAX's name of what makes random numbers of a key. No field: a seed means the same in every run.
-PRNG = 'threefry2x32'
-
-
-def nearest(found: str, allowed: Iterable[str]) -> str:
-    """Returns " (did you mean 'x'?)" for the nearest of `allowed`, or '' if none is near."""
-    close = difflib.get_close_matches(str(found), list(allowed), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ''
 
 
 def nearest_field(found: str, fields: Iterable[str], prefix: str = '') -> str:
@@ -100,44 +88,6 @@ def nearest_field(found: str, fields: Iterable[str], prefix: str = '') -> str:
     return f" (did you mean '{prefix}{near[0]}'?)" if near else ''
 
 
-def shown(value: Any) -> str:
-    """Returns a value as messages have it."""
-    try:
-        text = str(value)
-    except ValueError:  # of an integer with more than 4,300 digits
-        text = 'a number of thousands of digits'
-    return text if len(text) <= 100 else f'{text[:100]}...'
-
-
-def parse_attack(name: str, field: str = 'eval.attacks') -> tuple[str, int]:
-    """Splits an evaluation attack's name: 'pgd20' -> ('pgd', 20), 'clean' -> ('clean', 0).
-
-    Args:
-      name: the attack's.
-      field: where it stands, for errors.
-
-    Raises:
-      ConfigError: for any other name.
-    """
-    if name in WITHOUT_STEPS:
-        return name, 0
-    kind = shown(name).rstrip('0123456789')
-    digits = shown(name)[len(kind) :]
-    if kind not in ATTACKS or not digits or not 1 <= int(digits) <= MAX_ATTACK_STEPS:
-        examples = (*WITHOUT_STEPS, *(f'{a}{n}' for a in ATTACKS for n in (5, 7, 20, 500)))
-        raise ConfigError(
-            f"{field}: unknown attack '{shown(name)}'{nearest(shown(name).lower(), examples)}; "
-            f'allowed: {", ".join(WITHOUT_STEPS)}, or one of {", ".join(ATTACKS)} with a number of '
-            f'steps up to {MAX_ATTACK_STEPS}, as pgd20'
-        )
-    return kind, int(digits)
-
-
-def starts_differ(start: str, sigma: float | None) -> bool:
-    """Returns whether restarts of an attack begin at different points: else one is enough."""
-    return start != 'none' and not (start == 'gaussian' and sigma == 0)
-
-
 def validate(config: ConfigDict) -> None:
     """Raises ConfigError, which names the field, for the first value that is not allowed."""
     for group in (_validate_data, _validate_network, _validate_train, _validate_attacks,
@@ -157,10 +107,10 @@ def validate(config: ConfigDict) -> None:
 def _validate_study(config: ConfigDict) -> None:
     _files(config, 'study.systems')
     seeds = tuple(config.study.seeds)
-    if not seeds or not all(_is_int(seed, 0) for seed in seeds) or len(set(seeds)) != len(seeds):
+    if not seeds or not all(is_integer(seed, 0) for seed in seeds) or len(set(seeds)) != len(seeds):
         raise ConfigError(
-            f'study.seeds: expected whole numbers >= 0 and <= {MAX_INTEGER}, each only once, found '
-            f'{shown(seeds)}'
+            f'study.seeds: expected whole numbers >= 0 and <= {values.MAX_INTEGER}, each only '
+            f'once, found {shown(seeds)}'
         )
     pair = _files(config, 'study.planes')
     if len(pair) not in (0, 2):
@@ -189,7 +139,7 @@ def _validate_network(config: ConfigDict) -> None:
             raise ConfigError(
                 f'model.depth: expected one of {allowed} for vgg, found {shown(depth)}'
             )
-    elif not _is_int(depth, 10, MAX_DEPTH) or (depth - 4) % 6:
+    elif not is_integer(depth, 10, MAX_DEPTH) or (depth - 4) % 6:
         raise ConfigError(
             f'model.depth: expected 6n + 4 with n >= 1 (10, 16, 22, ...) and <= {MAX_DEPTH}, found '
             f'{shown(depth)}'
@@ -234,56 +184,50 @@ def _validate_train(config: ConfigDict) -> None:
     _number(config, 'train.momentum', 0, 1, below=True)
     _number(config, 'train.weight_decay', 0)
     steps = tuple(config.train.learning_rate_steps)
-    if not all(_is_int(s, 1) for s in steps) or list(steps) != sorted(set(steps)):
+    if not all(is_integer(s, 1) for s in steps) or list(steps) != sorted(set(steps)):
         raise ConfigError(
-            f'train.learning_rate_steps: expected increasing steps >= 1 and <= {MAX_INTEGER}, '
-            f'found {shown(steps)}'
+            f'train.learning_rate_steps: expected increasing steps >= 1 and '
+            f'<= {values.MAX_INTEGER}, found {shown(steps)}'
         )
 
 
 def _validate_attacks(config: ConfigDict) -> None:
-    _number(config, 'epsilon', 0, 1)
-    _one_of(config, 'attack.name', ATTACKS)
-    _integer(config, 'attack.steps', 1, MAX_ATTACK_STEPS)
+    _one_of(config, 'norm', registry.NORMS)
+    _number(config, 'epsilon', 0, registry.longest(config.norm))
+    _one_of(config, 'attack.name', registry.FOR_TRAINING)
     _one_of(config, 'attack.batch_norm', ('running', 'batch'))
-    _attack_group(config, 'attack')
+    _attack_group(config, 'attack', config.attack.name)
 
 
-def _attack_group(config: ConfigDict, group: str) -> None:
-    """Checks what every attack has: in training, of an evaluation, and of the transfer set."""
-    _one_of(config, f'{group}.start', STARTS)
-    for field in ('step_size', 'sigma'):
-        _number(config, f'{group}.{field}', 0, 1)
-    if config.epsilon and not _get(config, group).step_size:
+def _attack_group(config: ConfigDict, group: str, kind: str) -> None:
+    """Checks the settings that a group has of a kind of attack."""
+    found = _get(config, group).to_dict()
+    registry.check(kind, {f'{group}.{field}': value for field, value in found.items()}, config.norm)
+    if config.epsilon and 'step_size' in found and not found['step_size']:
         raise ConfigError(f'{group}.step_size: 0 would be no attack; expected a number > 0')
-    if group != 'blackbox':
-        _one_of(config, f'{group}.loss', LOSSES)
 
 
 def _validate_evaluation(config: ConfigDict) -> None:
     group = config.eval
-    for kind in ATTACKS:
-        _attack_group(config, f'eval.{kind}')
-        _one_of(config, f'eval.{kind}.schedule', SCHEDULES)
-        _integer(config, f'eval.{kind}.restarts', 1)
-        start, sigma, restarts = group[kind].start, group[kind].sigma, group[kind].restarts
-        if restarts > 1 and not starts_differ(start, sigma):
-            sigma = f', eval.{kind}.sigma' * (start == 'gaussian')
-            found = f'{start}{" and 0" if sigma else ""}'
-            raise ConfigError(
-                f'eval.{kind}.restarts: {restarts} of them would be equal with eval.{kind}.start'
-                f'{sigma}: {found}; expected 1, or start=uniform, or start=gaussian with sigma > 0'
-            )
+    for kind in registry.in_config(group):
+        _attack_group(config, f'eval.{kind}', kind)
     attacks, long_attacks = tuple(group.attacks), tuple(group.long_attacks)
-    for name in attacks:
-        parse_attack(name)
     if not attacks:
         raise ConfigError(f'eval.attacks: expected at least one attack, found {attacks}')
-    for name in long_attacks:
-        if name in WITHOUT_STEPS:
-            raise ConfigError(f'eval.long_attacks: {name} has no steps; it belongs to eval.attacks')
-        parse_attack(name, 'eval.long_attacks')
-    if len({*attacks, *long_attacks}) != len(attacks) + len(long_attacks):
+    named = []
+    for field, found in (('eval.attacks', attacks), ('eval.long_attacks', long_attacks)):
+        for text in found:
+            entry = registry.entry(text, field)
+            if field == 'eval.long_attacks' and not entry.steps:
+                raise ConfigError(f'{field}: {entry.name} has no steps; it belongs to eval.attacks')
+            changed = dict(group.get(entry.kind, {})) | entry.changes
+            registry.check(
+                entry.kind,
+                {f'{field}: {entry.name}: {k}': v for k, v in changed.items()},
+                config.norm,
+            )
+            named.append(entry.name)
+    if len(set(named)) != len(named):
         raise ConfigError(
             'eval.attacks, eval.long_attacks: expected attacks, each named once, found '
             f'{shown(attacks)} and {shown(long_attacks)}'
@@ -305,7 +249,7 @@ def _validate_evaluation(config: ConfigDict) -> None:
             'eval.select_on: validation needs held-out examples, as in '
             '--config.data.validation_examples=5000, from the start of training'
         )
-    if group.select_on == 'validation' and set(attacks) == {'blackbox'}:
+    if group.select_on == 'validation' and set(named) == {'blackbox'}:
         raise ConfigError(
             'eval.select_on: validation needs an attack that can be made on held-out examples; '
             'eval.attacks names only blackbox'
@@ -315,13 +259,12 @@ def _validate_evaluation(config: ConfigDict) -> None:
 
 
 def _validate_blackbox(config: ConfigDict) -> None:
-    _attack_group(config, 'blackbox')
-    _integer(config, 'blackbox.steps', 1, MAX_ATTACK_STEPS)
+    _attack_group(config, 'blackbox', 'pgd')
     _integer(config, 'blackbox.rounds', 1, MAX_ROUNDS)
     steps, rounds = config.blackbox.steps, config.blackbox.rounds
-    if (last := steps * 2 ** (rounds - 1)) > MAX_ATTACK_STEPS:
+    if (last := steps * 2 ** (rounds - 1)) > registry.MAX_STEPS:
         raise ConfigError(
-            f'blackbox.steps, blackbox.rounds: expected at most {MAX_ATTACK_STEPS} steps in the '
+            f'blackbox.steps, blackbox.rounds: expected at most {registry.MAX_STEPS} steps in the '
             f'last round, which has {last}'
         )
     _integer(config, 'blackbox.seed', 0, 2**30)
@@ -332,22 +275,18 @@ def _validate_blackbox(config: ConfigDict) -> None:
 def _validate_planes(config: ConfigDict) -> None:
     group = config.planes
     places = tuple(group.images)
-    if not places or not all(_is_int(p, 0) for p in places) or len(set(places)) != len(places):
+    if not places or not all(is_integer(p, 0) for p in places) or len(set(places)) != len(places):
         raise ConfigError(
             'planes.images: expected places in the test split, whole numbers >= 0, each once, as '
             f'in --config.planes.images="(0, 1, 2)", found {shown(places)}'
         )
-    if group.attack in WITHOUT_STEPS:
+    if not registry.entry(group.attack, 'planes.attack').steps:
         raise ConfigError(
-            f'planes.attack: {group.attack} has no steps; expected one of {", ".join(ATTACKS)} '
-            'with a number of steps, as in --config.planes.attack=pgd20'
+            f'planes.attack: {group.attack} has no steps; expected one of '
+            f'{", ".join(registry.KINDS)} with a number of steps, as in '
+            '--config.planes.attack=pgd20'
         )
-    parse_attack(group.attack, 'planes.attack')
     _integer(config, 'planes.resolution', 2, MAX_RESOLUTION)
-
-
-def _is_int(value: Any, low: int, high: int = MAX_INTEGER) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _files(config: ConfigDict, field: str) -> tuple[str, ...]:
@@ -368,43 +307,17 @@ def _get(config: ConfigDict, field: str) -> Any:
 
 
 def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...]) -> None:
-    found = _get(config, field)
-    if found not in allowed:
-        hint = nearest(shown(found).lower(), allowed)
-        raise ConfigError(f"{field}: unknown '{shown(found)}'{hint}; allowed: {', '.join(allowed)}")
+    values.check_choice(field, _get(config, field), allowed)
 
 
-def _integer(config: ConfigDict, field: str, low: int, high: int = MAX_INTEGER) -> None:
-    found = _get(config, field)
-    if not _is_int(found, low, high):
-        most = _limit(found, high, MAX_INTEGER)
-        raise ConfigError(f'{field}: expected a whole number >= {low}{most}, found {shown(found)}')
+def _integer(config: ConfigDict, field: str, low: int, high: int = values.MAX_INTEGER) -> None:
+    values.check_integer(field, _get(config, field), low, high)
 
 
 def _number(
-    config: ConfigDict,
-    field: str,
-    low: float,
-    high: float = MAX_NUMBER,
-    *,
-    above: bool = False,
-    below: bool = False,
+    config: ConfigDict, field: str, low: float, high: float = values.MAX_NUMBER, **ends: bool
 ) -> None:
-    """Requires low <= value <= high, or low < value where `above`, value < high where `below`."""
-    found = _get(config, field)
-    fits = isinstance(found, (int, float)) and not isinstance(found, bool) and low <= found <= high
-    if not fits or (above and found == low) or (below and found == high):
-        least = f'{">" if above else ">="} {low:g}'
-        most = _limit(found, high, MAX_NUMBER, '<' if below else '<=')
-        pixels = high == 1 and field.endswith(('epsilon', 'step_size', 'sigma'))
-        where = '; pixels are in [0, 1]: 8/255, not 8' if pixels else ''
-        raise ConfigError(f'{field}: expected a number {least}{most}, found {shown(found)}{where}')
-
-
-def _limit(found: Any, high: float, usual: float, sign: str = '<=') -> str:
-    """Returns ' and <= 1'; '' for a limit that all fields have, which only its excess concerns."""
-    exceeded = isinstance(found, (int, float)) and found > high
-    return f' and {sign} {high:.10g}' if high != usual or exceeded else ''
+    values.check_number(field, _get(config, field), low, high, **ends)
 
 
 def field_types(config: ConfigDict, prefix: str = '') -> dict[str, type]:
@@ -484,10 +397,11 @@ def changed_fields(
 
     Fields of `MUTABLE_FIELDS` and of `ignore` are passed over.
     """
-    old, new = flatten(old), flatten(new)
+    old, new = _FIELDS_OF_OLDER_RUNS | flatten(old), flatten(new)
+    mutable = (*MUTABLE_FIELDS, *(f'eval.{kind}' for kind in registry.KINDS), *ignore)
     return [
         f'{field}: {old[field]} -> {new.get(field)}'
         for field in old
         if old[field] != new.get(field)
-        and not any(field == m or field.startswith(f'{m}.') for m in (*MUTABLE_FIELDS, *ignore))
+        and not any(field == m or field.startswith(f'{m}.') for m in mutable)
     ]

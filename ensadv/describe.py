@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import build, prng, study
+from ensadv.attacks import registry
 from ensadv.data import datasets
 from ensadv.evaluation import attack_settings, blackbox
 from ensadv.models import ensemble
@@ -65,7 +66,7 @@ def check(config: ConfigDict, dataset: Mapping[str, Any], systems_dir: epath.Pat
         if 'blackbox' in config.eval.attacks and not config.eval.blackbox_path:
             blackbox.source_configs(config, systems_dir)
             return
-    for name in attack_settings.attack_names(config):
+    for name in registry.names(config.eval):
         attack_settings.evaluation_settings(config, name)
 
 
@@ -146,7 +147,7 @@ def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
         'training': f'{training}, {"clean" if not weight else f"adversarial weight {weight:g}"}',
         'data': f'{dataset["name"]}, images {tuple(dataset["image_shape"])}, '
         f'{dataset["num_classes"]} classes',
-        'threat model': f'L-infinity, epsilon {_pixels(config.epsilon)}',
+        'threat model': registry.threat_model_words(config.norm, config.epsilon),
         'steps': f'{config.train.steps:,} of {config.train.batch_size} examples',
     }
 
@@ -219,7 +220,10 @@ def _training_attack(config: ConfigDict) -> dict[str, str]:
 
 def _evaluation_attacks(config: ConfigDict) -> dict[str, str]:
     rows = {}
-    for name in (*attack_settings.attack_names(config), *config.eval.long_attacks):
+    for name in (
+        *registry.names(config.eval),
+        *(registry.entry(text).name for text in config.eval.long_attacks),
+    ):
         if name == 'blackbox':
             rows[name] = (
                 f'the examples of {config.eval.blackbox_path or "a set made for the study"}'

@@ -1,14 +1,42 @@
 """Random keys whose numbers neither the shell nor a batch's other examples decide."""
 
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from ensadv.config import PRNG
+from ensadv.values import PRNG
 
 
 def key(seed: int | Array) -> Array:
     """Returns the key of a seed, the same whatever JAX_DEFAULT_PRNG_IMPL says."""
     return jax.random.key(seed, impl=PRNG)
+
+
+class Words(NamedTuple):
+    """Keys [B] as raw numbers, which NumPy can hold.
+
+    Attributes:
+      words: uint32 [B, 2].
+    """
+
+    words: Array
+
+
+def to_words(tree: Any) -> Any:
+    """Returns a tree with `Words` in place of its keys, which have to be of `key`'s kind."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    change = lambda leaf: Words(jax.random.key_data(leaf)) if is_key(leaf) else leaf
+    return jax.tree.map(change, tree)
+
+
+def from_words(tree: Any) -> Any:
+    """Returns the tree that `to_words` was given."""
+    is_words = lambda leaf: isinstance(leaf, Words)
+    wrap = lambda leaf: jax.random.wrap_key_data(leaf.words, impl=PRNG)
+    change = lambda leaf: wrap(leaf) if is_words(leaf) else leaf
+    return jax.tree.map(change, tree, is_leaf=is_words)
 
 
 def of_examples(keys: Array) -> Array:

@@ -8,8 +8,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import config as config_lib
-from ensadv.config import nearest
 from ensadv.errors import ConfigError
+from ensadv.values import nearest
 
 RunOne = Callable[[ConfigDict, epath.Path, str], None]  # config, workdir, label
 _COMMON = (('probs', 'joint'), ('logits', 'joint'))  # combine and training of all systems

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import config as config_lib
-from ensadv.config import parse_attack
+from ensadv.attacks import registry
 from ensadv.storage import files, workdir
 
 N = 100  # test examples, so that an accuracy of 0.01 is one of them
@@ -248,7 +248,7 @@ def _name(key: str) -> str:
 
 def _settings(config: ConfigDict, name: str) -> dict[str, Any]:
     """Returns an attack's settings, as `attack_settings.evaluation_settings` does."""
-    kind, steps = parse_attack(name)
+    kind, steps = (entry := registry.entry(name)).kind, entry.steps
     settings = {'attack': kind, 'combine': config.ensemble.combine, 'dtype': config.eval.dtype}
     if kind == 'clean':
         return settings

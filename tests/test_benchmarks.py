@@ -8,12 +8,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import ROOT, tiny_config
 
 from ensadv import build
 from ensadv.attacks import driver
+from ensadv.attacks.first_order import PGD
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.models import ensemble
 
 DESCRIPTION = {'num_classes': 10, 'mean': (0.3,), 'std': (0.4,)}
@@ -104,11 +105,9 @@ def test_foolboxs_adam_is_ours_on_signs_and_without_them_ours(strength, run, raw
     # The peer flattens NCHW.
     flatten = lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1)
     log_probs = lambda x: jax.nn.log_softmax(flatten(x) @ weight.T + bias)
-    adam = driver.pgd(0.03) if raw else optax.chain(optax.scale_by_sign(), driver.pgd(0.03))
-    ours = driver.attack(
-        log_probs, jax.random.split(jax.random.key(0), 5), run.x, run.y, step=adam, num_steps=3,
-        epsilon=run.epsilon, start_from='none',
-    )  # fmt: skip
+    pgd = (PGD if raw else strength.AdamOfSigns)(steps=3, step_size=0.03, start='none')
+    threat, keys = ThreatModel('linf', run.epsilon), jax.random.split(jax.random.key(0), 5)
+    ours = driver.last_iterate(pgd, log_probs, threat, keys, run.x, run.y)
     attack = strength.foolbox_attack(run, 'pgd', 'none', 3, 0.03, raw_gradient=raw)
     np.testing.assert_allclose(ours, attack(run.x, run.y, run.x), atol=1e-5)
 

@@ -11,6 +11,7 @@ from etils import epath
 from configs import default
 from ensadv import build, study
 from ensadv import config as config_lib
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluation import blackbox, evaluate, finished_runs, transfer_sets
 from ensadv.evaluation.evaluator import Evaluator
@@ -65,7 +66,7 @@ def log_probs_of(path, images):
 
 
 def test_every_source_errs_where_the_file_says_so(root, dataset):
-    found = transfer_sets.load(root / 'blackbox.npz', dataset, 0.15)
+    found = transfer_sets.load(root / 'blackbox.npz', dataset, ThreatModel('linf', 0.15))
     np.testing.assert_array_equal(found.indices, np.arange(40))
     np.testing.assert_array_equal(found.labels, dataset.label_test[:40])
     errs = [
@@ -102,13 +103,13 @@ def test_escalation_goes_on_only_with_what_stands(root, monkeypatch, tmp_path):
     import shutil
 
     attacked = []
-    original = Evaluator.transfer_attack
+    original = Evaluator.worst_points
 
-    def watching(self, variables, settings, images, labels, places, label, **others):
+    def watching(*given, places, **others):
         attacked.append(places)
-        return original(self, variables, settings, images, labels, places, label, **others)
+        return original(*given, places=places, **others)
 
-    monkeypatch.setattr(Evaluator, 'transfer_attack', watching)
+    monkeypatch.setattr(Evaluator, 'worst_points', watching)
     copy = epath.Path(tmp_path) / 'copy'
     shutil.copytree(root, copy)
     before = transfer_sets.read_record(copy / 'blackbox.npz')
@@ -125,7 +126,7 @@ def test_a_set_that_is_there_is_not_made_again(root, monkeypatch):
     def never(*_):
         raise AssertionError('attacked again')
 
-    monkeypatch.setattr(Evaluator, 'transfer_attack', never)
+    monkeypatch.setattr(Evaluator, 'worst_points', never)
     assert blackbox.make(config_of(), root, CONFIGS, study.run_one) == root / 'blackbox.npz'
     with pytest.raises(UserError, match='made from other sources or settings'):
         blackbox.make(config_of(blackbox__rounds=1), root, CONFIGS, study.run_one)
@@ -159,7 +160,7 @@ def test_accuracy_on_the_set_is_that_of_a_forward_pass(root, judged, dataset):
     config, path = judged
     config.eval.blackbox_path = str(root / 'blackbox.npz')
     evaluate.run(config, path)
-    found = transfer_sets.load(root / 'blackbox.npz', dataset, 0.15)
+    found = transfer_sets.load(root / 'blackbox.npz', dataset, ThreatModel('linf', 0.15))
     correct = np.argmax(log_probs_of(path, found.images), axis=1) == found.labels
     results = {r['name']: r for r in workdir_lib.read_evaluations(path)[2]['attacks']}
     assert results['blackbox']['correct'] == correct.sum()

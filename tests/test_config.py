@@ -1,4 +1,6 @@
+import dataclasses
 import importlib
+import json
 import pathlib
 import re
 
@@ -9,6 +11,7 @@ from ml_collections import config_flags
 from configs import default, quickstart, table1
 from ensadv import config as config_lib
 from ensadv import flag_values
+from ensadv.attacks import registry
 from ensadv.errors import ConfigError, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,7 +61,12 @@ def test_every_field_is_explained_where_it_is_declared_and_read_somewhere():
     sources = [*(ROOT / 'ensadv').rglob('*.py'), ROOT / 'main.py']
     code = '\n'.join(path.read_text() for path in sources if path.name != 'config.py')
     for field in flat(default.get_config()):
-        name = field.rpartition('.')[2]
+        group, _, name = field.rpartition('.')
+        if group.removeprefix('eval.') in registry.KINDS:
+            settings = registry.KINDS[group.removeprefix('eval.')].settings
+            assert f'\n      {name}: ' in registry.IFGSMSettings.__doc__, field
+            assert name in {known.name for known in dataclasses.fields(settings)}
+            continue
         assert re.search(rf'\.{name} = .*  # \w', declared), field
         # the periods are read by the name of what is due
         by_name = {'name'}
@@ -169,15 +177,65 @@ def test_values_that_are_not_allowed_are_refused_by_name(field, value, told):
     assert isinstance(caught.value, UserError)
 
 
-@pytest.mark.parametrize('name, expected', [('clean', ('clean', 0)), ('ifgsm5', ('ifgsm', 5)),
-                                            ('pgd500', ('pgd', 500))])  # fmt: skip
-def test_attacks_are_named_with_their_number_of_steps(name, expected):
-    assert config_lib.parse_attack(name) == expected
+@pytest.mark.parametrize(
+    'text, name, kind, steps, changes',
+    [
+        ('clean', 'clean', 'clean', 0, {}),
+        ('ifgsm5', 'ifgsm5', 'ifgsm', 5, {}),
+        ('pgd500', 'pgd500', 'pgd', 500, {}),
+        ('pgd20_margin', 'pgd20_margin', 'pgd', 20, {}),
+        (
+            'pgd20_m(loss=margin, step_size=2/255, restarts=5)', 'pgd20_m', 'pgd', 20,
+            {'loss': 'margin', 'step_size': 2 / 255, 'restarts': 5},
+        ),
+    ],
+)  # fmt: skip
+def test_entries_of_eval_attacks(text, name, kind, steps, changes):
+    entry = registry.entry(text)
+    assert (entry.name, entry.kind, entry.steps, entry.changes) == (name, kind, steps, changes)
+
+
+@pytest.mark.parametrize(
+    'text, told',
+    [
+        ('pgd20_m(loss=mrgin)', "unknown 'mrgin' (did you mean 'margin'?)"),
+        ('pgd20_m(los=margin)', "unknown setting 'los' (did you mean 'loss'?)"),
+        ('pgd20_m(steps=3)', "unknown setting 'steps'"),
+        ('pgd20_m(restarts=5, start=none)', 'restarts: 5 of them would be equal'),
+        ('pgd20_m(step_size=8)', 'pixels are in [0, 1]'),
+        ('pgd20 m', 'unknown attack'),
+        ('clean_m', 'unknown attack'),
+        ('pgd0', 'unknown attack'),
+    ],
+)
+def test_entries_that_cannot_be_meant_are_refused(text, told):
+    config = default.get_config()
+    config.eval.attacks = ('clean', text)
+    with pytest.raises(ConfigError) as caught:
+        config_lib.validate(config)
+    assert str(caught.value).startswith('eval.attacks')
+    assert told in str(caught.value)
+
+
+def test_a_length_is_of_the_norm():
+    config = default.get_config()
+    config.epsilon = 1.5
+    with pytest.raises(ConfigError, match='epsilon'):
+        config_lib.validate(config)
+    config.norm = 'l2'
+    config_lib.validate(config)
+    assert config.eval.pgd.step_size == 0.75
+
+
+def test_a_run_that_does_not_say_its_norm_had_linf():
+    old = config_lib.to_dict(default.get_config())
+    new = json.loads(json.dumps(old)) | {'norm': 'l2'}
+    del old['norm']
+    assert config_lib.changed_fields(old, old | {'norm': 'linf'}) == []
+    assert config_lib.changed_fields(old, new) == ['norm: linf -> l2']
 
 
 def test_a_config_survives_json():
-    import json
-
     config = quickstart.get_config()
     config.eval.num_examples = 7
     values = json.loads(json.dumps(config_lib.to_dict(config)))

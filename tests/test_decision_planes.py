@@ -13,6 +13,7 @@ from test_evaluator import RIPPLES, Ripples, bench_of, biases, network_of, rippl
 
 from ensadv import build, losses, study
 from ensadv import config as config_lib
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluation import attack_settings, decision_planes, planes
 from ensadv.evaluation.evaluator import Evaluator
@@ -61,7 +62,7 @@ def test_a_clean_image_may_be_the_worst_point():
     x_adv = Evaluator(network, 2).worst_points(
         variables, settings_of('ifgsm3'), images, np.zeros(3, np.int32), 'test'
     )
-    np.testing.assert_array_equal(x_adv, images / np.float32(255))
+    np.testing.assert_allclose(x_adv, images / np.float32(255), atol=1e-7)
 
 
 def test_log_probs_are_the_networks_whatever_the_batches():
@@ -101,7 +102,7 @@ def test_a_linear_models_regions_are_known_everywhere():
     spanned = []
     for image, (first, second) in zip(x, ends, strict=True):
         points = np.stack([image, image + first, image + second])
-        spanned.append((planes.through(*points, 0.3, seed=0), points))
+        spanned.append((planes.through(*points, ThreatModel('linf', 0.3), seed=0), points))
     # Of the first plane (x, y) are the first and last pixel's changes; of the second (y, -x).
     upper = model_of([0, 0, 0, 1], 128 / 255 + 0.05)  # where the last pixel rose by 0.05
     slanted = model_of([1, 0, 0, -2], 204 / 255 - 2 * 128 / 255 + 0.011)

@@ -11,7 +11,8 @@ import pytest
 from conftest import tiny_config
 
 from ensadv import losses, prng
-from ensadv.attacks import driver
+from ensadv.attacks import driver, registry
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.cpu import conv, parts
 from ensadv.evaluation import attack_settings, evaluator
 from ensadv.models import ensemble
@@ -210,11 +211,10 @@ def worst_case(module, settings, images, labels):
     network, variables = network_of(module, images.shape[1:])
     key = prng.key(settings['seed'])
     keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(len(labels)))
+    attack = registry.make(settings, loss=losses.LOSSES[settings['loss']])
     return driver.worst_case(
-        lambda x: network.log_probs(variables, x), keys, images / np.float32(255), labels,
-        step=attack_settings.attack_step(settings, settings['steps']), num_steps=settings['steps'],
-        epsilon=settings['epsilon'], start_from=settings['start'], sigma=settings['sigma'],
-        restarts=settings['restarts'], loss=losses.LOSSES[settings['loss']],
+        attack, lambda x: network.log_probs(variables, x), ThreatModel.of(settings), keys,
+        images / np.float32(255), labels,
     )  # fmt: skip
 
 
@@ -357,7 +357,7 @@ def test_schedules_end_near_where_they_were():
         np.testing.assert_allclose(margins[how], clean - 20 * 0.02 * steps, atol=1e-4)
 
 
-def test_transfer_attack_makes_every_member_err():
+def test_an_attack_on_all_members_makes_every_member_err():
     network, variables = network_of(Ripples(), k=2, combine='logits')
     images, labels = ripples(30)
     bench = evaluator.Evaluator(network, 8)
@@ -370,13 +370,13 @@ def test_transfer_attack_makes_every_member_err():
         np.testing.assert_array_equal(clean[:, member] > 0, right)
     places = np.array([1, 4, 5, 20, 29])
     settings = settings_of('pgd40', epsilon=0.2) | {'loss': 'best_margin'}
-    x_adv = bench.transfer_attack(variables, settings, images, labels, places, 'test')
+    x_adv = bench.worst_points(variables, settings, images, labels, 'test', places=places)
     assert x_adv.shape == (5, 4, 4, 1)
     assert np.abs(x_adv - x[places]).max() <= 0.2 + 1e-6
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     errs = np.argmax(network.member_logits(variables, x_adv), axis=-1) != labels[places]
     # Each was attacked by its own key: the same as when all are.
-    every = bench.transfer_attack(variables, settings, images, labels, np.arange(30), 'test')
+    every = bench.worst_points(variables, settings, images, labels, 'test')
     np.testing.assert_allclose(every[places], x_adv, atol=1e-5)
     assert np.mean(np.all(errs, axis=0)) >= 0.8

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 from ensadv.attacks import driver
+from ensadv.attacks.first_order import IFGSM
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.models import ensemble
 from ensadv.models.gated import Gated
 from ensadv.models.wide_resnet import WideResNet
@@ -130,15 +132,8 @@ def test_a_training_step_changes_members_and_gates():
     # keeps gradients from the layers below it.
     state = steps.init_state(MODEL, jax.random.key(3), 2, SHAPE, optimizer)
     state = state.replace(params=perturbed({'params': state.params})['params'])
-    attack = partial(
-        driver.attack,
-        step=driver.STEPS['ifgsm'](0.05),
-        num_steps=2,
-        epsilon=0.15,
-        start_from='gaussian',
-        sigma=0.1,
-        loss='cross_entropy',
-    )
+    ifgsm, threat = IFGSM(steps=2, step_size=0.05, sigma=0.1), ThreatModel('linf', 0.15)
+    attack = lambda predict, *given: driver.last_iterate(ifgsm, predict, threat, *given)
     step = jax.jit(
         partial(
             steps.train_step,

@@ -13,6 +13,7 @@ from etils import epath
 from configs import default
 from ensadv import build, errors, study
 from ensadv import config as config_lib
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluation import blackbox, evaluate, transfer_sets
@@ -267,7 +268,9 @@ def test_a_transfer_set_is_made_for_the_places(tmp_path):
     )  # fmt: skip
     root, configs = epath.Path(tmp_path) / 'set', epath.Path(ROOT) / 'configs'
     blackbox.make(config, root, configs, study.run_one)
-    stored = transfer_sets.load(root / 'blackbox.npz', build.dataset(config), 0.15)
+    stored = transfer_sets.load(
+        root / 'blackbox.npz', build.dataset(config), ThreatModel('linf', 0.15)
+    )
     assert stored.indices.tolist() == SORTED.tolist()
     blackbox.make(config, root, configs, study.run_one)  # is there already
     config.eval.indices = written(tmp_path / 'others.txt', PLACES[1:])

@@ -1,15 +1,18 @@
 """The geometry of decision planes, and their files."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 from etils import epath
 
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import UserError
 from ensadv.evaluation import planes
 from ensadv.storage import files, plane_files
 
+linf = partial(ThreatModel, 'linf')
 GREY = np.full((2, 2, 1), 0.5)
 # A right angle and 3-4-5: |a - x| = 0.2; b - x = 0.3 along it and 0.4 across.
 FIRST = GREY + np.array([0.2, 0, 0, 0]).reshape(2, 2, 1)
@@ -21,7 +24,7 @@ def moved(*move):
 
 
 def test_a_plane_by_hand():
-    plane = planes.through(GREY, FIRST, SECOND, 0.5, seed=0)
+    plane = planes.through(GREY, FIRST, SECOND, linf(0.5), seed=0)
     np.testing.assert_allclose(plane.axes, [[1, 0, 0, 0], [0, 0, 1, 0]], atol=1e-12)
     np.testing.assert_allclose(plane.points, [[0, 0], [0.2, 0], [0.3, 0.4]], atol=1e-12)
     # Two pixels move, each by at most 0.5: a square, from its lower left corner on.
@@ -43,7 +46,7 @@ def test_the_region_of_three_pixels_is_the_cubes_regular_hexagon():
     # The plane across the diagonal of a cube meets it in a hexagon: the middles of six edges, such
     # as (1, -1, 0), at the distance sqrt(2).
     axes = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])
-    corners = planes.region(axes, 0.1)
+    corners = planes.region(axes, linf(0.1))
     angles = np.radians([-150, -90, -30, 30, 90, 150]) + math.radians(30)
     # The first corner's angle is the least above -180 degrees.
     expected = 0.1 * math.sqrt(2) * np.column_stack([np.cos(angles), np.sin(angles)])
@@ -60,7 +63,7 @@ def test_the_region_of_three_pixels_is_the_cubes_regular_hexagon():
 def test_the_corners_of_a_large_region_lie_on_the_ball_and_are_all_there():
     random = np.random.default_rng(0)
     axes = np.linalg.qr(random.normal(size=(300, 2)))[0].T
-    corners = planes.region(axes, 0.03)
+    corners = planes.region(axes, linf(0.03))
     np.testing.assert_allclose(np.abs(corners @ axes).max(axis=1), 0.03, rtol=1e-6)
     # On the way from corner to corner, too, which it would not be were one of them missing.
     between = (corners + np.roll(corners, 1, axis=0)) / 2
@@ -72,7 +75,7 @@ def test_the_region_of_directions_that_are_signs():
     random = np.random.default_rng(0)
     image = np.full((20, 20, 1), 0.5)
     first, second = (image + 0.1 * random.choice([-1, 1], (20, 20, 1)) for _ in range(2))
-    plane = planes.through(image, first.astype(np.float32), second.astype(np.float32), 0.1, 0)
+    plane = planes.through(image, first.astype(np.float32), second.astype(np.float32), linf(0.1), 0)
     # Where they agree |x' + y'| <= 1 in their shares x', y', and elsewhere |x' - y'| <= 1: a
     # parallelogram, with both examples, a and b, and their mirror images as its corners.
     _, a, b = plane.points
@@ -96,7 +99,7 @@ def test_the_region_of_directions_that_are_signs():
     ],
 )
 def test_what_spans_no_plane_gets_a_random_direction_and_says_so(first, second, known, told):
-    plane = planes.through(GREY, first, second, 0.2, seed=3)
+    plane = planes.through(GREY, first, second, linf(0.2), seed=3)
     assert told in plane.note
     assert 'random sign direction' in plane.note
     np.testing.assert_allclose(plane.axes @ plane.axes.T, np.eye(2), atol=1e-12)
@@ -106,16 +109,16 @@ def test_what_spans_no_plane_gets_a_random_direction_and_says_so(first, second, 
     # The points lie in the plane, and are where they should be.
     for point, exact in zip(plane.points, (GREY, first, second), strict=True):
         np.testing.assert_allclose(GREY.ravel() + point @ plane.axes, exact.ravel(), atol=2e-6)
-    again = planes.through(GREY, first, second, 0.2, seed=3)
+    again = planes.through(GREY, first, second, linf(0.2), seed=3)
     np.testing.assert_array_equal(again.axes, plane.axes)
-    others = [planes.through(GREY, first, second, 0.2, seed=seed).axes for seed in range(8)]
+    others = [planes.through(GREY, first, second, linf(0.2), seed=seed).axes for seed in range(8)]
     assert any(not np.allclose(other, plane.axes) for other in others)
 
 
 @pytest.mark.parametrize('image, epsilon', [(np.zeros((1, 1, 1)), 0.1), (GREY, 0.0)])
 def test_what_can_have_no_plane_is_refused(image, epsilon):
     with pytest.raises(ValueError, match='expected two pixel values'):
-        planes.through(image, image, image, epsilon, seed=0)
+        planes.through(image, image, image, linf(epsilon), seed=0)
 
 
 def test_the_grid_has_y_upwards_and_the_middles_of_pixels():
@@ -211,3 +214,11 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
     path.write_bytes(b'PK\x03\x04 no archive')
     with pytest.raises(UserError, match='expected a file of --mode=planes'):
         plane_files.read(path)
+
+
+def test_the_l2_ball_meets_a_plane_in_a_circle():
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 2)))[0].T
+    corners = planes.region(axes, ThreatModel('l2', 0.3))
+    np.testing.assert_allclose(np.linalg.norm(corners, axis=1), 0.3)
+    turns = np.diff(np.unwrap(np.arctan2(corners[:, 1], corners[:, 0])))
+    assert np.all((turns > 0) & (turns < 0.04))

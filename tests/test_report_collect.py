@@ -428,10 +428,10 @@ def test_the_best_step_is_the_earliest_of_the_best(tmp_path):
 
 
 def test_member_is_what_runs_describe_says(tmp_path):
-    from ensadv.evaluation import runs
+    from ensadv.evaluation import finished_runs
     from ensadv.storage import workdir
 
     config = run_config(seed=3)
     path = epath.Path(write(tmp_path, seed=3))
-    found = runs.Run(path, config, workdir.read_record(path), 40).describe()
+    found = finished_runs.Run(path, config, workdir.read_record(path), 40).describe()
     assert found == member(path)

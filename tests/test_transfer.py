@@ -2,10 +2,12 @@
 
 import json
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import UserError
 from ensadv.evaluation import transfer_sets
@@ -13,6 +15,8 @@ from ensadv.evaluation import transfer_sets
 EPSILON = 8 / 255
 MEMBERS = {'images', 'labels', 'indices', 'fooled', 'record'}
 SOURCES = [{'system': 'Baseline', 'seed': 1, 'config': {}}]
+
+linf = partial(ThreatModel, 'linf')
 
 
 def edited(**changes) -> np.ndarray:
@@ -54,7 +58,7 @@ def made(
 
 def refusal(path, dataset: datasets.Dataset, epsilon: float = EPSILON) -> str:
     with pytest.raises(UserError) as caught:
-        transfer_sets.load(path, dataset, epsilon)
+        transfer_sets.load(path, dataset, linf(epsilon))
     text = str(caught.value)
     assert text.startswith(f'eval.blackbox_path: {path}: ')
     assert '\n' not in text
@@ -85,8 +89,8 @@ def test_a_set_comes_back_as_it_was_written(dataset, path):
     assert json.loads(json.dumps(record)) == record
     assert set(stored(path)) == MEMBERS
     for read in (
-        transfer_sets.load(path, dataset, EPSILON),
-        transfer_sets.load(str(path), dataset, EPSILON),
+        transfer_sets.load(path, dataset, linf(EPSILON)),
+        transfer_sets.load(str(path), dataset, linf(EPSILON)),
     ):
         assert read.record == record
         for name, array in arrays(dataset).items():
@@ -96,7 +100,7 @@ def test_a_set_comes_back_as_it_was_written(dataset, path):
     assert given.record.keys() == {'epsilon', 'fingerprint', 'sources'}
     assert [file.name for file in path.parent.iterdir()] == ['blackbox.npz']
     # A file that went through another program and back is the same set.
-    again = transfer_sets.write(path, transfer_sets.load(path, dataset, EPSILON))
+    again = transfer_sets.write(path, transfer_sets.load(path, dataset, linf(EPSILON)))
     assert again == record
 
 
@@ -124,12 +128,12 @@ def test_the_record_is_read_without_the_images(dataset, path):
 @pytest.mark.parametrize('epsilon', [EPSILON, np.nextafter(EPSILON, 0), np.nextafter(EPSILON, 1)])
 def test_rounding_of_epsilon_makes_no_difference(dataset, path, epsilon):
     transfer_sets.write(path, made(dataset))
-    assert transfer_sets.load(path, dataset, float(epsilon)).record['epsilon'] == EPSILON
+    assert transfer_sets.load(path, dataset, linf(float(epsilon))).record['epsilon'] == EPSILON
 
 
 def test_what_is_held_out_makes_no_difference(dataset, path):
     transfer_sets.write(path, made(dataset))
-    transfer_sets.load(path, datasets.hold_out(dataset, 1), EPSILON)
+    transfer_sets.load(path, datasets.hold_out(dataset, 1), linf(EPSILON))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +309,7 @@ def test_the_ball_ends_at_the_last_whole_level(dataset, path, difference, accept
     images = np.where(clean < 128, clean + difference, clean - difference).astype(np.uint8)
     transfer_sets.write(path, made(dataset, images=images, record={'epsilon': 0.15}))
     if accepted:
-        transfer_sets.load(path, dataset, 0.15)
+        transfer_sets.load(path, dataset, linf(0.15))
     else:
         assert_has(refusal(path, dataset, 0.15), 'found 5 up to 39', 'allowed are 38 levels')
 
@@ -337,7 +341,7 @@ def test_the_ball_ends_at_the_last_whole_level(dataset, path, difference, accept
 def test_images_are_stored_at_the_nearest_level_within_the_ball(epsilon, image, level, expected):
     x_adv = np.full((1, 2, 2, 1), level, np.float32) / np.float32(255)
     images = np.full((1, 2, 2, 1), image, np.uint8)
-    stored_images = transfer_sets.quantize(x_adv, images, epsilon)
+    stored_images = transfer_sets.quantize(x_adv, images, linf(epsilon))
     assert stored_images.dtype == np.uint8
     assert stored_images.shape == images.shape
     assert set(stored_images.ravel().tolist()) == {expected}
@@ -349,5 +353,25 @@ def test_what_an_attack_reaches_in_float32_keeps_its_level(epsilon):
     x = images.astype(np.float32) / 255
     x_adv = np.clip(x + np.float32(epsilon), 0, 1)
     expected = np.minimum(images.astype(int) + round(255 * epsilon), 255)
-    np.testing.assert_array_equal(transfer_sets.quantize(x_adv, images, epsilon), expected)
-    np.testing.assert_array_equal(transfer_sets.quantize(x, images, epsilon), images)
+    np.testing.assert_array_equal(transfer_sets.quantize(x_adv, images, linf(epsilon)), expected)
+    np.testing.assert_array_equal(transfer_sets.quantize(x, images, linf(epsilon)), images)
+
+
+def test_l2_examples_are_stored_within_the_ball_and_verified(dataset, path):
+    threat = ThreatModel('l2', 0.5)
+    indices = arrays(dataset)['indices']
+    images = dataset.image_test[indices]
+    move = np.random.default_rng(0).normal(size=images.shape)
+    move *= 0.5 / np.linalg.norm(move.reshape(len(move), -1), axis=1).reshape(-1, 1, 1, 1)
+    x_adv = np.clip(images / 255 + move, 0, 1)
+    stored_images = transfer_sets.quantize(x_adv, images, threat)
+    far = np.linalg.norm((stored_images / 255 - images / 255).reshape(len(images), -1), axis=1)
+    assert np.all(far <= 0.5 + 1e-9)
+    assert np.max(np.abs(stored_images - 255 * x_adv)) < 1
+    transfer_sets.write(path, made(dataset, images=stored_images, record=threat.to_json()))
+    transfer_sets.load(path, dataset, threat)
+    with pytest.raises(UserError, match='another norm: found l2'):
+        transfer_sets.load(path, dataset, linf(0.5))
+    transfer_sets.write(path, made(dataset, images=255 - images, record=threat.to_json()))
+    with pytest.raises(UserError, match='levels from their test images'):
+        transfer_sets.load(path, dataset, threat)

@@ -111,7 +111,7 @@ def margin_slope(weights, x, y):
 SLOPES = {'cross_entropy': cross_entropy_slope, 'margin': margin_slope}
 
 
-def points(kind, num_steps, step_size, epsilon, climbed, schedule=lambda share: 1):
+def points(kind, num_steps, step_size, epsilon, climbed, schedule=lambda share: 1, norm='linf'):
     """An attack's points from the clean images on, [steps + 1, B, pixels]."""
     x, found = X, [X]
     first, second = np.zeros_like(x), np.zeros_like(x)
@@ -120,8 +120,15 @@ def points(kind, num_steps, step_size, epsilon, climbed, schedule=lambda share: 
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         adam = first / (1 - 0.9 ** (step + 1)) / np.sqrt(second / (1 - 0.999 ** (step + 1)))
         update = {'ifgsm': np.sign(gradient), 'pgd': adam}[kind]
+        if norm == 'l2':
+            update = {'ifgsm': gradient, 'pgd': adam}[kind]
+            update = update / np.linalg.norm(update, axis=1, keepdims=True)
         x = x + step_size * schedule(step / num_steps) * update
-        x = np.clip(np.clip(x, X - epsilon, X + epsilon), 0, 1)
+        if norm == 'l2':
+            far = np.linalg.norm(x - X, axis=1, keepdims=True)
+            x = np.clip(X + (x - X) * np.minimum(1, epsilon / np.maximum(far, 1e-12)), 0, 1)
+        else:
+            x = np.clip(np.clip(x, X - epsilon, X + epsilon), 0, 1)
         found.append(x)
     return np.stack(found)
 
@@ -130,7 +137,8 @@ def attacked(config, weights=WEIGHTS):
     """Where training's attack of these weights ends."""
     attack = config.attack
     climbed = lambda x: SLOPES[attack.loss](weights, x, Y)
-    return points(attack.name, attack.steps, attack.step_size, config.epsilon, climbed)[-1]
+    given = attack.name, attack.steps, attack.step_size, config.epsilon, climbed
+    return points(*given, norm=config.norm)[-1]
 
 
 TRAINING = pytest.mark.parametrize(
@@ -142,6 +150,8 @@ TRAINING = pytest.mark.parametrize(
         {'attack__steps': 9, 'attack__step_size': 0.05},
         {'attack__loss': 'margin'},
         {'epsilon': 0.03},
+        {'norm': 'l2', 'epsilon': 0.3, 'attack__step_size': 0.1},
+        {'norm': 'l2', 'epsilon': 0.3, 'attack__step_size': 0.1, 'attack__name': 'pgd'},
         {'epsilon': 0.5, 'attack__step_size': 0.3, 'attack__loss': 'margin', 'attack__name': 'pgd'},
     ],
     ids=str,
@@ -281,6 +291,7 @@ def bench_of(weights, combine):
         ('pgd3', {'eval__pgd__restarts': 2}),  # the same again, since it starts at the image
         ('pgd7', {'eval__pgd__loss': 'margin', 'eval__pgd__schedule': 'cosine'}),
         ('pgd5', {'eval__pgd__step_size': 0.05, 'epsilon': 0.06}),
+        ('ifgsm6', {'norm': 'l2', 'epsilon': 0.4, 'eval__ifgsm__step_size': 0.15}),
     ],
 )
 def test_an_evaluation_attack_is_the_configs(name, changes):
@@ -295,9 +306,8 @@ def test_an_evaluation_attack_is_the_configs(name, changes):
     kind, num_steps = name[:-1], int(name[-1])
     group = config.eval[kind]
     climbed = lambda x: SLOPES[group.loss](WEIGHTS, x, Y)
-    visited = points(
-        kind, num_steps, group.step_size, config.epsilon, climbed, SCHEDULES[group.schedule]
-    )
+    given = kind, num_steps, group.step_size, config.epsilon, climbed, SCHEDULES[group.schedule]
+    visited = points(*given, norm=config.norm)
     margins = np.stack([margin(log_probs(WEIGHTS, x), Y) for x in visited])
     np.testing.assert_allclose(found.margin, margins.min(0), atol=1e-3)
     np.testing.assert_allclose(found.last_margin, margins[-1], atol=1e-3)
@@ -373,7 +383,7 @@ def test_the_transfer_sets_attack_is_the_configs(number):
     config = config_of()
     settings = blackbox._rounds(config)[number]
     bench, variables = bench_of(WEIGHTS, 'logits')
-    x_adv = bench.transfer_attack(variables, settings, IMAGES, Y, np.arange(len(Y)), 'test')
+    x_adv = bench.worst_points(variables, settings, IMAGES, Y, 'test')
 
     def of_members(x):
         return np.stack([margin(x @ member, Y) for member in WEIGHTS])
@@ -400,9 +410,7 @@ def test_the_transfer_sets_attack_starts_as_the_config_says():
     config = config_of(blackbox__start='gaussian', blackbox__step_size=1e-8)
     settings = blackbox._rounds(config)[0]
     bench, variables = bench_of(WEIGHTS[:1, :, :2], 'logits')
-    attack = lambda settings: bench.transfer_attack(
-        variables, settings, images, labels, np.arange(len(labels)), 'test'
-    )
+    attack = lambda settings: bench.worst_points(variables, settings, images, labels, 'test')
     noise = attack(settings) - images / np.float32(255)
     # Half of the starts are worse than the clean image, and kept.
     kept = np.abs(noise).max((1, 2, 3)) > 1e-4

@@ -1,5 +1,6 @@
 """The black-box job: trains the sources, attacks them, and writes the transfer set."""
 
+import functools
 import sys
 from typing import Any
 
@@ -10,6 +11,8 @@ from ml_collections import ConfigDict
 
 from ensadv import build, systems
 from ensadv import config as config_lib
+from ensadv.attacks import registry
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.evaluation import finished_runs, transfer_sets
 from ensadv.evaluation.evaluator import Evaluator
@@ -88,11 +91,11 @@ def source_configs(config: ConfigDict, systems_dir: epath.Path) -> dict[str, Con
 def _rounds(config: ConfigDict) -> list[dict[str, Any]]:
     """Returns the attacks' settings: the paper's, then ever more on whichever source stands."""
     group = config.blackbox
-    restarts = config_lib.starts_differ(group.start, group.sigma)
+    restarts = registry.starts_differ(group.start, group.sigma)
     return [
         {
             'attack': 'pgd',
-            'epsilon': config.epsilon,
+            **ThreatModel.of(config).to_json(),
             'steps': group.steps * 2**number,
             'step_size': group.step_size,
             # With steps of one size a few stay between two sources that take turns.
@@ -135,7 +138,8 @@ def _make(
     places = build.test_places(config, len(dataset.label_test))
     n = len(labels)
     network, variables = finished_runs.load(sources, combine='logits', dtype=config.eval.dtype)
-    evaluator = Evaluator(network, config.eval.batch_size)
+    evaluator_of = functools.cache(lambda size: Evaluator(network, size))
+    evaluator, threat = evaluator_of(config.eval.batch_size), ThreatModel.of(config)
     distributed.tell(f'transfer set: attack {build.computation(config, config.eval.dtype)}')
 
     judged = 'transfer set: the sources'
@@ -155,11 +159,13 @@ def _make(
         if not len(standing):
             break
         label = f'transfer set, round {number + 1}: pgd{settings["steps"]}'
-        x_adv = evaluator.transfer_attack(
-            variables, settings, images, labels, standing, label, split_places=places
+        # Few are left in the end: powers of two are few sizes to compile.
+        size = min(config.eval.batch_size, 1 << (len(standing) - 1).bit_length())
+        x_adv = evaluator_of(size).worst_points(
+            variables, settings, images, labels, label, places=standing, split_places=places
         )
         # Judged as they are stored: rounding to levels may undo an attack.
-        candidates = transfer_sets.quantize(x_adv, images[standing], config.epsilon)
+        candidates = transfer_sets.quantize(x_adv, images[standing], threat)
         found = largest_margin(candidates, standing)
         better = found < margin[standing]
         stored[standing[better]] = candidates[better]
@@ -167,7 +173,7 @@ def _make(
         fooled_per_round.append(int(np.sum(margin <= 0)))
         logging.info('%s: %d of %d examples fool every source', label, fooled_per_round[-1], n)
     record = {
-        'epsilon': config.epsilon,
+        **threat.to_json(),
         'dataset': dataset.name,
         'fingerprint': dataset.fingerprint,
         'sources': [
@@ -187,7 +193,7 @@ def _make(
     read = made
     if distributed.is_main():
         record = transfer_sets.write(unverified, made)
-        read = transfer_sets.load(unverified, dataset, config.epsilon)
+        read = transfer_sets.load(unverified, dataset, threat)
     if not np.array_equal(largest_margin(read.images, everything) <= 0, read.fooled):
         raise TrainingError(f'{unverified}: as stored it does not fool the sources as recorded')
     if distributed.is_main():

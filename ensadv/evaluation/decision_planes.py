@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ensadv import build
 from ensadv import config as config_lib
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import UserError
 from ensadv.evaluation import attack_settings, finished_runs, planes
@@ -103,6 +104,12 @@ def _find(config: ConfigDict, path: epath.Path) -> list[finished_runs.Run]:
             f'planes.other: {other}: expected a run on the same data as {path}, found '
             f'{second.record["dataset"]["name"]} with another fingerprint'
         )
+    norms = config.norm, second.config.norm
+    if norms[0] != norms[1]:
+        raise UserError(
+            f'planes.other: {other}: expected a run of the same norm as {path}, {norms[0]}, found '
+            f'{norms[1]}'
+        )
     if not math.isclose(second.config.epsilon, config.epsilon, rel_tol=1e-6):
         raise UserError(
             f'planes.other: {other}: expected a run of the same epsilon as {path}, '
@@ -129,7 +136,7 @@ def _record(config: ConfigDict, pair: Sequence[finished_runs.Run]) -> dict[str, 
         settings.pop(name, None)
     dataset = pair[0].record['dataset']
     record = {
-        'epsilon': config.epsilon,
+        **ThreatModel.of(config).to_json(),
         'attack': config.planes.attack,
         'settings': settings,
         'places': list(config.planes.images),
@@ -276,9 +283,10 @@ def _span(
         for model in attacked
     ]  # fmt: skip
     images, labels = images[places], labels[places]
+    threat = ThreatModel.of(config)
     points = np.stack([images / np.float32(255), *adversarial], axis=1)
     spanned = [
-        (planes.through(*three, config.epsilon, seed=int(place)), three)
+        (planes.through(*three, threat, seed=int(place)), three)
         for three, place in zip(points, places, strict=True)
     ]
     return spanned, images, labels

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ensadv import build
 from ensadv import config as config_lib
+from ensadv.attacks import registry
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.evaluation import finished_runs
 from ensadv.evaluation.results import Results, Unit
@@ -221,10 +222,7 @@ class Job:
 
     def _wanted_by_run(self) -> tuple[str, ...]:
         """Returns the attacks that the run itself asks for."""
-        stored = self._config_of_run()['eval']
-        names = tuple(stored['attacks'])
-        judged = stored['blackbox_path'] and 'blackbox' not in names
-        return (*names, 'blackbox') if judged else names
+        return registry.names(self._config_of_run()['eval'])
 
     def _is_done(self, step: int) -> bool:
         """Returns whether nobody needs the snapshot for an attack on every snapshot any more.

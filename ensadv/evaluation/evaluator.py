@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ensadv import losses, prng
-from ensadv.attacks import driver
+from ensadv.attacks import driver, registry
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.cpu import parts
 from ensadv.data import batches
-from ensadv.evaluation import attack_settings
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
 from ensadv.runtime.progress import Bar
@@ -111,7 +111,7 @@ class Evaluator:
         split_places = _or_all(split_places, n)
         robust = seen = 0
         with self._progress(total=n, label=label, unit='image') as bar:
-            for places in self._batches(np.arange(n), n):
+            for places in self.batches(np.arange(n), n):
                 batch = split_places[places], images[places], labels[places]
                 columns.append(judge(variables, settings, n, batch))
                 robust += int(np.sum(columns[-1].margin > 0))
@@ -122,29 +122,27 @@ class Evaluator:
 
     def _clean_batch(self, variables, settings, n, batch) -> Verdicts:
         del settings
-        margin = self._compile(n, 'clean', {}, _clean_batch, 1)(variables, batch)
+        margin = self.compile(n, 'clean', {}, _clean_batch, 1)(variables, batch)
         return Verdicts(margin, margin, np.ones(len(margin), bool))
 
     def _attack_batch(self, variables, settings, n, batch) -> Verdicts:
-        """Attacks a batch by the parts of `long_attack`, so that they are compiled once."""
-        begin, restart, advance = self._compile_attack(n, settings)
-        num_steps = np.int32(settings['steps'])
-        progress = begin(variables, batch)
-        last_margin = np.full(len(progress.margin), np.inf, np.float32)
-        for number in range(settings['restarts']):
-            progress = restart(np.int32(number), (*batch, progress))
-            progress = advance(variables, num_steps, num_steps, (*batch, progress))
-            last_margin = np.minimum(last_margin, progress.last_margin)
-        return Verdicts(progress.margin, last_margin, progress.has_gradient)
+        progress, last_margin = self._whole_attack(variables, settings, n, batch)
+        return Verdicts(progress.margin, last_margin, progress.informed)
 
-    def _compile_attack(
-        self, n: int, settings: Mapping[str, Any]
-    ) -> tuple[Callable[..., Any], ...]:
-        return (
-            self._compile(n, 'begin', settings, _begin_batch, 1),
-            self._compile(n, 'restart', settings, _restart_batch, 1),
-            self._compile(n, 'advance', settings, _advance_batch, 3),
-        )
+    def _whole_attack(self, variables, settings, n, batch) -> tuple[driver.Progress, np.ndarray]:
+        """Attacks a batch to the end of all restarts, whatever falls.
+
+        Returns:
+          What came of it, and the lowest margin among the restarts' last points.
+        """
+        attack = _HostAttack(self, variables, settings, n, batch)
+        last_margin = np.full(len(batch[0]), np.inf, np.float32)
+        for number in range(settings.get('restarts', 1)):
+            if number:
+                attack.restart(number)
+            attack.advance(settings['steps'])
+            last_margin = np.minimum(last_margin, attack.progress.last_margin)
+        return attack.progress, last_margin
 
     def long_attack(
         self,
@@ -166,84 +164,37 @@ class Evaluator:
         Args:
           variables, settings, images, labels, label, split_places: as in `evaluate`.
         """
-        n, num_steps, restarts = len(labels), settings['steps'], settings['restarts']
-        split_places = _or_all(split_places, n)
-        begin, restart, advance = self._compile_attack(n, settings)
+        n, num_steps, restarts = len(labels), settings['steps'], settings.get('restarts', 1)
         points = curve_steps(num_steps)
-        stops = sorted({0, *points, *range(REPACK_STEPS, num_steps, REPACK_STEPS)})
+        stops = sorted({*points, *range(REPACK_STEPS, num_steps, REPACK_STEPS)})
         stay = np.arange(n) < settings['iterate_examples']
         stands, iterate_margin = [], []
-        packed = _Packed(n)
-
-        def over(places, count, f, *shared):
-            for batch in self._batches(places, n):
-                examples = split_places[batch], images[batch], labels[batch], packed.take(batch)
-                packed.put(batch, f(*shared, examples))
-                bar.update(len(batch) * count)
-
         total = n * num_steps * restarts
         with self._progress(total=total, label=label, unit='image step') as bar:
-            for batch in self._batches(np.arange(n), n):
-                examples = split_places[batch], images[batch], labels[batch]
-                packed.put(batch, begin(variables, examples))
+            examples = _or_all(split_places, n), images, labels
+            attack = _HostAttack(self, variables, settings, n, examples)
             for number in range(restarts):
-                active = np.flatnonzero(packed.stands) if number else np.arange(n)
-                over(active, 0, restart, np.int32(number))
-                for taken, stop in itertools.pairwise(stops):
-                    count = np.int32(stop - taken)
-                    over(active, count, advance, variables, np.int32(num_steps), count)
+                if number:
+                    attack.active = np.flatnonzero(attack.stands)
+                    attack.restart(number)
+                for taken, stop in itertools.pairwise((0, *stops)):
+                    attack.advance(stop - taken, bar)
                     if number == 0 and stop in points:
-                        stands.append(packed.stands)
-                        iterate_margin.append(packed.progress.last_margin[stay])
-                    go_on = packed.stands if number else packed.stands | stay
-                    active = np.flatnonzero(go_on)
-                    later = int(np.sum(packed.stands)) * num_steps * (restarts - number - 1)
-                    bar.total = bar.n + len(active) * (num_steps - stop) + later
-                    bar.set_postfix(robust=f'{np.mean(packed.stands):.3f}', refresh=False)
-        progress = packed.progress
+                        stands.append(attack.stands)
+                        iterate_margin.append(attack.progress.last_margin[stay])
+                    attack.active = np.flatnonzero(attack.stands | (stay & (number == 0)))
+                    later = int(np.sum(attack.stands)) * num_steps * (restarts - number - 1)
+                    bar.total = bar.n + len(attack.active) * (num_steps - stop) + later
+                    bar.set_postfix(robust=f'{np.mean(attack.stands):.3f}', refresh=False)
+        progress = attack.progress
         return LongVerdicts(
             progress.margin,
-            progress.has_gradient,
+            progress.informed,
             progress.fooled_at,
             points,
             np.stack(stands),
             np.stack(iterate_margin),
         )
-
-    def transfer_attack(
-        self,
-        variables: Any,
-        settings: Mapping[str, Any],
-        images: np.ndarray,
-        labels: np.ndarray,
-        places: np.ndarray,
-        label: str,
-        *,
-        split_places: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Returns adversarial examples, float32 [m, H, W, C], that every member is to err on.
-
-        The point kept is the one where the largest of the members' margins is lowest.
-
-        Args:
-          variables, images, labels, label, split_places: as in `evaluate`.
-          settings: as in `evaluate`, with 'loss' one of `TRANSFER_LOSSES`.
-          places: int [m], the examples that are attacked.
-        """
-        # One compilation serves every round.
-        varied = ('steps', 'restarts', 'seed')
-        same = {name: value for name, value in settings.items() if name not in varied}
-        numbers = {name: np.int32(settings[name]) for name in varied}
-        # Few examples are left in the end: powers of two are few sizes to compile.
-        n = 1 << (len(places) - 1).bit_length()
-        step = self._compile(n, 'transfer', same, _transfer_batch, 2)
-        split_places, results = _or_all(split_places, len(labels)), []
-        with self._progress(total=len(places), label=label, unit='image') as bar:
-            for batch in self._batches(places, n):
-                examples = split_places[batch], images[batch], labels[batch]
-                results.append(step(variables, numbers, examples))
-                bar.update(len(batch))
-        return np.concatenate(results)
 
     def worst_points(
         self,
@@ -256,10 +207,10 @@ class Evaluator:
         places: np.ndarray | None = None,
         split_places: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Returns where the attack of `evaluate` found the lowest margins, [m, H, W, C] float32.
+        """Returns where an attack found the lowest margins, float32 [m, H, W, C].
 
-        The clean image and the start are among the points. The attack stops after each step, so
-        that what `evaluate` compiled serves here too; an iterate costs one more forward pass.
+        The clean image and the start are among the points. Of a loss of `MEMBER_LOSSES`, which is
+        climbed to fool every member, the margin is the largest of the members' ones.
 
         Args:
           variables, images, labels, label, split_places: as in `evaluate`.
@@ -267,30 +218,14 @@ class Evaluator:
           places: int [m], the examples that are attacked; None: all.
         """
         # Compiled for the batches of `evaluate`, however few places: nothing is compiled anew.
-        n = len(labels)
-        begin, restart, advance = self._compile_attack(n, settings)
+        n, results = len(labels), []
         places, split_places = _or_all(places, n), _or_all(split_places, n)
-        num_steps, restarts = settings['steps'], settings['restarts']
-        results = []
-        total = len(places) * num_steps * restarts
-        with self._progress(total=total, label=label, unit='image step') as bar:
-            for batch in self._batches(places, n):
+        with self._progress(total=len(places), label=label, unit='image') as bar:
+            for batch in self.batches(places, n):
                 examples = split_places[batch], images[batch], labels[batch]
-                x_worst = images[batch] / np.float32(255)
-                progress = begin(variables, examples)
-                margin = progress.margin
-                for number, taken in itertools.product(range(restarts), range(num_steps + 1)):
-                    if taken == 0:
-                        progress = restart(np.int32(number), (*examples, progress))
-                    # None at first: then the start is judged, and nothing else is done.
-                    count = np.int32(min(taken, 1))
-                    given = (*examples, progress)
-                    progress = advance(variables, np.int32(num_steps), count, given)
-                    lower = progress.last_margin < margin
-                    x_worst[lower] = progress.x_adv[lower]
-                    margin = np.where(lower, progress.last_margin, margin)
-                    bar.update(len(batch) * int(count))
-                results.append(x_worst)
+                progress, _ = self._whole_attack(variables, settings, n, examples)
+                results.append(progress.x_worst)
+                bar.update(len(batch))
         return np.concatenate(results)
 
     def log_probs(self, variables: Any, x: np.ndarray, label: str) -> np.ndarray:
@@ -303,10 +238,10 @@ class Evaluator:
           label: of the progress.
         """
         n = len(x)
-        step = self._compile(n, 'log_probs', {}, _log_probs_batch, 1)
+        step = self.compile(n, 'log_probs', {}, _log_probs_batch, 1)
         results = []
         with self._progress(total=n, label=label, unit='image') as bar:
-            for batch in self._batches(np.arange(n), n):
+            for batch in self.batches(np.arange(n), n):
                 results.append(step(variables, x[batch]))
                 bar.update(len(batch))
         return np.concatenate(results)
@@ -320,10 +255,10 @@ class Evaluator:
           variables, images, labels, label: as in `evaluate`.
         """
         n = len(labels)
-        step = self._compile(n, 'members', {}, _member_batch, 1)
+        step = self.compile(n, 'members', {}, _member_batch, 1)
         results = []
         with self._progress(total=n, label=label, unit='image') as bar:
-            for batch in self._batches(np.arange(n), n):
+            for batch in self.batches(np.arange(n), n):
                 results.append(step(variables, (batch, images[batch], labels[batch])))
                 bar.update(len(batch))
         return np.concatenate(results)
@@ -339,13 +274,13 @@ class Evaluator:
         devices = distributed.num_devices()
         return -(-min(self._batch_size, n) // devices) * devices
 
-    def _batches(self, places: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    def batches(self, places: np.ndarray, n: int) -> Iterator[np.ndarray]:
         """Yields `places`, some of n, in batches; all but the last are of one size."""
         size = self._size(n)
         for first in range(0, len(places), size):
             yield places[first : first + size].astype(np.int32)
 
-    def _compile(
+    def compile(
         self, n: int, name: str, settings: Mapping[str, Any], f: Callable[..., Any], num_shared: int
     ) -> Callable[..., Any]:
         """Returns f(network, settings, ...) compiled; one serves every number of steps.
@@ -353,7 +288,7 @@ class Evaluator:
         Its last argument is a batch, of n examples in all. It is padded to the size that f is
         compiled for, of which the result shows nothing.
         """
-        varied = ('steps', 'restarts', 'iterate_examples')
+        varied = ('steps', 'restarts', 'seed', 'iterate_examples')
         rest = {key: value for key, value in settings.items() if key not in varied}
         kind = f'{name} {rest}'
 
@@ -386,27 +321,67 @@ class Evaluator:
         return call
 
 
-class _Packed:
-    """A long attack's progress for all n examples, on the host: taken out and put back."""
+class _HostAttack:
+    """An attack on examples of any number: its progress is on the host, and batches go out from it.
 
-    def __init__(self, n: int):
-        self._n = n
+    Attributes:
+      active: int [m], the places of the examples that are attacked further.
+      progress: of all examples, as NumPy arrays.
+    """
+
+    def __init__(self, evaluator, variables, settings, n, examples):
+        """Starts the first restart.
+
+        Args:
+          evaluator: compiles and makes batches.
+          variables, settings: as in `Evaluator.evaluate`.
+          n: examples in all, which the size of the batches is for.
+          examples: their places in the split, images and labels.
+        """
+        self._evaluator, self._examples, self._n = evaluator, examples, n
+        compile_ = lambda name, f, shared: evaluator.compile(n, name, settings, f, shared)
+        self._begin = compile_('begin', _begin_batch, 2)
+        self._restart = compile_('restart', _restart_batch, 3)
+        self._advance = compile_('advance', _advance_batch, 3)
+        self._variables, self._num_steps = variables, np.int32(settings['steps'])
+        self._seed = np.int32(settings['seed'])
+        self.active = np.arange(len(examples[0]))
         self.progress: driver.Progress | None = None
+        for batch in evaluator.batches(self.active, n):
+            self._put(batch, self._begin(variables, self._seed, self._take(batch)))
 
     @property
     def stands(self) -> np.ndarray:
         """bool [n]: not fooled so far."""
         return self.progress.margin > 0
 
-    def take(self, places: np.ndarray) -> driver.Progress:
+    def restart(self, number: int) -> None:
+        """Begins the restart with this number, from 1, of the active examples."""
+        shared = self._variables, self._seed, np.int32(number)
+        for batch in self._evaluator.batches(self.active, self._n):
+            given = *self._take(batch), self._progress_of(batch)
+            self._put(batch, self._restart(*shared, given))
+
+    def advance(self, count: int, bar: Bar | None = None) -> None:
+        """Takes so many steps of the active examples."""
+        shared = self._variables, self._num_steps, np.int32(count)
+        for batch in self._evaluator.batches(self.active, self._n):
+            given = *self._take(batch), self._progress_of(batch)
+            self._put(batch, self._advance(*shared, given))
+            if bar is not None:
+                bar.update(len(batch) * count)
+
+    def _take(self, places: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(array[places] for array in self._examples)
+
+    def _progress_of(self, places: np.ndarray) -> driver.Progress:
         return jax.tree.map(lambda leaf: leaf[places], self.progress)
 
-    def put(self, places: np.ndarray, progress: driver.Progress) -> None:
+    def _put(self, places: np.ndarray, progress: driver.Progress) -> None:
         """Takes in the progress of the examples at these places."""
         if self.progress is None:
-            self.progress = jax.tree.map(
-                lambda leaf: np.zeros((self._n, *leaf.shape[1:]), leaf.dtype), progress
-            )
+            make = lambda leaf: np.zeros((len(self._examples[0]), *leaf.shape[1:]), leaf.dtype)
+            self.progress = jax.tree.map(make, progress)
 
         def put_leaf(everyone, some):
             everyone[places] = some
@@ -440,51 +415,49 @@ def _or_all(places, n):
     return np.arange(n, dtype=np.int32) if places is None else np.asarray(places, np.int32)
 
 
-def _keys(settings, places):
+def _keys(seed, places):
     """Returns each example's key: its place's in its split, whatever the batch."""
-    key = prng.key(settings['seed'])
+    key = prng.key(seed)
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
 
 
-def _start(settings):
-    return {
-        'epsilon': settings['epsilon'],
-        'start_from': settings['start'],
-        'sigma': settings['sigma'],
-    }
+def _attacked(network, settings, variables, num_steps):
+    """Returns an attack, what it attacks, the threat model, and who judges its points."""
+    loss, predict, judge = settings.get('loss'), network.log_probs, losses.margin
+    if loss in MEMBER_LOSSES:
+        predict, judge = network.member_logits, _best_margin
+    # The network gives log-probabilities.
+    loss = (MEMBER_LOSSES | losses.LOSSES).get(loss)
+    attack = registry.make(settings, steps=num_steps, loss=loss)
+    threat = ThreatModel.of(settings)
+    return attack, lambda x: predict(variables, x), threat, judge
 
 
-def _begin_batch(network, settings, variables, batch):
-    _, images, labels = batch
-    # The step's state at its beginning does not depend on the number of steps.
-    step = attack_settings.attack_step(settings, 1)
-    predict = lambda x: network.log_probs(variables, x)
-    x = batches.to_pixels(images)
-    return driver.begin(predict, x, labels, step=step, start_from=settings['start'])
+def _begin_batch(network, settings, variables, seed, batch):
+    places, images, labels = batch
+    # The first state does not depend on the number of steps.
+    attack, predict, threat, judge = _attacked(network, settings, variables, 1)
+    x, keys = batches.to_pixels(images), _keys(seed, places)
+    progress = driver.begin(attack, predict, threat, keys, x, labels, judge=judge)
+    return prng.to_words(progress)
 
 
-def _restart_batch(network, settings, number, batch):
-    del network
-    places, images, _, progress = batch
-    x, step = batches.to_pixels(images), attack_settings.attack_step(settings, 1)
-    return driver.restart(
-        progress, _keys(settings, places), x, number, step=step, **_start(settings)
-    )
+def _restart_batch(network, settings, variables, seed, number, batch):
+    places, images, labels, progress = prng.from_words(batch)
+    attack, predict, threat, _ = _attacked(network, settings, variables, 1)
+    x, keys = batches.to_pixels(images), _keys(seed, places)
+    progress = driver.restart(attack, predict, threat, progress, keys, x, labels, number)
+    return prng.to_words(progress)
 
 
 def _advance_batch(network, settings, variables, num_steps, count, batch):
-    _, images, labels, progress = batch
-    return driver.advance(
-        lambda x: network.log_probs(variables, x),
-        progress,
-        batches.to_pixels(images),
-        labels,
-        step=attack_settings.attack_step(settings, num_steps),
-        num_steps=count,
-        epsilon=settings['epsilon'],
-        # The network gives log-probabilities.
-        loss=losses.LOSSES[settings['loss']],
+    _, images, labels, progress = prng.from_words(batch)
+    attack, predict, threat, judge = _attacked(network, settings, variables, num_steps)
+    x = batches.to_pixels(images)
+    progress = driver.advance(
+        attack, predict, threat, progress, x, labels, num_steps=count, judge=judge
     )
+    return prng.to_words(progress)
 
 
 def _best_margin(member_logits, labels):
@@ -495,8 +468,9 @@ def _best_margin(member_logits, labels):
     return jnp.take_along_axis(margins, furthest[None], axis=0)[0]
 
 
-# What a transfer attack climbs: functions of the members' logits [k, B, classes] and labels [B].
-TRANSFER_LOSSES = {
+# What an attack on all members climbs, as a transfer set's does: functions of the members' logits
+# [k, B, classes] and labels [B].
+MEMBER_LOSSES = {
     # The cross-entropy of the members' mean logits, as in the paper.
     'mean_logits': lambda logits, labels: losses.cross_entropy(
         ensemble.combine(logits, 'logits'), labels
@@ -504,21 +478,3 @@ TRANSFER_LOSSES = {
     # The margin of the member that still stands: what is left when the mean is fooled already.
     'best_margin': lambda logits, labels: -_best_margin(logits, labels),
 }
-
-
-def _transfer_batch(network, settings, variables, numbers, batch):
-    settings = settings | numbers
-    places, images, labels = batch
-    outcome = driver.worst_case(
-        lambda x: network.member_logits(variables, x),
-        _keys(settings, places),
-        batches.to_pixels(images),
-        labels,
-        step=attack_settings.attack_step(settings, settings['steps']),
-        num_steps=settings['steps'],
-        **_start(settings),
-        restarts=settings['restarts'],
-        loss=TRANSFER_LOSSES[settings['loss']],
-        judge=_best_margin,
-    )
-    return outcome.x_adv

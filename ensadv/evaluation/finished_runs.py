@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from ensadv import build
 from ensadv import config as config_lib
+from ensadv.attacks import registry
 from ensadv.errors import UserError
-from ensadv.evaluation import attack_settings
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
 from ensadv.storage import checkpoints, selection, workdir
@@ -71,7 +71,7 @@ def find(path: epath.Path, field: str, base: ConfigDict, snapshot: str = 'last')
         )
     step = config.train.steps
     if snapshot == 'best':
-        chosen = selection.selection_attack(attack_settings.attack_names(config))
+        chosen = selection.selection_attack(registry.names(config.eval))
         evaluations = workdir.read_evaluations(path)
         step = distributed.agree(selection.best_step(evaluations, chosen, record['config']))
         if step not in steps:
@@ -113,7 +113,15 @@ def refuse_sources(config: Mapping[str, Any], set_record: Mapping[str, Any]) -> 
       UserError: if they are trained alike, with the same seed.
     """
     # Runs that differ in these alone begin with the same weights, and train much alike.
-    ignore = ('system', 'epsilon', 'attack', 'eval', 'model.dtype', 'data.validation_examples')
+    ignore = (
+        'system',
+        'norm',
+        'epsilon',
+        'attack',
+        'eval',
+        'model.dtype',
+        'data.validation_examples',
+    )
     seeds = [config['seed']]
     if config['ensemble']['training'] == 'separate':
         # Its members are runs of their own, see `train.learner_keys`.

@@ -11,8 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.spatial import HalfspaceIntersection
 
+from ensadv.attacks.threat_model import ThreatModel
+
 BOX_TOLERANCE = 1e-6  # by which a pixel may leave [0, 1], for rounding
 SPAN_TOLERANCE = 1e-3  # of epsilon: points nearer than this, in L2 distance, count as one
+CIRCLE_CORNERS = 180
 MARGIN = 0.1  # on each side of the window, as a share of what it holds
 
 
@@ -35,7 +38,7 @@ class Plane(NamedTuple):
 
 
 def through(
-    image: np.ndarray, first: np.ndarray, second: np.ndarray, epsilon: float, seed: int
+    image: np.ndarray, first: np.ndarray, second: np.ndarray, threat: ThreatModel, seed: int
 ) -> Plane:
     """Returns the plane through an image and its two adversarial examples.
 
@@ -47,13 +50,14 @@ def through(
       image: float [H, W, C], at least two pixel values.
       first: float [H, W, C], the first model's adversarial example.
       second: float [H, W, C], the second model's.
-      epsilon: radius of the L-infinity ball, in pixels, > 0.
+      threat: the threat model, with epsilon > 0.
       seed: of the random directions.
 
     Raises:
       ValueError: if the image is too small to have a plane, or epsilon is not > 0.
     """
     image = np.asarray(image, np.float64).ravel()
+    epsilon = threat.epsilon
     if len(image) < 2 or not epsilon > 0:
         raise ValueError(
             f'plane: expected two pixel values or more and epsilon > 0, found {len(image)} and '
@@ -72,7 +76,7 @@ def through(
             break
     axes = np.stack(axes)
     points = np.stack([np.zeros(2), *(axes @ move for move in moves)])
-    corners = region(axes, epsilon)
+    corners = region(axes, threat)
     return Plane(axes, points, corners, window(points, corners), _note(moves, tolerance))
 
 
@@ -101,16 +105,19 @@ def _note(moves: list[np.ndarray], tolerance: float) -> str:
     return f'the image and both adversarial examples lie on one line: {random}'
 
 
-def region(axes: np.ndarray, epsilon: float) -> np.ndarray:
-    """Returns where a plane meets the L-infinity ball around its origin.
+def region(axes: np.ndarray, threat: ThreatModel) -> np.ndarray:
+    """Returns where a plane meets the ball around its origin: of l2 a circle, up to its corners.
 
     Args:
       axes: float [2, d], orthonormal.
-      epsilon: the ball's radius, in pixels.
+      threat: the threat model.
 
     Returns:
       float64 [V, 2], the polygon's corners, counter-clockwise.
     """
+    if threat.norm == 'l2':
+        angles = np.linspace(0, 2 * np.pi, CIRCLE_CORNERS, endpoint=False)
+        return threat.epsilon * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     # |x e1_i + y e2_i| <= 1 for every pixel value i; the polygon grows with epsilon.
     normals = axes.T[np.linalg.norm(axes, axis=0) > 1e-12]
     # Many pixels share a bound, up to rounding, where directions consist of signs.
@@ -120,7 +127,7 @@ def region(axes: np.ndarray, epsilon: float) -> np.ndarray:
     corners = corners[np.argsort(np.arctan2(corners[:, 1], corners[:, 0]))]
     # Where three bounds meet, up to rounding, the corner is there twice.
     gaps = np.linalg.norm(corners - np.roll(corners, 1, axis=0), axis=1)
-    return epsilon * corners[gaps > 1e-5 * np.abs(corners).max()]
+    return threat.epsilon * corners[gaps > 1e-5 * np.abs(corners).max()]
 
 
 def window(points: np.ndarray, corners: np.ndarray) -> np.ndarray:

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from ensadv import build
 from ensadv import config as config_lib
+from ensadv.attacks import registry
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import UserError
 from ensadv.evaluation import attack_settings, finished_runs, transfer_sets
@@ -70,11 +72,13 @@ class Results:
         self._workdir = workdir_path
         self._make_network = make_network
         self._settings: dict[Unit, dict[str, Any]] = {}
-        names = attack_settings.attack_names(config)
+        names = registry.names(config.eval)
         self.units = [self._unit(name) for name in names]
         if config.eval.select_on == 'validation':
             self.units.append(self._unit(selection.selection_attack(names), 'validation'))
-        self.long_units = [self._unit(name) for name in config.eval.long_attacks]
+        self.long_units = [
+            self._unit(registry.entry(text).name) for text in config.eval.long_attacks
+        ]
         self.final_units = list(self.long_units)
         shown = selection.strongest(names)
         if config.eval.examples and shown:
@@ -258,7 +262,7 @@ class Results:
         }  # fmt: skip
         if any(unit.name == 'blackbox' for unit in self.units):
             path = config.eval.blackbox_path
-            transfer_set = transfer_sets.load(path, dataset, config.epsilon)
+            transfer_set = transfer_sets.load(path, dataset, ThreatModel.of(config))
             there = np.isin(places, transfer_set.indices)
             if not np.all(there):
                 raise UserError(

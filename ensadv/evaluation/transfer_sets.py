@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import UserError
 from ensadv.storage import files, records
@@ -49,19 +50,25 @@ class TransferSet:
     record: dict[str, Any]
 
 
-def quantize(x_adv: np.ndarray, images: np.ndarray, epsilon: float) -> np.ndarray:
+def quantize(x_adv: np.ndarray, images: np.ndarray, threat: ThreatModel) -> np.ndarray:
     """Returns adversarial examples as they can be stored: at whole levels, none beyond epsilon.
+
+    Of linf each pixel goes to the nearest level within epsilon, and of l2 to the next one towards
+    its image, so that no example gets further away.
 
     Args:
       x_adv: float [n, H, W, C], pixels in [0, 1].
       images: uint8 [n, H, W, C], what they were made from.
-      epsilon: radius of the L-infinity ball, in pixels.
+      threat: the threat model.
 
     Returns:
       uint8 [n, H, W, C].
     """
-    nearest = np.rint(np.asarray(x_adv) * 255).astype(np.int16)
-    levels, center = _levels(epsilon), images.astype(np.int16)
+    center = images.astype(np.int16)
+    if threat.norm == 'l2':
+        moves = np.trunc(np.asarray(x_adv, np.float64) * 255 - center)
+        return np.clip(center + moves, 0, 255).astype(np.uint8)
+    nearest, levels = np.rint(np.asarray(x_adv) * 255).astype(np.int16), _levels(threat.epsilon)
     low, high = np.maximum(center - levels, 0), np.minimum(center + levels, 255)
     return np.clip(nearest, low, high).astype(np.uint8)
 
@@ -84,25 +91,25 @@ def write(path: epath.PathLike, transfer_set: TransferSet) -> dict[str, Any]:
     return json.loads(text)
 
 
-def read_record(path: epath.PathLike, epsilon: float | None = None) -> dict[str, Any]:
+def read_record(path: epath.PathLike, threat: ThreatModel | None = None) -> dict[str, Any]:
     """Returns the record that `write` wrote, without reading the images.
 
     Raises:
-      UserError: if the file is missing, damaged, no transfer set or, where `epsilon` is given,
+      UserError: if the file is missing, damaged, no transfer set or, where `threat` is given,
         made for another one.
     """
     record = _parsed_record(path, _read(path, ('record',))['record'])
-    if epsilon is not None and (reason := _made_for_another_epsilon(record, epsilon)):
+    if threat is not None and (reason := _made_for_another_threat(record, threat)):
         raise _refusal(path, reason)
     return record
 
 
-def load(path: epath.PathLike, dataset: datasets.Dataset, epsilon: float) -> TransferSet:
-    """Reads a transfer set for this data set and this epsilon, and verifies everything.
+def load(path: epath.PathLike, dataset: datasets.Dataset, threat: ThreatModel) -> TransferSet:
+    """Reads a transfer set for this data set and this threat model, and verifies everything.
 
     Raises:
       UserError: if the file is missing, damaged or edited, made for other images or another
-        epsilon, or not what it says it is.
+        threat model, or not what it says it is.
     """
     members = _read(path, (*_DTYPES, 'record'))
     record = _parsed_record(path, members.pop('record'))
@@ -110,8 +117,8 @@ def load(path: epath.PathLike, dataset: datasets.Dataset, epsilon: float) -> Tra
     reason = (
         _malformed(transfer_set)
         or _edited(transfer_set)
-        or _made_for_others(record, dataset, epsilon)
-        or _not_of_the_test_split(transfer_set, dataset, epsilon)
+        or _made_for_others(record, dataset, threat)
+        or _not_of_the_test_split(transfer_set, dataset, threat)
     )
     if reason:
         raise _refusal(path, reason)
@@ -201,16 +208,19 @@ def _edited(transfer_set: TransferSet) -> str | None:
 
 
 def _made_for_others(
-    record: dict[str, Any], dataset: datasets.Dataset, epsilon: float
+    record: dict[str, Any], dataset: datasets.Dataset, threat: ThreatModel
 ) -> str | None:
     if record['fingerprint'] != dataset.fingerprint:
         found = f'found the fingerprint {record["fingerprint"]:.16}...'
         allowed = f'allowed is {dataset.fingerprint:.16}..., that of {dataset.name}'
         return f'made for other images: {found}, {allowed}'
-    return _made_for_another_epsilon(record, epsilon)
+    return _made_for_another_threat(record, threat)
 
 
-def _made_for_another_epsilon(record: dict[str, Any], epsilon: float) -> str | None:
+def _made_for_another_threat(record: dict[str, Any], threat: ThreatModel) -> str | None:
+    epsilon, norm = threat.epsilon, record.get('norm', 'linf')
+    if norm != threat.norm:
+        return f"made for another norm: found {norm}, allowed is this config's {threat.norm}"
     if not math.isclose(record['epsilon'], epsilon, rel_tol=1e-6):
         found, allowed = (f'{e:.6g} ({255 * e:.6g}/255)' for e in (record['epsilon'], epsilon))
         return f"made for another epsilon: found {found}, allowed is this config's {allowed}"
@@ -218,7 +228,7 @@ def _made_for_another_epsilon(record: dict[str, Any], epsilon: float) -> str | N
 
 
 def _not_of_the_test_split(
-    transfer_set: TransferSet, dataset: datasets.Dataset, epsilon: float
+    transfer_set: TransferSet, dataset: datasets.Dataset, threat: ThreatModel
 ) -> str | None:
     indices, last = transfer_set.indices, len(dataset.label_test) - 1
     if indices.min() < 0 or indices.max() > last:
@@ -234,8 +244,11 @@ def _not_of_the_test_split(
         return f'images: found {images.shape}, allowed is {clean.shape} as in the test split'
     # Differences of uint8 wrap; that of the larger and the smaller does not.
     difference = np.maximum(images, clean) - np.minimum(images, clean)
-    furthest = difference.max(axis=(1, 2, 3))
-    if far := int(np.sum(furthest > _levels(epsilon))):
-        found = f'found {far} up to {furthest.max()} levels from their test images'
-        return f'images: {found}, allowed are {_levels(epsilon)} levels (epsilon {epsilon:.6g})'
+    allowed, furthest = _levels(threat.epsilon), difference.max(axis=(1, 2, 3))
+    if threat.norm == 'l2':
+        allowed = 255 * threat.epsilon * (1 + 1e-5)
+        furthest = np.sqrt(np.sum(difference.astype(np.float64) ** 2, axis=(1, 2, 3)))
+    if far := int(np.sum(furthest > allowed)):
+        found = f'found {far} up to {furthest.max():.6g} levels from their test images'
+        return f'images: {found}, allowed are {allowed:.6g} levels (epsilon {threat.epsilon:.6g})'
     return None

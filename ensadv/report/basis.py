@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from ensadv.attacks import registry
 from ensadv.report import paper
 from ensadv.report.collect import Collection
 from ensadv.report.run import Run
@@ -28,10 +29,7 @@ def all_of_it(collection: Collection) -> list[str]:
     ]
 
 
-_SHOWN = (
-    'epsilon', 'step_size', 'schedule', 'start', 'sigma', 'restarts', 'loss', 'seed', 'dtype',
-    'digest', 'share_fooled', 'indices',
-)  # fmt: skip
+_TOLD_ELSEWHERE = ('attack', 'steps', 'combine', 'iterate_examples')
 
 
 def settings(collection: Collection) -> list[str]:
@@ -43,7 +41,7 @@ def settings(collection: Collection) -> list[str]:
                 found.setdefault(name, result)
     lines = []
     for name in collection.attacks:
-        settings = {k: v for k, v in found[name]['settings'].items() if k in _SHOWN}
+        settings = {k: v for k, v in found[name]['settings'].items() if k not in _TOLD_ELSEWHERE}
         if settings:
             text = ', '.join(f'{key} {_short(value)}' for key, value in settings.items())
             lines.append(f'{attack_name(name)}: {text}, n {found[name]["n"]:,}.')
@@ -117,7 +115,7 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
                 f'{dataset["name"]}, {n:,} of {dataset["num_test"]:,} test images; fingerprint '
                 f'{dataset["fingerprint"][:16]}...',
             ),
-            ('Threat model', f'L-infinity, epsilon {_epsilon(runs[0].config["epsilon"])}'),
+            ('Threat model', _threat_model(runs[0].config)),
             ('Seeds', ', '.join(seeds)),
             ('Training steps', ', '.join(f'{s:,}' for s in sorted({run.steps for run in runs}))),
         ]
@@ -126,5 +124,5 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
     return [*facts, ('Made by', ' '.join([epath.Path(sys.argv[0]).name, *sys.argv[1:]]))]
 
 
-def _epsilon(epsilon: float) -> str:
-    return f'{epsilon:.4g} ({255 * epsilon:.3g}/255)'
+def _threat_model(config: Mapping[str, Any]) -> str:
+    return registry.threat_model_words(config.get('norm', 'linf'), config['epsilon'])

@@ -44,6 +44,7 @@ def other_threat_model(runs: Sequence[Run]) -> dict[Run, str]:
         runs,
         {
             'data:': data,
+            'norm:': lambda run: run.config.get('norm', 'linf'),
             'epsilon:': lambda run: run.config['epsilon'],
             'training examples:': lambda run: run.record['dataset']['num_train'],
             'snapshots selected on:': lambda run: run.config['eval']['select_on'],

@@ -16,6 +16,7 @@ from ensadv.report.run import Run
 # What all its systems are, by config field, and in what each is another.
 _COMMON = {
     'data.name': 'cifar10',
+    'norm': 'linf',
     'epsilon': 8 / 255,
     'model.name': 'wide_resnet',
     'model.depth': 28,
@@ -164,7 +165,8 @@ def _settings(run: Run) -> list[dict[str, Any]]:
     """Returns the settings, flat, of a run or of each of its members."""
     own = config_lib.flatten(run.config)
     shared = {field: own[field] for field in own if field.startswith('ensemble.')}
-    shared |= {'epsilon': own['epsilon'], 'data.name': run.record['dataset']['name']}
+    shared |= {'norm': own.get('norm', 'linf'), 'epsilon': own['epsilon']}
+    shared |= {'data.name': run.record['dataset']['name']}
     return [each | shared for each in comparable.trained(run)]
 
 

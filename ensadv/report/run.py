@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ensadv import config as config_lib
+from ensadv.attacks import registry
 from ensadv.errors import UserError
 from ensadv.report import significance
 from ensadv.storage import files, records, selection, workdir
@@ -69,10 +69,7 @@ class Run:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The attacks that it asks for on every snapshot."""
-        group = self.config['eval']
-        names = tuple(group['attacks'])
-        judged = group['blackbox_path'] and 'blackbox' not in names
-        return (*names, 'blackbox') if judged else names
+        return registry.names(self.config['eval'])
 
     @property
     def judge(self) -> str:
@@ -182,8 +179,8 @@ def read(path: epath.Path, name: str) -> Run:
     run = Run(path, name, workdir.read_record(path), workdir.read_evaluations(path))
     if not run.config['eval']['attacks']:
         raise UserError('its config.json names no attack')
-    for attack in run.wanted:
-        config_lib.parse_attack(attack, 'its config.json')
+    for text in run.config['eval']['attacks']:
+        registry.entry(text, 'its config.json')
     mine = run.system, run.config['seed'], run.record['dataset']['fingerprint']
     for step, content in run.evaluations.items():
         file = f'eval/{step}.json'
@@ -202,7 +199,7 @@ def read(path: epath.Path, name: str) -> Run:
 def _check_result(result: Mapping[str, Any], file: str) -> None:
     """Raises UserError if numbers in a result contradict each other."""
     name = result['name']
-    _, steps = config_lib.parse_attack(name, file)
+    steps = registry.entry(name, file).steps
     reason = records.mismatch(result['settings'], records.ATTACK_SETTINGS if steps else {})
     if reason:
         raise UserError(f'{file}: settings of {name}: {reason}')

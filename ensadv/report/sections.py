@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from ensadv.config import parse_attack
+from ensadv.attacks import registry
 from ensadv.errors import UserError
 from ensadv.report import (
     analysis,
@@ -116,11 +116,11 @@ def over_training(collection: Collection, writer: Writer) -> page.Section:
 
 def over_attack_steps(collection: Collection, writer: Writer) -> page.Section:
     """Figure 2c, for each kind of long attack the longest."""
-    long = [name for name in collection.attacks if parse_attack(name_of(name))[1]]
+    long = [name for name in collection.attacks if registry.entry(name_of(name)).steps]
     curves = {name: _curves(collection, name) for name in long}
     blocks = []
     for kind in ('pgd', 'ifgsm'):
-        named = [n for n in long if curves[n] and parse_attack(name_of(n))[0] == kind]
+        named = [n for n in long if curves[n] and registry.entry(name_of(n)).kind == kind]
         attack = strongest(collection.of_all(named) or named, collection.runs)
         if attack is None:
             continue
@@ -251,7 +251,7 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
         found['image'],
         found['label'],
         columns,
-        epsilon=settings['epsilon'],
+        epsilon=_shown_as_white(settings, found),
         attack=attack,
         class_names=basis.class_names(run),
     )
@@ -267,6 +267,14 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
         text = f'Without stored examples, or with others: {", ".join(left_out)}.'
         blocks.append(page.Text(text))
     return page.Section('Examples', 'examples', blocks)
+
+
+def _shown_as_white(settings: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> float:
+    """Returns the perturbation of a pixel that is white: of linf epsilon, of l2 the largest."""
+    if settings.get('norm', 'linf') == 'linf':
+        return settings['epsilon']
+    moves = np.abs(found['adversarial'] - found['image'] / np.float32(255))
+    return float(moves.max()) or settings['epsilon']
 
 
 def _stored_examples(run: Run) -> Mapping[str, np.ndarray] | None:

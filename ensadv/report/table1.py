@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ensadv.config import parse_attack
+from ensadv.attacks import registry
 from ensadv.report import analysis, paper, worst_case
 from ensadv.report.collect import Collection, strongest
 from ensadv.report.run import Run, name_of
@@ -59,8 +59,10 @@ def attack_name(attack: str) -> str:
 
     Settings that differ follow: 'PGD20 (loss=margin)'.
     """
-    kind, steps = parse_attack(name_of(attack))
-    name = 'black-box' if kind == 'blackbox' else f'{kind.upper()}{steps}' if steps else kind
+    entry = registry.entry(name_of(attack))
+    name = f'{entry.kind.upper()}{entry.steps or ""}{entry.suffix.replace("_", " ")}'
+    if entry.kind in registry.WITHOUT_SETTINGS:
+        name = {'blackbox': 'black-box'}.get(entry.kind, entry.kind)
     settings = attack.removeprefix(name_of(attack)).strip()
     return f'{name} ({settings})' if settings else name
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from absl import logging
 
-from ensadv.config import PRNG
 from ensadv.errors import UserError
+from ensadv.values import PRNG
 
 # By JAX's names for them. With other values the same seed draws other numbers (the first three),
 # numbers have other types or are made elsewhere, or JAX refuses or slows down what is right.

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ensadv.config import WITHOUT_STEPS, parse_attack
+from ensadv.attacks import registry
 
 _LONGEST_VALUE = 20  # characters of a setting that are told: a number's, and of a digest enough
 
@@ -34,14 +34,16 @@ def as_configured(
       settings: with which it was made.
       config: a run's, as config.json has it; older ones lack some fields.
     """
-    group, (kind, steps) = config['eval'], parse_attack(name)
-    if not steps:
+    group, asked = config['eval'], registry.entries(config['eval'])
+    entry = asked.get(name) or registry.entry(name)
+    if entry.kind in registry.WITHOUT_SETTINGS:
         return dict(settings)
-    wanted = {'seed': group.get('seed', settings.get('seed')), **group.get(kind, {})}
+    seed = {'seed': group.get('seed', settings.get('seed'))}
+    wanted = seed | group.get(entry.kind, {}) | entry.changes
     changed = {field: wanted.get(field, value) for field, value in settings.items()}
-    if name in group['attacks']:
-        changed.pop('iterate_examples', None)  # only long attacks have them
-    elif name in group.get('long_attacks', ()):
+    if name in asked:  # only long attacks have iterate_examples
+        changed.pop('iterate_examples', None)
+    if any(registry.entry(text).name == name for text in group.get('long_attacks', ())):
         changed['iterate_examples'] = group['iterate_examples']
     return changed
 
@@ -125,16 +127,16 @@ def selection_attack(names: Sequence[str]) -> str:
     """
     if 'ifgsm5' in names:
         return 'ifgsm5'
-    attacked = [name for name in names if name not in WITHOUT_STEPS]
+    attacked = [name for name in names if name not in registry.WITHOUT_SETTINGS]
     return (attacked or [name for name in names if name != 'blackbox'] or list(names))[0]
 
 
 def strongest(names: Sequence[str]) -> str | None:
     """Returns the attack with the most gradient steps, PGD of equals; None if none has any."""
-    attacked = [name for name in names if name not in WITHOUT_STEPS]
+    attacked = [name for name in names if registry.entry(name).steps]
 
     def strength(name: str) -> tuple[int, bool]:
-        kind, steps = parse_attack(name)
-        return steps, kind == 'pgd'
+        entry = registry.entry(name)
+        return entry.steps, entry.kind == 'pgd'
 
     return max(attacked, key=strength, default=None)

@@ -1,5 +1,6 @@
 """From config values to what a training step is made of."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from ensadv import build, losses
-from ensadv.attacks import driver
+from ensadv.attacks import driver, registry
+from ensadv.attacks.threat_model import ThreatModel
 from ensadv.cpu import parts
 from ensadv.training import optim
 
@@ -37,16 +39,14 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
     """Returns the attack inside training, `attack(log_prob_fn, rng, x, y) -> x_adv`."""
     attack = config.attack
-    of_batch = partial(
-        driver.attack,
-        step=driver.STEPS[attack.name](attack.step_size),
-        num_steps=attack.steps,
-        epsilon=config.epsilon,
-        start_from=attack.start,
-        sigma=attack.sigma,
-        # The network gives log-probabilities.
-        loss=losses.LOSSES[attack.loss],
-    )
+    # The network gives log-probabilities.
+    found = {'attack': attack.name, **attack.to_dict(), 'loss': losses.LOSSES[attack.loss]}
+    made, threat = registry.make(found), ThreatModel.of(config)
+
+    def of_batch(log_prob_fn, rng, x, y, num_steps=attack.steps):
+        one = dataclasses.replace(made, steps=num_steps)
+        return driver.last_iterate(one, log_prob_fn, threat, rng, x, y)
+
     if attack.batch_norm == 'batch':  # the images' statistics are of all of them
         return of_batch
 

@@ -1,0 +1,320 @@
+"""Attacks by name: each kind's settings, declared once, and where its code is.
+
+A setting's declaration gives the config field and its default, what is allowed, what JSON has, and
+the report's words. Nothing here needs JAX: a config is checked, and a report written, without it.
+"""
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ensadv import values
+from ensadv.errors import ConfigError
+
+NORMS = {'linf': 'L-infinity', 'l2': 'L2'}
+STARTS = ('gaussian', 'uniform', 'none')
+LOSSES = ('cross_entropy', 'margin')
+SCHEDULES = ('constant', 'linear', 'cosine')
+MAX_STEPS = 10**6
+
+
+def longest(norm: str) -> float:
+    """Returns how long a vector may be that lies in the box of images, as far as that is known."""
+    return 1 if norm == 'linf' else values.MAX_NUMBER
+
+
+def choice(*allowed: str, default: str) -> Any:
+    """Declares a setting that is one of a few words."""
+    check = lambda field, found, norm: values.check_choice(field, found, allowed)
+    return dataclasses.field(default=default, metadata={'check': check})
+
+
+def length(share: float, default: Any = dataclasses.MISSING) -> Any:
+    """Declares a length in the threat model's norm; in a config it is a share of epsilon."""
+    check = lambda field, found, norm: values.check_number(field, found, 0, longest(norm))
+    return dataclasses.field(default=default, metadata={'check': check, 'share': share})
+
+
+def whole(low: int, high: int = values.MAX_INTEGER, default: Any = dataclasses.MISSING) -> Any:
+    """Declares a whole number."""
+    check = lambda field, found, norm: values.check_integer(field, found, low, high)
+    return dataclasses.field(default=default, metadata={'check': check})
+
+
+def starts_differ(start: str, sigma: float | None) -> bool:
+    """Returns whether restarts of an attack begin at different points: else one is enough."""
+    return start != 'none' and not (start == 'gaussian' and sigma == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class IFGSMSettings:
+    """What decides the outcome of an attack by gradient steps.
+
+    Attributes:
+      steps: gradient steps of each restart.
+      step_size: a step's length in the threat model's norm; of linf, pixels.
+      schedule: of the step size: 'constant', or 'linear' or 'cosine' from it down to 0.
+      start: 'gaussian', 'uniform' (in the ball) or 'none' (the image itself).
+      sigma: the gaussian start's size, a length; needed for it alone.
+      restarts: independent starts, each with the full number of steps.
+      loss: what is climbed: 'cross_entropy' or 'margin'; or, in a program, a function
+        (outputs, labels) -> [B], which is given the outputs as they are.
+    """
+
+    steps: int = whole(1, MAX_STEPS)
+    step_size: float = length(1 / 4)
+    schedule: str = choice(*SCHEDULES, default='constant')
+    start: str = choice(*STARTS, default='gaussian')
+    sigma: float | None = length(1 / 2, default=None)
+    restarts: int = whole(1, default=1)
+    loss: str | Callable[..., Any] = choice(*LOSSES, default='cross_entropy')  # noqa: RUF009
+
+    @staticmethod
+    def check(prefix: str, found: Mapping[str, Any]) -> None:
+        """Raises ConfigError for restarts that would all be equal."""
+        start, sigma, restarts = found.get('start'), found.get('sigma'), found.get('restarts', 1)
+        if restarts > 1 and not starts_differ(start, sigma):
+            sigma = f', {prefix}sigma' * (start == 'gaussian')
+            raise ConfigError(
+                f'{prefix}restarts: {restarts} of them would be equal with {prefix}start{sigma}: '
+                f'{start}{" and 0" if sigma else ""}; expected 1, or start=uniform, or '
+                'start=gaussian with sigma > 0'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PGDSettings(IFGSMSettings):
+    """As `IFGSMSettings`, with Adam's rate as the step size."""
+
+    step_size: float = length(1 / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of attack.
+
+    Attributes:
+      settings: a frozen dataclass, whose fields `choice`, `length` and `whole` declare.
+      attack: the class of its code, which has the settings' fields, see `attacks.attack.Attack`;
+        or where that is, as 'module:class'.
+    """
+
+    settings: type
+    attack: type | str
+
+    def load(self) -> type:
+        """Returns the class of the attack's code, for which JAX is imported."""
+        if not isinstance(self.attack, str):
+            return self.attack
+        module, _, name = self.attack.partition(':')
+        return getattr(importlib.import_module(module), name)
+
+
+KINDS: dict[str, Kind] = {
+    'ifgsm': Kind(IFGSMSettings, 'ensadv.attacks.first_order:IFGSM'),
+    'pgd': Kind(PGDSettings, 'ensadv.attacks.first_order:PGD'),
+}
+WITHOUT_SETTINGS = ('clean', 'blackbox')  # evaluations that attack nothing
+FOR_TRAINING = ('ifgsm', 'pgd')
+
+
+def register(kind: str, attack: type) -> None:
+    """Makes an attack known by a name, so that configs can ask for it.
+
+    Args:
+      kind: lower-case letters and _, as in eval.attacks before the number of steps.
+      attack: see `attacks.attack.Attack`. It is its settings' declaration, too.
+    """
+    KINDS[kind] = Kind(attack, attack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An entry of eval.attacks.
+
+    Attributes:
+      name: the entry's, under which its results are kept: 'pgd20', 'pgd20_margin'.
+      kind: of `KINDS` or `WITHOUT_SETTINGS`.
+      steps: 0 where the name has none.
+      suffix: of the name, after kind and steps: '_margin'.
+      changes: settings that differ from those of the config's group eval.<kind>.
+    """
+
+    name: str
+    kind: str
+    steps: int = 0
+    suffix: str = ''
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=1000)
+def _entry(text: str, kinds: tuple[str, ...]) -> Entry | None:
+    # The longest first, so that a kind that begins with another's name is found.
+    known = '|'.join(sorted((*kinds, *WITHOUT_SETTINGS), key=len, reverse=True))
+    match = re.fullmatch(rf'(({known})(\d{{0,10}})((?:_[a-z0-9_]+)?))(?:\((.*)\))?', text)
+    if not match:
+        return None
+    name, kind, digits, suffix, changes = match.groups()
+    steps = int(digits) if digits else 0
+    if kind in WITHOUT_SETTINGS:
+        return Entry(name, kind) if text == kind else None
+    fields = {field.name: field for field in dataclasses.fields(KINDS[kind].settings)}
+    needed = fields['steps'].default is dataclasses.MISSING if 'steps' in fields else False
+    if not 1 <= steps <= MAX_STEPS if digits else needed:
+        return None
+    return Entry(name, kind, steps, suffix, _changes(text, changes, fields) if changes else {})
+
+
+def _changes(text: str, changes: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Parses 'loss=margin, restarts=5'."""
+    found = {}
+    for part in changes.split(','):
+        field, equals, value = map(str.strip, part.partition('='))
+        if not equals or field not in fields or field == 'steps':
+            known = [name for name in fields if name != 'steps']
+            raise ConfigError(
+                f"'{text}': unknown setting '{field}'{values.nearest(field, known)}; allowed: "
+                f'{", ".join(known)}, as in pgd20_margin(loss=margin)'
+            )
+        found[field] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    """Returns a setting's value as it is written: a whole number, a number, 2/255, or a word."""
+    numerator, slash, denominator = text.partition('/')
+    try:
+        if slash:
+            return float(numerator) / float(denominator)
+        return int(text) if re.fullmatch(r'[+-]?\d+', text) else float(text)
+    except (ValueError, ZeroDivisionError):
+        return text
+
+
+def entry(text: str, field: str = 'eval.attacks') -> Entry:
+    """Parses an entry of eval.attacks, or the name of a result.
+
+    'pgd20' is PGD with 20 steps and the settings of the config's group eval.pgd. 'pgd20_margin' is
+    another name of that, and 'pgd20_margin(loss=margin)' one with a setting of its own.
+
+    Args:
+      text: the entry.
+      field: where it stands, for errors.
+
+    Raises:
+      ConfigError: for any other text.
+    """
+    try:
+        found = _entry(values.shown(text), tuple(KINDS))
+    except ConfigError as error:
+        raise ConfigError(f'{field}: {error}') from error
+    if found is None:
+        kinds = tuple(KINDS)
+        examples = (*WITHOUT_SETTINGS, *(f'{kind}{n}' for kind in kinds for n in (5, 7, 20, 500)))
+        hint = values.nearest(values.shown(text).lower(), examples)
+        raise ConfigError(
+            f"{field}: unknown attack '{values.shown(text)}'{hint}; allowed: "
+            f'{", ".join(WITHOUT_SETTINGS)}, or one of {", ".join(kinds)} with a number of steps '
+            f'up to {MAX_STEPS}, as pgd20'
+        )
+    return found
+
+
+def entries(group: Mapping[str, Any]) -> dict[str, Entry]:
+    """Returns the entries of a config's group eval, by name: those of every snapshot first."""
+    texts = (*group['attacks'], *group.get('long_attacks', ()))
+    return {found.name: found for found in map(entry, texts)}
+
+
+def names(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the attacks that a run makes on every snapshot.
+
+    With a transfer set blackbox is one of them.
+
+    Args:
+      group: the group eval of a config, or of a config.json.
+    """
+    found = tuple(entry(text).name for text in group['attacks'])
+    return (*found, 'blackbox') if group['blackbox_path'] and 'blackbox' not in found else found
+
+
+def in_config(group: Mapping[str, Any]) -> list[str]:
+    """Returns the kinds of attacks whose settings a config has."""
+    return [kind for kind in KINDS if kind in group]
+
+
+def defaults(kind: str, epsilon: Any) -> dict[str, Any]:
+    """Returns the fields of a config's group eval.<kind>, with their defaults.
+
+    Args:
+      kind: of `KINDS`.
+      epsilon: a number, or a reference to the config's.
+    """
+    return {
+        field.name: epsilon * field.metadata['share']
+        if 'share' in field.metadata
+        else field.default
+        for field in dataclasses.fields(KINDS[kind].settings)
+        if 'share' in field.metadata or field.default is not dataclasses.MISSING
+    }
+
+
+def settings(group: Mapping[str, Any], found: Entry, epsilon: float) -> dict[str, Any]:
+    """Returns all settings of an entry, as JSON has them.
+
+    Args:
+      group: the group eval of a config.
+      found: the entry.
+      epsilon: the threat model's, for what the config says nothing of.
+    """
+    fields = [field.name for field in dataclasses.fields(KINDS[found.kind].settings)]
+    known = defaults(found.kind, epsilon) | dict(group.get(found.kind, {})) | found.changes
+    if 'steps' in fields and found.steps:
+        known['steps'] = found.steps
+    return {field: known[field] for field in fields if field in known}
+
+
+def check(kind: str, found: Mapping[str, Any], norm: str) -> None:
+    """Raises ConfigError unless settings are what their declaration allows.
+
+    Args:
+      kind: the attack's. Of a kind without settings nothing is checked.
+      found: values by their names in messages, whose last part is the setting's; not all need be
+        there.
+      norm: the threat model's.
+    """
+    if kind not in KINDS:
+        return
+    declared = {field.name: field for field in dataclasses.fields(KINDS[kind].settings)}
+    by_field = {}
+    for name, value in found.items():
+        field = re.split(r'[. ]', name)[-1]
+        if field in declared:
+            if declare := declared[field].metadata.get('check'):
+                declare(name, value, norm)
+            by_field[field] = value
+    if hasattr(KINDS[kind].settings, 'check') and found:
+        name = next(iter(found))
+        prefix = name.removesuffix(re.split(r'[. ]', name)[-1])
+        KINDS[kind].settings.check(prefix, by_field)
+
+
+def make(found: Mapping[str, Any], **changes: Any) -> Any:
+    """Returns the attack of settings as JSON has them.
+
+    Args:
+      found: 'attack', its kind, and its settings; whatever else is there is passed over.
+      **changes: settings that are to be others, as a function for the loss's name.
+    """
+    kind = KINDS[found['attack']]
+    fields = {field.name for field in dataclasses.fields(kind.settings)}
+    known = {name: value for name, value in (found | changes).items() if name in fields}
+    return kind.load()(**known)
+
+
+def threat_model_words(norm: str, epsilon: float) -> str:
+    """Returns a threat model in words: 'L-infinity, epsilon 0.03137 (8/255)'."""
+    return f'{NORMS[norm]}, epsilon {epsilon:.4g} ({255 * epsilon:.3g}/255)'
