@@ -30,7 +30,8 @@ from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import batches
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
-from ensadv.training import from_config, steps, train
+from ensadv.training import from_config, train
+from ensadv.training.step import train_step
 
 # Between the losses of a timed step, clean and adversarial, by the type that both compute in.
 ALLOWED_LOSSES = {'float32': (1e-4, 1e-2), 'bfloat16': (5e-2, 2e-1)}
@@ -111,11 +112,11 @@ class Ours:
 
         @jax.jit
         def step(state, x, y, keys, x_adv):
-            return steps.train_step(
+            return train_step(
                 state, (x, y), keys,
                 model=self.model, optimizer=from_config.optimizer(config),
                 combine=config.ensemble.combine, attack=lambda *_: x_adv,
-                adversarial_weight=config.train.adversarial_weight,
+                objective=from_config.objective(config),
             )  # fmt: skip
 
         return step(self.start, *self.batch(), x_adv)

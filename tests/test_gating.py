@@ -14,7 +14,8 @@ from ensadv.attacks.threat_model import ThreatModel
 from ensadv.models import ensemble
 from ensadv.models.gated import Gated
 from ensadv.models.wide_resnet import WideResNet
-from ensadv.training import steps
+from ensadv.training import objectives
+from ensadv.training.step import initial_state, train_step
 
 MEMBER = WideResNet(num_classes=4, mean=(0.4,), std=(0.3,), depth=10, width=1)
 MODEL = Gated(MEMBER, width=3)
@@ -130,18 +131,18 @@ def test_a_training_step_changes_members_and_gates():
     optimizer = optax.sgd(0.1)
     # Initialised as ever, but for gates that already tell images apart: at zero, their last layer
     # keeps gradients from the layers below it.
-    state = steps.init_state(MODEL, jax.random.key(3), 2, SHAPE, optimizer)
+    state = initial_state(MODEL, jax.random.key(3), 2, SHAPE, optimizer)
     state = state.replace(params=perturbed({'params': state.params})['params'])
     ifgsm, threat = IFGSM(steps=2, step_size=0.05, sigma=0.1), ThreatModel('linf', 0.15)
     attack = lambda predict, *given: driver.last_iterate(ifgsm, predict, threat, *given)
     step = jax.jit(
         partial(
-            steps.train_step,
+            train_step,
             model=MODEL,
             optimizer=optimizer,
             combine='gating',
             attack=attack,
-            adversarial_weight=1.0,
+            objective=objectives.paper(1.0),
         )
     )
     new, metrics = step(state, (X, Y), jax.random.split(jax.random.key(4), 6))

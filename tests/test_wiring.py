@@ -20,7 +20,8 @@ from ensadv import build
 from ensadv.evaluation import attack_settings, blackbox, evaluator, results
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
-from ensadv.training import from_config, steps
+from ensadv.training import from_config
+from ensadv.training.step import initial_state, train_step
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 2, 2, 3), np.uint8)
@@ -199,17 +200,15 @@ def test_training_steps_are_the_configs(changes):
     config = config_of(**changes)
     train, joined = config.train, config.ensemble.combine == 'logits'
     settings = from_config.step_settings(config, Linear())
-    state = steps.init_state(
-        Linear(), jax.random.key(0), 2, IMAGES.shape[1:], settings['optimizer']
-    )
+    state = initial_state(Linear(), jax.random.key(0), 2, IMAGES.shape[1:], settings['optimizer'])
     state = state.replace(params={'linear': {'kernel': jnp.float32(WEIGHTS)}})
     keys = jax.random.split(jax.random.key(0), len(Y))
     batch = jnp.float32(X.reshape(IMAGES.shape)), jnp.asarray(Y)
-    train_step = jax.jit(partial(steps.train_step, **settings))
+    make_step = jax.jit(partial(train_step, **settings))
 
     weights, velocity, rows, rho = WEIGHTS, 0, np.arange(len(Y)), train.adversarial_weight
     for rate in (train.learning_rate, train.learning_rate / 5):
-        state, metrics = train_step(state, batch, keys)
+        state, metrics = make_step(state, batch, keys)
         # The mean logits are those of one linear network.
         judged = weights.mean(0, keepdims=True) if joined else weights
         gradient, loss = 0, {}
@@ -231,7 +230,7 @@ def test_training_steps_are_the_configs(changes):
     kernel = state.params['linear']['kernel']
     np.testing.assert_allclose(kernel, weights, atol=1e-4 * train.learning_rate)
     # Weights of zero: every example is a tie, and so an error.
-    _, metrics = train_step(state.replace(params={'linear': {'kernel': 0 * kernel}}), batch, keys)
+    _, metrics = make_step(state.replace(params={'linear': {'kernel': 0 * kernel}}), batch, keys)
     assert metrics['clean_accuracy'] == metrics['adversarial_accuracy'] == 0
 
 

@@ -105,18 +105,18 @@ def _after_backward(_: None, gradients: tuple[Array, Any]) -> tuple[Array, Any]:
 _after.defvjp(lambda x, output: (_after(x, output), None), _after_backward)
 
 
-def when_there(array: Array, awaited: Any) -> Array:
-    """Returns the array; on a CPU, what uses it begins only when every leaf of `awaited` is there.
+def when_there(tree: Any, awaited: Any) -> Any:
+    """Returns the tree; on a CPU, what uses it begins only when every leaf of `awaited` is there.
 
     XLA:CPU begins whatever has its operands. Two passes at a time take the caches from each other,
     and each keeps all its activations in memory. Elsewhere the order is left to XLA.
     """
     if stacks_members():
-        return array
+        return tree
     # Nothing is above infinity, which XLA does not know. A barrier would not last: XLA:CPU removes
     # it before it orders what it runs.
     one_of_each = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(awaited))
-    return jnp.where(one_of_each > jnp.inf, 0, array)
+    return jax.tree.map(lambda leaf: jnp.where(one_of_each > jnp.inf, 0, leaf), tree)
 
 
 def stacks_members() -> bool:

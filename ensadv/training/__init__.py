@@ -1,3 +1,12 @@
 """The training step, and the loop that makes it."""
 
-__all__ = ['costs', 'from_config', 'inspection', 'nans', 'optim', 'steps', 'train']
+__all__ = [
+    'costs',
+    'from_config',
+    'inspection',
+    'nans',
+    'objectives',
+    'optim',
+    'step',
+    'train',
+]

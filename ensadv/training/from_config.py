@@ -15,6 +15,7 @@ from ensadv.attacks import driver, registry
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.cpu import parts
 from ensadv.training import optim
+from ensadv.training.objectives import OBJECTIVES, Objective
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
@@ -57,13 +58,18 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
     return in_parts
 
 
+def objective(config: ConfigDict) -> Objective:
+    """Returns what training descends."""
+    return OBJECTIVES['paper'](config.train.adversarial_weight)
+
+
 def step_settings(config: ConfigDict, model: nn.Module) -> dict[str, Any]:
-    """Returns how a training step computes, by the names that `steps.train_step` has for it."""
+    """Returns how a training step computes, by the names that `step.train_step` has for it."""
     return {
         'model': model,
         'optimizer': optimizer(config),
         'combine': config.ensemble.combine,
         'attack': training_attack(config),
         'attack_batch_norm': config.attack.batch_norm,
-        'adversarial_weight': config.train.adversarial_weight,
+        'objective': objective(config),
     }

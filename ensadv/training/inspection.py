@@ -1,6 +1,6 @@
 """What every layer computes in one training step: counts of NaN and infinity, largest magnitudes.
 
-The step is computed as `steps.train_step` does, but part by part and member by member, with a look
+The step is computed as `step.train_step` does, but part by part and member by member, with a look
 at everything that goes into and comes out of every module, forward and backward.
 """
 
@@ -251,13 +251,14 @@ def make_examine(
     there is none they are of the whole step.
 
     Args:
-      draw: `draw(step, arrays, keys) -> (batch, rng)`, as `steps.train_step` takes them; called
+      draw: `draw(step, arrays, keys) -> (batch, rng)`, as `step.train_step` takes them; called
         inside `distributed.run_on_devices`.
       model: the members' network, without remat.
-      attack: as for `steps.train_step`; takes `num_steps` by name.
+      attack: as for `step.train_step`; takes `num_steps` by name.
       attack_steps: how many it takes in training.
       attack_loss: what it climbs, a key of `losses.LOSSES`.
-      optimizer, combine, attack_batch_norm, adversarial_weight: as for `steps.train_step`.
+      optimizer, combine, attack_batch_norm: as for `step.train_step`.
+      adversarial_weight: rho, see `objectives.paper`.
     """
 
     def attacked(state, batch, rng, num_steps):

@@ -142,11 +142,14 @@ def make_examine(
     """
     # Without remat, inside which nothing can be looked at; it alters rounding at most.
     model = build.model(config, dataset.describe(), dtype=config.model.dtype)
+    settings = from_config.step_settings(config, model)
+    del settings['objective']
     examine = inspection.make_examine(
         draw,
         attack_steps=config.attack.steps,
         attack_loss=config.attack.loss,
-        **from_config.step_settings(config, model),
+        adversarial_weight=config.train.adversarial_weight,
+        **settings,
     )
     if config.ensemble.training == 'joint':
         return lambda state: examine(state, arrays, keys)

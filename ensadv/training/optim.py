@@ -1,13 +1,16 @@
 """The optimizer, its schedule, and the state of training."""
 
+import dataclasses
 from typing import Any
 
+import jax
 import optax
-from flax import struct
 from jax import Array
 
 
-class TrainState(struct.PyTreeNode):
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class TrainState:
     """Everything that training changes, and so everything that a checkpoint holds.
 
     Attributes:
@@ -15,12 +18,28 @@ class TrainState(struct.PyTreeNode):
       params: the members' weights, float32 [k, ...].
       batch_stats: the members' batch-norm running averages, float32 [k, ...].
       opt_state: the optimizer's.
+      averaged: averages over the steps of {'params', 'batch_stats'}, or None: none are kept.
     """
 
     step: Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    averaged: Any = None
+
+    replace = dataclasses.replace
+
+    def tree_flatten_with_keys(self):
+        names = [field.name for field in dataclasses.fields(self)]
+        if self.averaged is None:
+            # Or a checkpoint would say that it is None, and older checkpoints could not be read.
+            names.remove('averaged')
+        children = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names]
+        return children, tuple(names)
+
+    @classmethod
+    def tree_unflatten(cls, names, children):
+        return cls(**dict(zip(names, children, strict=True)))
 
 
 def learning_rate(initial: float, steps: tuple[int, ...], factor: float) -> optax.Schedule:

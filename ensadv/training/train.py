@@ -24,8 +24,9 @@ from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.models import ensemble
 from ensadv.runtime import distributed, progress, stopping
 from ensadv.storage import checkpoints, environments, leases, metrics, workdir
-from ensadv.training import costs, from_config, nans, steps
+from ensadv.training import costs, from_config, nans
 from ensadv.training.optim import TrainState
+from ensadv.training.step import Batch, initial_state, train_step
 
 LOCK = 'train'  # name of the claim that one process at a time holds on a workdir, to train in it
 CALL_SECONDS = 5.0  # a call of several steps should not take longer
@@ -72,8 +73,8 @@ def init_state(
     """
     optimizer = from_config.optimizer(config)
     if config.ensemble.training == 'joint':
-        return steps.init_state(model, keys.init, config.ensemble.size, image_shape, optimizer)
-    return jax.vmap(lambda key: steps.init_state(model, key, 1, image_shape, optimizer))(keys.init)
+        return initial_state(model, keys.init, config.ensemble.size, image_shape, optimizer)
+    return jax.vmap(lambda key: initial_state(model, key, 1, image_shape, optimizer))(keys.init)
 
 
 def snapshot_of(config: ConfigDict, state: TrainState) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def snapshot_of(config: ConfigDict, state: TrainState) -> dict[str, Any]:
 
 def draw_batch(
     config: ConfigDict, step: Array, arrays: tuple[Array, Array], keys: Keys
-) -> tuple[steps.Batch, Array]:
+) -> tuple[Batch, Array]:
     """Returns this device's share of a step's batch, and a key for each example's attack.
 
     Inside `distributed.run_on_devices` only. `arrays` are the whole training split.
@@ -119,15 +120,15 @@ def make_train_steps(
     The state's memory is reused. `arrays` are the whole training split, uint8 images and int32
     labels; `num_steps` is traced, so that a call of any length runs the same compiled code.
     """
-    train_step = partial(
-        steps.train_step,
+    make_step = partial(
+        train_step,
         **from_config.step_settings(config, model),
         mean_over_devices=distributed.mean_over_devices,
     )
 
     def one_step(state: TrainState, keys: Keys, arrays: tuple[Array, Array]):
         batch, rng = draw_batch(config, state.step, arrays, keys)
-        return train_step(state, batch, rng)
+        return make_step(state, batch, rng)
 
     if config.ensemble.training == 'separate':
         one_member = one_step

@@ -1,6 +1,7 @@
 """One step against formulas written out again, on a network small enough to be sure of."""
 
 import functools
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -8,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from small_network import SmallNetwork
 
 from ensadv.models import ensemble
-from ensadv.training import steps
+from ensadv.storage import checkpoints
+from ensadv.training import objectives
+from ensadv.training.step import initial_state, train_step
 
 
 class Linear(nn.Module):
@@ -38,12 +42,12 @@ def shift(log_prob_fn, rng, x, y):
 
 
 def state_of(k=2):
-    return steps.init_state(Linear(), jax.random.key(2), k, (2, 2, 1), OPTIMIZER)
+    return initial_state(Linear(), jax.random.key(2), k, (2, 2, 1), OPTIMIZER)
 
 
 def step(state, attack=shift, **settings):
-    settings = {'adversarial_weight': 1.0, 'combine': 'probs'} | settings
-    return steps.train_step(
+    settings = {'objective': objectives.paper(1.0), 'combine': 'probs'} | settings
+    return train_step(
         state, (X, Y), KEYS, model=Linear(), optimizer=OPTIMIZER, attack=attack, **settings
     )
 
@@ -74,7 +78,7 @@ def test_loss_and_update_are_those_of_algorithm_1(weight):
     (loss, (clean, adversarial)), gradient = jax.value_and_grad(objective, has_aux=True)(
         state.params
     )
-    new, metrics = step(state, adversarial_weight=weight)
+    new, metrics = step(state, objective=objectives.paper(weight))
     np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics['clean_loss'], clean, rtol=1e-5)
     if weight:
@@ -92,7 +96,7 @@ def test_clean_training_never_calls_the_attack():
     def forbidden(*_):
         raise AssertionError('attacked')
 
-    _, metrics = step(state_of(), attack=forbidden, adversarial_weight=0.0)
+    _, metrics = step(state_of(), attack=forbidden, objective=objectives.paper(0.0))
     assert 'adversarial_loss' not in metrics
     with pytest.raises(AssertionError, match='attacked'):
         step(state_of(), attack=forbidden)
@@ -105,6 +109,66 @@ def test_running_averages_take_the_clean_and_then_the_adversarial_batch():
     expected = 0.5 * (0.5 * 0 + 0.5 * clean) + 0.5 * adversarial
     for i in range(2):
         np.testing.assert_allclose(new.batch_stats['norm']['mean'][i], expected, rtol=1e-5)
+
+
+def test_an_objective_may_compare_both_passes_and_the_members():
+    """As TRADES does, and regularisers over members; its attack's target is the prediction."""
+    state, seen = state_of(), {}
+
+    def loss(predict, x, x_adv, y):
+        clean, adversarial = predict(x), predict(x_adv)
+        divergence = jnp.sum(jnp.exp(clean.log_probs) * (clean.log_probs - adversarial.log_probs))
+        agreement = jnp.sum(clean.member_logits[0] * clean.member_logits[1])
+        return divergence + agreement, {'agreement': agreement}
+
+    def spy(log_prob_fn, rng, x, target):
+        seen['target'], seen['log_probs'] = target, log_prob_fn(x)
+        return shift(log_prob_fn, rng, x, target)
+
+    objective = objectives.Objective(
+        (objectives.Term(3, loss),), scale=0.5, attack_target=lambda predict, x, y: predict(x)
+    )
+    new, metrics = step(state, attack=spy, objective=objective)
+
+    def members_by_hand(params, x):
+        each = [
+            (normalised(x) * params['norm']['scale'][i] + params['norm']['bias'][i])
+            @ params['linear']['kernel'][i]
+            + params['linear']['bias'][i]
+            for i in range(2)
+        ]
+        return each, jnp.log(sum(map(jax.nn.softmax, each)) / 2)
+
+    def by_hand(params):
+        (one, other), clean = members_by_hand(params, X)
+        _, adversarial = members_by_hand(params, X_ADV)
+        divergence = jnp.sum(jnp.exp(clean) * (clean - adversarial))
+        return 1.5 * (divergence + jnp.sum(one * other))
+
+    value, gradient = jax.value_and_grad(by_hand)(state.params)
+    np.testing.assert_array_equal(seen['target'], seen['log_probs'])
+    np.testing.assert_allclose(metrics['loss'], value, rtol=1e-4)
+    assert {*metrics} == {'loss', 'agreement', 'gradient_norm', 'parameter_norm'}
+    expected = jax.tree.map(lambda w, g: w - 0.5 * g, state.params, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), new.params, expected)
+
+
+def test_a_checkpoint_has_averages_only_where_there_are_some(tmp_path):
+    """So that what was written before there was a place for them can be read."""
+    state = state_of()
+    assert [key.name for (key, *_), _ in jax.tree_util.tree_leaves_with_path(state)] == sorted(
+        ['step'] + ['params'] * 4 + ['batch_stats'] * 2, key=['step', 'params', 'batch_stats'].index
+    )
+    averaged = {'params': state.params, 'batch_stats': state.batch_stats}
+    for number, kept in ((1, state), (2, state.replace(averaged=averaged))):
+        saved = checkpoints.open_checkpoints(epath.Path(tmp_path) / str(number), keep=1)
+        saved.save(number, kept, wait=True)
+        _, restored = saved.restore_newest(jax.eval_shape(lambda kept=kept: kept))
+        assert (restored.averaged is None) == (number == 1)
+        jax.tree.map(np.testing.assert_array_equal, restored, kept)
+        saved.close()
+    files = [path.read_text() for path in pathlib.Path(tmp_path).rglob('_METADATA')]
+    assert sorted('averaged' in text for text in files) == [False, True]
 
 
 @pytest.mark.parametrize('batch_norm', ['running', 'batch'])
@@ -150,16 +214,14 @@ def test_one_pass_has_its_activations_in_memory_at_a_time():
     def bytes_of_a_step(adversarial_weight):
         model = SmallNetwork(num_classes=3)
         x, y, keys = jnp.zeros((64, 32, 32, 3)), jnp.zeros(64, int), jnp.stack([KEYS[0]] * 64)
-        init = functools.partial(
-            steps.init_state, model, KEYS[0], 1, x.shape[1:], optimizer=OPTIMIZER
-        )
+        init = functools.partial(initial_state, model, KEYS[0], 1, x.shape[1:], optimizer=OPTIMIZER)
         step = functools.partial(
-            steps.train_step,
+            train_step,
             model=model,
             optimizer=OPTIMIZER,
             attack=shift,
             combine='probs',
-            adversarial_weight=adversarial_weight,
+            objective=objectives.paper(adversarial_weight),
         )
         compiled = jax.jit(step).lower(jax.eval_shape(init), (x, y), keys).compile()
         return compiled.memory_analysis().temp_size_in_bytes

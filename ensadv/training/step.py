@@ -1,0 +1,123 @@
+"""One training step: a pure function of arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ensadv.models import ensemble
+from ensadv.training.objectives import Metrics, Objective, Predict
+from ensadv.training.optim import TrainState
+
+Batch = tuple[Array, Array]  # images float32 [B, H, W, C] in [0, 1], labels int32 [B]
+
+
+def initial_state(
+    model: nn.Module,
+    rng: Array,
+    k: int,
+    image_shape: tuple[int, ...],
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """Returns the state before the first step of an ensemble with k members."""
+    variables = ensemble.init(model, rng, k, image_shape)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=optimizer.init(variables['params']),
+    )
+
+
+def descend(
+    objective: Objective,
+    model: nn.Module,
+    combine: str,
+    state: TrainState,
+    x: Array,
+    x_adv: Array | None,
+    y: Array,
+) -> tuple[Any, Any, Metrics]:
+    """Returns the objective's gradient, the running averages after it, and its metrics.
+
+    The terms are differentiated one after the other, and on a CPU one waits for the one before:
+    memory holds the activations of one at a time.
+    """
+
+    def weighted(params, batch_stats, term, x, x_adv):
+        predict = Predict(model, combine, params, batch_stats)
+        loss, metrics = term.loss(predict, x, x_adv, y)
+        return term.weight * objective.scale * loss, (loss, predict.batch_stats, metrics)
+
+    gradient, total, batch_stats, metrics = None, 0, state.batch_stats, {}
+    for term in objective.terms:
+        if gradient is not None:
+            x, x_adv = ensemble.when_there((x, x_adv), gradient)
+        added, (loss, batch_stats, found) = jax.grad(weighted, has_aux=True)(
+            state.params, batch_stats, term, x, x_adv
+        )
+        gradient = added if gradient is None else optax.tree.add(gradient, added)
+        total += term.weight * loss
+        metrics |= found
+    return gradient, batch_stats, metrics | {'loss': objective.scale * total}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    rng: Array,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    combine: str,
+    attack: Callable[..., Array],
+    attack_batch_norm: str = 'running',
+    objective: Objective,
+    mean_over_devices: Callable[[Any], Any] = lambda tree: tree,
+) -> tuple[TrainState, Metrics]:
+    """Makes one step: attacks the ensemble, then descends the objective with every member.
+
+    Args:
+      state: the state before the step.
+      batch: this device's share of the global batch.
+      rng: keys [B], one per example, for the attack's start.
+      model: the members' network.
+      optimizer: turns gradients into updates.
+      combine: how members' outputs become one, see `ensemble.combine`.
+      attack: `attack(log_prob_fn, rng, x, target) -> x_adv`.
+      attack_batch_norm: statistics while attacking: 'running' averages or the 'batch' itself's.
+      objective: what is descended, and whether there is an attack, and on what.
+      mean_over_devices: averages a tree over the devices that share the global batch.
+
+    Returns:
+      The next state, and the metrics: the objective's own, its value as loss, gradient_norm, and
+      parameter_norm of the next state. What the objective measures is of the forward passes that
+      the update uses, so with the batch's statistics in batch norm.
+    """
+    x, y = batch
+
+    def attacked(images):
+        if attack_batch_norm == 'batch':
+            return Predict(model, combine, state.params, state.batch_stats)(images).log_probs
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        return ensemble.combine(ensemble.apply(model, variables, images), combine)
+
+    x_adv = None
+    if objective.attacks:
+        target = objective.attack_target(attacked, x, y) if objective.attack_target else y
+        x_adv = attack(attacked, rng, x, target)
+
+    gradient, batch_stats, metrics = descend(objective, model, combine, state, x, x_adv, y)
+    gradient, batch_stats, metrics = mean_over_devices((gradient, batch_stats, metrics))
+    metrics['gradient_norm'] = optax.tree.norm(gradient)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics['parameter_norm'] = optax.tree.norm(params)
+    state = state.replace(
+        step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
+    )
+    return state, metrics
