@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks import machine, stopped_thread
-from ensadv.cpu import conv
+from ensadv.models import conv
 
 _FLOOD, _COPIES = 300, 10
 _NHWC = ('NHWC', 'HWIO', 'NHWC')

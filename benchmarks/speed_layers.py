@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.speed_tables import markdown
-from ensadv.cpu import conv
+from ensadv.models import conv
 
 ATTACK_STEPS = 7
 TURNS = 3

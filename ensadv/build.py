@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 import ensadv
 from ensadv import config as config_lib
 from ensadv import prng
-from ensadv.cpu import conv, parts
+from ensadv.cpu import conv as cpu_conv
+from ensadv.cpu import parts
 from ensadv.data import checks, datasets
 from ensadv.errors import ConfigError
-from ensadv.models import ensemble
+from ensadv.models import conv, ensemble
 from ensadv.models.gated import Gated
 from ensadv.models.vgg import VGG
 from ensadv.models.wide_resnet import WideResNet
@@ -218,7 +219,7 @@ def images_at_a_time(config: ConfigDict) -> int:
     Xeon, medians of 5 and 7 turns). Evaluation by IFGSM-20, of 360 images and the WRN-10-2, with
     9, 12, 18, 36 and 60: 1.16, 1.11, 1.03, 1.00, 1.01 (medians of 3).
     """
-    if not conv.uses_onednn(config.model.conv):
+    if not cpu_conv.uses_onednn(config.model.conv):
         return parts.FEWEST_IMAGES
     channels = 16 * config.model.width  # of both networks
     return max(parts.FEWEST_IMAGES, min(32, 1024 // channels))

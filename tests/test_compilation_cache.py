@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ensadv.cpu import conv, onednn, processor
+from ensadv.cpu import onednn, processor
+from ensadv.models import conv
 from ensadv.runtime import compilation_cache
 
 
@@ -47,7 +48,7 @@ def test_none_is_kept_on_request_and_the_environment_goes_before(restored, monke
     assert jax.config.jax_compilation_cache_dir == before
 
 
-@pytest.mark.skipif(not onednn.is_there(), reason='no oneDNN in this jaxlib')
+@pytest.mark.skipif(not onednn.available(), reason='no oneDNN in this jaxlib')
 def test_programs_with_onednns_operations_are_not_kept(restored, tmp_path):
     # XLA would write them down as something else, at best with an error, which fails this test.
     compilation_cache.enable(str(tmp_path / 'kept'))

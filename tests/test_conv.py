@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+import pathlib
 import re
 import subprocess
 
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ensadv.cpu import conv, gradients, onednn, winograd
+from ensadv.cpu import backend, gradients, onednn, winograd
+from ensadv.cpu import conv as cpu_conv
+from ensadv.models import conv
 
 DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 SEPARATE = conv.get('separate')
@@ -36,7 +40,7 @@ by_xla = pytest.mark.parametrize('uses_onednn', [False], indirect=True, ids=['xl
 def by_onednn(test):
     """A test of oneDNN's operations, where they are there."""
     test = pytest.mark.parametrize('uses_onednn', [True], indirect=True, ids=['onednn'])(test)
-    return pytest.mark.skipif(not onednn.is_there(), reason='no oneDNN in this jaxlib')(test)
+    return pytest.mark.skipif(not onednn.available(), reason='no oneDNN in this jaxlib')(test)
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=['onednn', 'xla'])
@@ -45,7 +49,7 @@ def uses_onednn(request, monkeypatch):
     if request.param:
         monkeypatch.setitem(globals(), 'SEPARATE', conv.get('onednn'))
     else:
-        monkeypatch.setattr(onednn, 'is_there', lambda: False)
+        monkeypatch.setattr(onednn, 'available', lambda: False)
 
 
 def arrays(size=(6, 6), window=(3, 3), lead_x=(), lead_w=(), dtype=jnp.float32, channels=(3, 5)):
@@ -103,7 +107,7 @@ def test_value_and_gradients_are_those_of_lax(size, window, strides, padding):
 @pytest.fixture
 def always_winograd(monkeypatch):
     """Small convolutions too."""
-    monkeypatch.setattr(conv, '_WINOGRAD_MULTIPLICATIONS', 0)
+    monkeypatch.setattr(cpu_conv, '_WINOGRAD_MULTIPLICATIONS', 0)
 
 
 @by_xla
@@ -302,7 +306,7 @@ def test_shared_weights_make_one_convolution():
 
 @by_xla
 def test_other_backends_keep_their_own_gradient(monkeypatch):
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(backend, 'is_cpu', lambda: False)
     ours, theirs = (jax.vmap(f, (None, 0)) for f in both((2, 2)))
     x, w = arrays(lead_w=(2,))
     assert_same(ours, theirs, x, w)
@@ -377,7 +381,7 @@ def operations(function, *args):
 def only_onednn(monkeypatch):
     """Whatever else would compute it is not to be reached."""
     for name in ('_by_xla', '_by_xla_cpu'):
-        monkeypatch.setattr(conv, name, None)
+        monkeypatch.setattr(cpu_conv, name, None)
 
 
 @by_onednn
@@ -458,7 +462,7 @@ def test_pads_that_onednn_may_not_take_are_left_to_xla(size, window, padding):
 @by_onednn
 @pytest.mark.parametrize('remat', [False, True])
 def test_winograd_is_for_constant_weights(monkeypatch, remat):
-    monkeypatch.setattr(conv, '_WINOGRAD_MULTIPLICATIONS', 0)
+    monkeypatch.setattr(cpu_conv, '_WINOGRAD_MULTIPLICATIONS', 0)
     x, w = arrays(channels=(128, 128))
     ours, theirs = both()
     wrap = jax.checkpoint if remat else lambda f: f
@@ -482,7 +486,8 @@ def trial(monkeypatch, tmp_path):
     """oneDNN's trial as a first start makes it; whether it succeeds is set, and calls counted."""
     calls = []
 
-    def run(*args, check, **kwargs):
+    def run(*args, check, env, **kwargs):
+        assert (pathlib.Path(env['PYTHONPATH'].split(os.pathsep)[0]) / 'ensadv').is_dir()
         calls.append(args)
         return subprocess.CompletedProcess(args, 0)
 
@@ -532,9 +537,9 @@ def test_an_operation_that_xla_does_not_know_fails_the_trial(monkeypatch):
 @by_xla
 def test_a_line_says_whose_convolutions_are_used(monkeypatch):
     for there, words in ((True, "oneDNN's"), (False, "XLA's own")):
-        monkeypatch.setattr(onednn, 'is_there', lambda there=there: there)
+        monkeypatch.setattr(onednn, 'available', lambda there=there: there)
         assert conv.library('auto', 'float32').startswith(words)
     # Where nothing else was to be expected, nothing is said.
     assert conv.library('separate', 'float32') == conv.library('auto', 'bfloat16') == ''
-    monkeypatch.setattr(conv.jax, 'default_backend', lambda: 'tpu')
+    monkeypatch.setattr(backend, 'is_cpu', lambda: False)
     assert conv.library('auto', 'float32') == ''

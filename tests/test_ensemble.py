@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from ensadv.cpu import backend
 from ensadv.models import ensemble
 from ensadv.models.wide_resnet import WideResNet
 
@@ -19,7 +20,7 @@ Y = jnp.arange(6) % 4
 @pytest.fixture(params=[True, False], ids=['stacked', 'one by one'])
 def members(request, monkeypatch):
     """Has members computed as on TPUs and GPUs, and as on CPUs."""
-    monkeypatch.setattr(ensemble, 'stacks_members', lambda: request.param)
+    monkeypatch.setattr(backend, 'is_cpu', lambda: not request.param)
 
 
 init = jax.jit(lambda key, k: ensemble.init(MODEL, key, k, SHAPE), static_argnums=1)
@@ -121,7 +122,7 @@ def test_on_a_cpu_a_member_waits_for_the_one_before(monkeypatch):
     found, waited = zip(comparisons(logits), comparisons(gradient), strict=True)
     assert found[0] >= 2  # two members wait
     assert found[1] > found[0]  # and their gradients
-    monkeypatch.setattr(ensemble, 'stacks_members', lambda: True)
+    monkeypatch.setattr(backend, 'is_cpu', lambda: False)
     found, at_once = zip(comparisons(logits), comparisons(gradient), strict=True)
     assert found == (0, 0)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), waited, at_once)

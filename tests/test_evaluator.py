@@ -13,9 +13,9 @@ from conftest import tiny_config
 from ensadv import losses, prng
 from ensadv.attacks import driver, registry
 from ensadv.attacks.threat_model import ThreatModel
-from ensadv.cpu import conv, parts
+from ensadv.cpu import parts
 from ensadv.evaluation import attack_settings, evaluator
-from ensadv.models import ensemble
+from ensadv.models import conv, ensemble
 from ensadv.runtime import distributed
 
 # 17 test images, which divides by nothing: labels 0, 1, 2 come 5, 8 and 4 times.

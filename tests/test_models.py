@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ensadv import config as config_lib
+from ensadv.cpu import backend
 from ensadv.models import ensemble, vgg
 from ensadv.models.vgg import VGG
 from ensadv.models.wide_resnet import WideResNet
@@ -135,7 +136,7 @@ def test_depths_that_vgg_has_not_are_refused(depth):
 
 
 def test_stacked_vggs_equal_a_loop_over_members(monkeypatch):
-    monkeypatch.setattr(ensemble, 'stacks_members', lambda: True)
+    monkeypatch.setattr(backend, 'is_cpu', lambda: False)
     model, x = VGG_11_1(), jax.random.uniform(jax.random.key(0), (6, 8, 8, 1))
     variables = jax.jit(lambda: ensemble.init(model, jax.random.key(1), 2, x.shape[1:]))()
     pick = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)

@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_config
 
 from ensadv import build
-from ensadv.cpu import onednn, parts
+from ensadv.cpu import backend, onednn, parts
 from ensadv.models import ensemble
 from ensadv.training import from_config
 
@@ -123,7 +123,7 @@ def test_few_that_are_wanted_cost_few_parts():
 
 
 def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(backend, 'is_cpu', lambda: False)
     assert parts.by_network(lambda batch: [len(batch['y'])], pictures(64)) == [64]
 
 
@@ -165,7 +165,7 @@ def test_a_part_has_as_many_images_as_it_is_to_have_at_least():
 def test_with_onednn_as_many_images_as_have_so_many_channels(
     monkeypatch, conv, is_there, width, images
 ):
-    monkeypatch.setattr(onednn, 'is_there', lambda: is_there)
+    monkeypatch.setattr(onednn, 'available', lambda: is_there)
     config = tiny_config(**{'model.conv': conv, 'model.width': width})
     dataset = {'num_classes': 10, 'mean': [0.5], 'std': [0.25], 'image_shape': [8, 8, 1]}
     network = build.network(build.resolve(config), dataset)

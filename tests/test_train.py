@@ -19,8 +19,8 @@ from conftest import (
 from etils import epath
 
 from ensadv import build
+from ensadv.cpu import backend
 from ensadv.errors import ConfigError, TrainingError, UserError
-from ensadv.models import ensemble
 from ensadv.runtime import distributed, stopping
 from ensadv.storage import checkpoints, files, leases
 from ensadv.storage import workdir as workdir_lib
@@ -212,7 +212,7 @@ def test_members_at_the_same_time_or_one_by_one_train_the_same(system, monkeypat
     keys = train.learner_keys(config)
     results = []
     for stacks in (True, False):
-        monkeypatch.setattr(ensemble, 'stacks_members', lambda stacks=stacks: stacks)
+        monkeypatch.setattr(backend, 'is_cpu', lambda stacks=stacks: not stacks)
         state = jax.jit(partial(train.init_state, config, model, dataset.image_shape))(keys)
         train_steps = train.make_train_steps(config, model, dataset)
         arrays, state, copies = distributed.replicate(

@@ -1,3 +1,13 @@
 """What is there only because XLA's CPU backend is slow."""
 
-__all__ = ['conv', 'gradients', 'onednn', 'parts', 'processor', 'winograd']
+__all__ = [
+    'backend',
+    'conv',
+    'gradients',
+    'means',
+    'onednn',
+    'order',
+    'parts',
+    'processor',
+    'winograd',
+]

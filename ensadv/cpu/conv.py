@@ -1,25 +1,16 @@
-"""The one convolution everything runs through.
-
-`flax.linen.Conv(..., conv_general_dilated=conv.get(kind))` takes it. The kinds compute the same
-numbers and differ in what `vmap` over weights, which is how members are stacked, compiles to:
-
-- 'grouped': `jax.lax.conv_general_dilated` itself, so one grouped convolution for all members.
-- 'separate': one plain convolution per member, forward and in both gradients.
-- 'onednn': the same, on the CPU by oneDNN where that is there (`onednn`).
-- 'auto': 'onednn' on the CPU, 'grouped' elsewhere. On the CPU `ensemble` does not stack members;
-  there it is for fast gradients.
+"""Separate convolutions: a plain one for each member, forward and in both gradients.
 
 XLA:CPU runs only plain convolutions of NHWC images with HWIO kernels fast. It misses that path for
 grouped convolutions, and for gradients in a loop, where it folds the transposition of an operand
-into the convolution: the gradient of the weights then takes a hundred times as long. Hence
-`optimization_barrier`, which keeps the transposed operand an array of its own.
+into the convolution. Hence `optimization_barrier`, which keeps the transposed operand an array of
+its own.
 
-Two kinds of convolution are matrix multiplications on the CPU instead, in 'separate': large ones
-with 3x3 kernels (`winograd`), and those of few input channels, as a network's first. So are, in
-float32, the input gradients where there is a stride, and the weight gradients of all convolutions
-but those of few input channels. In 'onednn' so are strided input gradients, the weight gradients of
-1x1 kernels, and large convolutions with 3x3 kernels whose weights are constant, as in attacks. Of
-few input channels, weight gradients are XLA's convolution in both.
+Two kinds of convolution are matrix multiplications on the CPU instead: large ones with 3x3 kernels
+(`winograd`), and those of few input channels, as a network's first. So are, in float32, the input
+gradients where there is a stride, and the weight gradients of all convolutions but those of few
+input channels. With oneDNN so are strided input gradients, the weight gradients of 1x1 kernels,
+and large convolutions with 3x3 kernels whose weights are constant, as in attacks. Of few input
+channels, weight gradients are XLA's convolution in both.
 """
 
 import functools
@@ -29,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ensadv.cpu import gradients, onednn, winograd
+from ensadv.cpu import backend, gradients, onednn, winograd
 
-KINDS = ('auto', 'grouped', 'onednn', 'separate')
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
 # On two cores of an AMD EPYC, jaxlib 0.10.2: from so many channels on Winograd's convolution is
 # faster than XLA's (32 channels, 32x32, batch 64: 6.3 ms and 7.1; 128, 8x8: 3.4 and 5.8).
@@ -49,47 +39,12 @@ _FEW_INPUTS = 4
 _TIMES_AS_MANY_OUTPUTS = 4  # at least; where fewer come out nothing was measured
 
 
-def get(kind):
-    """Returns the convolution of this kind, called like `jax.lax.conv_general_dilated`.
-
-    The convolution maps lhs [N, H, W, I] and rhs [KH, KW, I, O], of the same floating dtype, to
-    [N, H', W', O] of that dtype or of `preferred_element_type`.
-    """
-    functions = {
-        'auto': _auto,
-        'grouped': lax.conv_general_dilated,
-        'onednn': functools.partial(_separate, by_onednn=True),
-        'separate': _separate,
-    }
-    if kind not in functions:
-        raise ValueError(f'kind of convolution is {kind!r}, must be one of {", ".join(KINDS)}')
-    return functions[kind]
-
-
 def uses_onednn(kind):
     """Returns whether the convolution of this kind is oneDNN's here, in float32."""
-    return kind in ('auto', 'onednn') and onednn.is_there()
+    return kind in ('auto', 'onednn') and onednn.available()
 
 
-def library(kind, dtype):
-    """Returns who computes the convolutions of this kind, in words; '' where that is no question.
-
-    Args:
-      kind: of KINDS.
-      dtype: 'float32' or 'bfloat16'.
-    """
-    if jax.default_backend() != 'cpu' or kind not in ('auto', 'onednn') or dtype != 'float32':
-        return ''
-    return "oneDNN's" if onednn.is_there() else "XLA's own, as oneDNN's do not work in this jaxlib"
-
-
-def _auto(*args, **kwargs):
-    # Asked for at each call, because asking starts the backend, which an import should not.
-    kind = 'onednn' if jax.default_backend() == 'cpu' else 'grouped'
-    return get(kind)(*args, **kwargs)
-
-
-def _separate(
+def separate(
     lhs,
     rhs,
     window_strides,
@@ -104,6 +59,11 @@ def _separate(
     out_sharding=None,
     by_onednn=False,
 ):
+    """Convolves, called like `jax.lax.conv_general_dilated`; `by_onednn`: where that works.
+
+    It maps lhs [N, H, W, I] and rhs [KH, KW, I, O], of the same floating dtype, to [N, H', W', O]
+    of that dtype or of `preferred_element_type`. Anything else is left to `jax.lax`.
+    """
     plain = (
         jnp.ndim(lhs) == jnp.ndim(rhs) == 4
         and lhs.size * rhs.size > 0
@@ -150,9 +110,9 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred, by_one
         preferred_element_type=preferred,
     )
     sizes = images, kernel, strides, padding
-    is_cpu = jax.default_backend() == 'cpu'
+    is_cpu = backend.is_cpu()
     is_float32 = dtype == jnp.float32 and preferred in (None, dtype)
-    by_onednn &= is_float32 and onednn.is_there() and _suits_onednn(*sizes)
+    by_onednn &= is_float32 and onednn.available() and _suits_onednn(*sizes)
     if by_onednn:
         functions = _by_onednn(conv_of, *sizes)
     elif is_cpu and is_float32 and _winograd_pays(_WINOGRAD_CHANNELS, *sizes):

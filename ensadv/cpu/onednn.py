@@ -7,7 +7,8 @@ be another in another version, and a wrong one may end the process. So each vers
 in a process of its own, and is used where its results are right.
 
 A program with such an operation cannot be written to JAX's compilation cache, as XLA takes the
-operation for another kind when it writes it down: once `is_there` has been asked, JAX does not try.
+operation for another kind when it writes it down. Once `available` has been asked, JAX does not
+try.
 """
 
 import contextlib
@@ -26,27 +27,27 @@ import jax
 import numpy as np
 from jax import Array
 
-from ensadv.cpu import processor
+from ensadv.cpu import backend, processor
 
 TARGET = '__onednn$convolution'  # XLA's name of the operation
 _TRIAL_SECONDS = 120.0  # it takes three; what takes longer hangs
 
 
-def is_there() -> bool:
+def available() -> bool:
     """Returns whether convolutions of float32 can be given to oneDNN here."""
-    return jax.default_backend() == 'cpu' and _works()
+    return backend.is_cpu() and _works()
 
 
 @functools.cache
 def _works() -> bool:
     """Returns whether a process of its own has come to the right results, now or before."""
-    package = pathlib.Path(__file__).parent
+    root = pathlib.Path(__file__).parents[2]
     versions = [importlib.metadata.version(name) for name in ('jax', 'jaxlib')]
     source = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8]
     kept = pathlib.Path(processor.cache_directory()).expanduser().parent
     kept /= '-'.join(('onednn', *versions, processor.processor(), source))
     if not kept.exists():
-        paths = [str(package.parent), os.environ.get('PYTHONPATH', '')]
+        paths = [str(root), os.environ.get('PYTHONPATH', '')]
         environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(paths)}
         environment.pop('XLA_FLAGS', None)
         trial = 'from ensadv.cpu import onednn; onednn.try_out()'

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ensadv.cpu import backend
+
 # Of a network on a CPU, for 32x32 images; of smaller ones more, or starting threads would take
 # longer than computing. The time of a whole step of IFGSM-7 whose attack takes so many images at a
 # time, over that with all at once (two cores of an AMD EPYC, medians of 5 to 7 turns): WRN-10-2,
@@ -74,7 +76,7 @@ def by_network(
     filled = lambda size: math.ceil(n / size) * size
     largest = min(_TIMES_AS_MANY * fewest, n)
     sizes = [m for m in range(fewest, largest + 1) if filled(m) <= n * (1 + _FILLING)]
-    if jax.default_backend() != 'cpu' or not sizes:
+    if not backend.is_cpu() or not sizes:
         return f(*batch)
     if wanted is not None:
         f, batch = _where_wanted(f), (wanted, *batch)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from ensadv.cpu import conv
+from ensadv.models import conv
 from ensadv.models.norm import BatchNorm
 
 # Initialisation as Zagoruyko & Komodakis: convolutions as He et al. (2015) by fan-out, the linear
@@ -25,7 +25,7 @@ class ImageNetwork(nn.Module):
       mean, std: per channel, in pixels of [0, 1].
       depth, width: see the network.
       dtype: compute type; weights, batch-norm averages and logits are float32.
-      conv: which convolution, see `ensadv.conv.get`.
+      conv: which convolution, see `models.conv.get`.
       remat: whether backward passes compute the activations inside each block (of vgg: each
         stage) again, so that only those between blocks are kept.
       norm_momentum, norm_epsilon: of batch norm.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ensadv.cpu import order
 from ensadv.cpu.parts import FEWEST_IMAGES
 
 Variables = dict[str, Any]
@@ -42,7 +43,7 @@ def apply(model: nn.Module, variables: Variables, x: Array) -> Array:
     """
     # Restored weights may be NumPy's, which a convolution's batching rule does not take in a jit.
     variables = jax.tree.map(jnp.asarray, variables)
-    return _of_each_member(lambda v, x: model.apply(v, x, train=False), variables, x)
+    return order.each_member(lambda v, x: model.apply(v, x, train=False), variables, x)
 
 
 def apply_train(model: nn.Module, variables: Variables, x: Array) -> tuple[Array, Any]:
@@ -56,76 +57,7 @@ def apply_train(model: nn.Module, variables: Variables, x: Array) -> tuple[Array
         logits, updated = model.apply(v, x, train=True, mutable=['batch_stats'])
         return logits, updated['batch_stats']
 
-    return _of_each_member(member, variables, x)
-
-
-def _of_each_member(
-    function: Callable[[Variables, Array], Any], variables: Variables, x: Array
-) -> Any:
-    """Returns function(v, x) of every member's variables, stacked."""
-    if stacks_members():
-        return jax.vmap(function, (0, None))(variables, x)
-    k = len(jax.tree.leaves(variables)[0])
-    # Traced once for all members. The first step of 4 WRN-10-1s begins after 0.78 of the time so.
-    function = jax.jit(function)
-    # Cut apart here, and not where they are used, which may be in a loop.
-    members = [jax.tree.map(lambda leaf, i=i: leaf[i], variables) for i in range(k)]
-    members = jax.lax.optimization_barrier(members)
-    outputs = _in_turn([functools.partial(function, member) for member in members], x)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
-
-def _in_turn(functions: Sequence[Callable[[Array], Any]], x: Array) -> list[Any]:
-    """Returns f(x) of every function; on a CPU none takes x before the one before it has an output.
-
-    XLA would run two at a time there, which take the caches from each other: a step of four
-    WRN-10-2s with batch 64 takes 0.93 of the time in turn (median of 5, two cores of an AMD EPYC).
-    Gradients are in turn where x has one, so in attacks, but not those of training.
-    """
-    outputs = []
-    for function in functions:
-        if outputs:
-            x, outputs[-1] = _after(x, outputs[-1])
-        outputs.append(function(x))
-    return outputs
-
-
-@jax.custom_vjp
-def _after(x: Array, output: Any) -> tuple[Array, Any]:
-    """Returns both as they are, x when output is there; the other way round for their gradients."""
-    return when_there(x, jax.tree.leaves(output)[0]), output
-
-
-def _after_backward(_: None, gradients: tuple[Array, Any]) -> tuple[Array, Any]:
-    of_x, of_output = gradients
-    (first, *others), tree = jax.tree.flatten(of_output)
-    return of_x, jax.tree.unflatten(tree, [when_there(first, of_x), *others])
-
-
-_after.defvjp(lambda x, output: (_after(x, output), None), _after_backward)
-
-
-def when_there(tree: Any, awaited: Any) -> Any:
-    """Returns the tree; on a CPU, what uses it begins only when every leaf of `awaited` is there.
-
-    XLA:CPU begins whatever has its operands. Two passes at a time take the caches from each other,
-    and each keeps all its activations in memory. Elsewhere the order is left to XLA.
-    """
-    if stacks_members():
-        return tree
-    # Nothing is above infinity, which XLA does not know. A barrier would not last: XLA:CPU removes
-    # it before it orders what it runs.
-    one_of_each = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(awaited))
-    return jax.tree.map(lambda leaf: jnp.where(one_of_each > jnp.inf, 0, leaf), tree)
-
-
-def stacks_members() -> bool:
-    """Returns whether members are computed at the same time, by `vmap`: everywhere but on a CPU.
-
-    A CPU takes one member after the other: its caches hold the activations of one, but not of all.
-    A training step of 4 WRN-10-2s with batch 64 takes 0.89 of the time so.
-    """
-    return jax.default_backend() != 'cpu'
+    return order.each_member(member, variables, x)
 
 
 def combine(member_logits: Array, how: str) -> Array:
@@ -189,7 +121,7 @@ def of_networks(networks: Sequence[Network], how: str) -> Network:
             functools.partial(network.log_probs, v)
             for network, v in zip(networks, variables, strict=True)
         ]
-        return jnp.stack(_in_turn(of_each, x))
+        return jnp.stack(order.in_turn(of_each, x))
 
     return Network(
         member_logits,

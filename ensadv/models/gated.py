@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ensadv.cpu import conv
+from ensadv.models import conv
 from ensadv.models.base import ImageNetwork, conv_init
 
 
@@ -14,7 +14,7 @@ class Gate(nn.Module):
 
     Attributes:
       width: channels of the first convolution; the second has twice as many.
-      conv: which convolution, see `ensadv.conv.get`.
+      conv: which convolution, see `models.conv.get`.
     """
 
     width: int

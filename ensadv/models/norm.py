@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ensadv.cpu.means import channel_mean
+
 
 class BatchNorm(nn.Module):
     """Batch norm over all axes but the last; its variables are those of `nn.BatchNorm`.
@@ -98,14 +100,5 @@ normalise.defvjp(_forward, _backward)
 
 def _means(arrays: tuple[Array, ...], axis_name: str | None = None) -> tuple[Array, ...]:
     """Returns the means over all axes but the last, and over a mapped axis."""
-    means = tuple(map(_mean, arrays))
+    means = tuple(map(channel_mean, arrays))
     return lax.pmean(means, axis_name) if axis_name else means
-
-
-def _mean(array: Array) -> Array:
-    array = array.reshape(len(array), -1, array.shape[-1])
-    if jax.default_backend() != 'cpu':
-        return jnp.mean(array, axis=(0, 1))
-    ones = jnp.ones(array.shape[:2])
-    sums = jnp.einsum('nm,nmc->nc', ones, array, precision='highest')
-    return jnp.sum(sums, axis=0) / ones.size

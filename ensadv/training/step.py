@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ensadv.cpu import order
 from ensadv.models import ensemble
 from ensadv.training.objectives import Metrics, Objective, Predict
 from ensadv.training.optim import TrainState
@@ -56,7 +57,7 @@ def descend(
     gradient, total, batch_stats, metrics = None, 0, state.batch_stats, {}
     for term in objective.terms:
         if gradient is not None:
-            x, x_adv = ensemble.when_there((x, x_adv), gradient)
+            x, x_adv = order.wait_for(gradient, (x, x_adv))
         added, (loss, batch_stats, found) = jax.grad(weighted, has_aux=True)(
             state.params, batch_stats, term, x, x_adv
         )

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 
 from ensadv import build, prng
 from ensadv import config as config_lib
+from ensadv.cpu import order
 from ensadv.data import batches, datasets
 from ensadv.errors import ConfigError, TrainingError, UserError
-from ensadv.models import ensemble
 from ensadv.runtime import distributed, progress, stopping
 from ensadv.storage import checkpoints, environments, leases, metrics, workdir
 from ensadv.training import costs, from_config, nans
@@ -135,10 +135,7 @@ def make_train_steps(
 
         def one_step(state, keys, arrays):
             train_one = lambda state, keys: one_member(state, keys, arrays)
-            if ensemble.stacks_members():
-                state, values = jax.vmap(train_one)(state, keys)
-            else:
-                state, values = jax.lax.map(lambda member: train_one(*member), (state, keys))
+            state, values = order.each_learner(train_one, state, keys)
             return state, jax.tree.map(jnp.mean, values)
 
     # Traced once, and not again for the shapes of its metrics.
