@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import types
 
 import jax
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 @pytest.mark.parametrize('wanted', ['auto', 'cpu', 'gpu', 'tpu'])
 @pytest.mark.parametrize('found', ['cpu', 'gpu', 'tpu'])
 def test_only_the_kind_of_device_that_is_asked_for_will_do(monkeypatch, wanted, found):
-    monkeypatch.setattr(jax, 'default_backend', lambda: found)
+    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(platform=found)])
     if wanted in ('auto', found):
         distributed.check_device(wanted)
         return

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-from functools import partial
 
 import jax
 import numpy as np
@@ -19,9 +18,8 @@ from conftest import (
 from etils import epath
 
 from ensadv import build
-from ensadv.cpu import backend
 from ensadv.errors import ConfigError, TrainingError, UserError
-from ensadv.runtime import distributed, stopping
+from ensadv.runtime import stopping
 from ensadv.storage import checkpoints, files, leases
 from ensadv.storage import workdir as workdir_lib
 from ensadv.training import train
@@ -202,25 +200,6 @@ def test_separate_training_equals_single_runs(workdir):
             np.testing.assert_allclose(ours[i], expected[0], rtol=1e-3, atol=1e-4)
     kernels = [member['params']['conv']['kernel'] for member in members]
     assert np.max(np.abs(kernels[0] - kernels[1])) > 0.01
-
-
-@pytest.mark.parametrize('system', ['ensemble2adv', 'separate2adv'])
-def test_members_at_the_same_time_or_one_by_one_train_the_same(system, monkeypatch):
-    config = build.resolve(tiny_config(system))
-    dataset = build.dataset(config)
-    model = build.model(config, dataset.describe(), dtype='float32')
-    keys = train.learner_keys(config)
-    results = []
-    for stacks in (True, False):
-        monkeypatch.setattr(backend, 'is_cpu', lambda stacks=stacks: not stacks)
-        state = jax.jit(partial(train.init_state, config, model, dataset.image_shape))(keys)
-        train_steps = train.make_train_steps(config, model, dataset)
-        arrays, state, copies = distributed.replicate(
-            ((dataset.image_train, dataset.label_train), state, keys)
-        )
-        results.append(jax.device_get(train_steps(state, arrays, copies, np.int32(1))))
-    for stacked, looped in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(stacked, looped, rtol=1e-3, atol=1e-4)
 
 
 def test_seeds_differ_in_everything():

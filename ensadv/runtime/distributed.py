@@ -51,7 +51,7 @@ def check_device(kind: str) -> None:
     platforms = jax.config.jax_platforms
     told = f' (JAX_PLATFORMS={platforms})' if platforms else ''
     try:
-        found = jax.default_backend()
+        found = jax.devices()[0].platform
     except Exception as error:  # whatever JAX and its plugins raise
         cause = ' '.join(f'{error}'.split())[:300] or type(error).__name__
         raise UserError(f'device: JAX finds none to compute on{told}: {cause}') from error
