@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ensadv.cpu import backend, gradients, onednn, winograd
+from ensadv.cpu import backend, gradients, onednn
 from ensadv.cpu import conv as cpu_conv
 from ensadv.models import conv
 
@@ -104,44 +104,6 @@ def test_value_and_gradients_are_those_of_lax(size, window, strides, padding):
     assert_same(*both(strides, padding), *arrays(size, window))
 
 
-@pytest.fixture
-def always_winograd(monkeypatch):
-    """Small convolutions too."""
-    monkeypatch.setattr(cpu_conv, '_WINOGRAD_MULTIPLICATIONS', 0)
-
-
-@by_xla
-@pytest.mark.usefixtures('always_winograd')
-@pytest.mark.parametrize(
-    'size, channels, images_at_a_time',
-    [((6, 7), (32, 32), 4), ((5, 6), (32, 40), 2), ((2, 2), (32, 32), 3), ((1, 3), (40, 32), 1)],
-)
-def test_winograd(monkeypatch, size, channels, images_at_a_time):
-    monkeypatch.setattr(winograd, '_VALUES', images_at_a_time * math.prod(size) * channels[0])
-    functions = both(padding=((1, 1), (1, 1)))
-    x, w = arrays(size, channels=channels)
-    assert ' convolution(' not in jax.jit(functions[0]).lower(x, w).compile().as_text()
-    assert_same(*functions, x, w)
-
-
-@by_xla
-def test_small_convolutions_are_left_to_xla():
-    x, w = arrays(channels=(32, 32))
-    assert ' convolution(' in jax.jit(both()[0]).lower(x, w).compile().as_text()
-
-
-@by_xla
-def test_winograd_is_as_exact_as_float32():
-    x, w = arrays((32, 32), channels=(128, 64))  # large enough without being told
-    exact = lax.conv_general_dilated  # in float64, of the same values
-    with jax.enable_x64(True):
-        wide = [np.asarray(a, np.float64) for a in (x, w)]
-        expected = np.asarray(exact(*wide, (1, 1), 'SAME', dimension_numbers=DIMENSIONS))
-    ours, theirs = (np.abs(np.asarray(f(x, w)) - expected).max() for f in both())
-    assert ours < 1e-5 * np.abs(expected).max()
-    assert ours < 4 * theirs
-
-
 @by_xla
 @pytest.mark.parametrize(
     'size, window, padding',
@@ -179,7 +141,6 @@ def test_gradients_of_weights_are_products(
     assert_same(ours, theirs, x, w)
 
 
-@pytest.mark.usefixtures('always_winograd')
 @pytest.mark.parametrize('channels', [(32, 32), (3, 16)])
 def test_fast_paths_in_vmap_and_twice_differentiated(channels):
     ours, theirs = both()
@@ -195,7 +156,6 @@ def test_fast_paths_in_vmap_and_twice_differentiated(channels):
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
 
-@pytest.mark.usefixtures('always_winograd')
 @pytest.mark.parametrize('channels', [(32, 32), (3, 16)])
 @pytest.mark.parametrize('preferred', [None, jnp.float32])
 def test_fast_paths_are_of_float32_alone(channels, preferred):
@@ -457,28 +417,6 @@ def test_pads_that_onednn_may_not_take_are_left_to_xla(size, window, padding):
     x, w = arrays(size, window, channels=(8, 5))
     assert operations(both(padding=padding)[0], x, w) == (0, 1)
     assert_same(*both(padding=padding), x, w)
-
-
-@by_onednn
-@pytest.mark.parametrize('remat', [False, True])
-def test_winograd_is_for_constant_weights(monkeypatch, remat):
-    monkeypatch.setattr(cpu_conv, '_WINOGRAD_MULTIPLICATIONS', 0)
-    x, w = arrays(channels=(128, 128))
-    ours, theirs = both()
-    wrap = jax.checkpoint if remat else lambda f: f
-
-    def loss(function, x, w):
-        return jnp.sum(jnp.tanh(wrap(jax.jit(function))(x, w) / 30))
-
-    of_images, of_both = (
-        operations(jax.grad(functools.partial(loss, ours), axes), x, w)[0] for axes in (0, (0, 1))
-    )
-    assert operations(ours, x, w) == (0, 0)
-    assert of_images == 0
-    assert of_both == 3
-    for axes in (0, 1, (0, 1)):
-        a, b = (jax.jit(jax.grad(functools.partial(loss, f), axes))(x, w) for f in (ours, theirs))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), a, b)
 
 
 @pytest.fixture

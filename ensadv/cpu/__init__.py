@@ -9,5 +9,4 @@ __all__ = [
     'order',
     'parts',
     'processor',
-    'winograd',
 ]

@@ -5,33 +5,22 @@ grouped convolutions, and for gradients in a loop, where it folds the transposit
 into the convolution. Hence `optimization_barrier`, which keeps the transposed operand an array of
 its own.
 
-Two kinds of convolution are matrix multiplications on the CPU instead: large ones with 3x3 kernels
-(`winograd`), and those of few input channels, as a network's first. So are, in float32, the input
-gradients where there is a stride, and the weight gradients of all convolutions but those of few
-input channels. With oneDNN so are strided input gradients, the weight gradients of 1x1 kernels,
-and large convolutions with 3x3 kernels whose weights are constant, as in attacks. Of few input
-channels, weight gradients are XLA's convolution in both.
+Convolutions of few input channels, as a network's first, are matrix multiplications on the CPU
+instead. So are, in float32, the input gradients where there is a stride, and the weight gradients
+of all convolutions but those of few input channels. With oneDNN so are strided input gradients and
+the weight gradients of 1x1 kernels. Of few input channels, weight gradients are XLA's convolution
+in both.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ensadv.cpu import backend, gradients, onednn, winograd
+from ensadv.cpu import backend, gradients, onednn
 
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
-# On two cores of an AMD EPYC, jaxlib 0.10.2: from so many channels on Winograd's convolution is
-# faster than XLA's (32 channels, 32x32, batch 64: 6.3 ms and 7.1; 128, 8x8: 3.4 and 5.8).
-_WINOGRAD_CHANNELS = 32
-# And faster than oneDNN's, where the weights are constant: an attack's step of a WRN-16-4, batch
-# 32, takes 0.89 of the time (two cores of an Intel Xeon with AVX-512). Where they are not, all
-# filters are transformed for each pass, and the two passes of training take 1.26 times as long.
-_WINOGRAD_CHANNELS_BEFORE_ONEDNN = 128
-# It takes 0.4 s longer to compile, which smaller ones than this do not earn.
-_WINOGRAD_MULTIPLICATIONS = 2**24
 # Up to so many channels XLA's convolution is far slower than matrix multiplications (an image's
 # 3 channels to 16, batch 64: 2.4 ms and 0.8, batch 128: 4.5 and 2.1; its input gradient, batch 64:
 # 4.0 and 0.8).
@@ -115,8 +104,6 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred, by_one
     by_onednn &= is_float32 and onednn.available() and _suits_onednn(*sizes)
     if by_onednn:
         functions = _by_onednn(conv_of, *sizes)
-    elif is_cpu and is_float32 and _winograd_pays(_WINOGRAD_CHANNELS, *sizes):
-        functions = winograd.conv, winograd.input_gradient, winograd.weight_gradient
     elif is_cpu:
         functions = _by_xla_cpu(conv_of, *sizes, dtype, is_float32)
     else:
@@ -126,11 +113,7 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred, by_one
     conv = _differentiable(_batched(forward, 1), lambda x, w, g: (dx(g, w), dw(x, g)))
     dx = _differentiable(_batched(input_gradient, 1), lambda g, w, x: (conv(x, w), dw(x, g)))
     dw = _differentiable(_batched(weight_gradient, None), lambda x, g, w: (dx(g, w), conv(x, w)))
-    if not (by_onednn and _winograd_pays(_WINOGRAD_CHANNELS_BEFORE_ONEDNN, *sizes)):
-        return conv
-    constant_conv, constant_dx = (_batched(f, 1) for f in (winograd.conv, winograd.input_gradient))
-    constant_dx = _differentiable(constant_dx, lambda g, w, x: (conv(x, w), dw(x, g)))
-    return _where_constant(constant_conv, constant_dx, conv, dx, dw)
+    return conv
 
 
 def _by_xla(conv_of, images, kernel, strides, padding, dtype):
@@ -216,38 +199,6 @@ def _suits_onednn(images, kernel, strides, padding):
         0 <= low < taps and 0 <= high < taps and n + low + high >= taps
         for n, taps, (low, high) in zip(images[1:], kernel[:2], padding, strict=True)
     )
-
-
-def _winograd_pays(channels, images, kernel, strides, padding):
-    """Whether it is a 3x3 convolution that is large enough, with so many channels at least."""
-    return (
-        (strides, kernel[:2]) == ((1, 1), (3, 3))
-        and all(tuple(pads) == (1, 1) for pads in padding)
-        and min(kernel[2:]) >= channels
-        and math.prod(images) * math.prod(kernel) >= _WINOGRAD_MULTIPLICATIONS
-    )
-
-
-def _where_constant(constant_conv, constant_dx, conv, dx, dw):
-    """Returns a convolution that is the constant one where the weights are not differentiated."""
-
-    @jax.custom_vjp
-    def function(x, w):
-        return constant_conv(x, w)
-
-    def forward(x, w):
-        if w.perturbed:
-            return conv(x.value, w.value), (x.value, w.value)
-        return constant_conv(x.value, w.value), (None, w.value)
-
-    def backward(saved, g):
-        x, w = saved
-        if x is None:
-            return constant_dx(g, w), None
-        return dx(g, w), dw(x, g)
-
-    function.defvjp(forward, backward, symbolic_zeros=True)
-    return function
 
 
 def _differentiable(function, gradients):
