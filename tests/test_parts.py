@@ -48,17 +48,6 @@ def test_keys_are_split_as_well():
 
 
 @pytest.mark.parametrize(
-    'shapes, values, size',
-    [(((6, 10),), 20, 2), (((6, 10),), 10, 1), (((6, 10),), 60, 6), (((6, 10),), 1000, 6),
-     # Two parts of 4 and 3, not of 6 and 1; the larger array counts; one example at least.
-     (((7, 10),), 40, 4), (((6, 10), (6, 40)), 80, 2), (((6, 10),), 1, 1)],
-)  # fmt: skip
-def test_the_size_of_parts_follows_the_values_of_an_example(shapes, values, size):
-    arrays = [np.zeros(shape) for shape in shapes]
-    assert parts.size_of_parts(values, *arrays) == size
-
-
-@pytest.mark.parametrize(
     'n, side, at_a_time',
     [(1, 32, 1), (7, 32, 7), (8, 32, 8), (50, 32, 10), (61, 32, 31), (64, 32, 8), (360, 32, 8),
      (16, 64, 8),

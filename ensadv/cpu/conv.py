@@ -5,11 +5,9 @@ grouped convolutions, and for gradients in a loop, where it folds the transposit
 into the convolution. Hence `optimization_barrier`, which keeps the transposed operand an array of
 its own.
 
-Convolutions of few input channels, as a network's first, are matrix multiplications on the CPU
-instead. So are, in float32, the input gradients where there is a stride, and the weight gradients
-of all convolutions but those of few input channels. With oneDNN so are strided input gradients and
-the weight gradients of 1x1 kernels. Of few input channels, weight gradients are XLA's convolution
-in both.
+With oneDNN strided input gradients, and those of few input channels, are matrix multiplications,
+and so are the weight gradients of 1x1 kernels. Of few input channels, as a network's first, weight
+gradients are XLA's convolution.
 """
 
 import functools
@@ -99,13 +97,11 @@ def _build(images, kernel, strides, padding, precision, dtype, preferred, by_one
         preferred_element_type=preferred,
     )
     sizes = images, kernel, strides, padding
-    is_cpu = backend.is_cpu()
     is_float32 = dtype == jnp.float32 and preferred in (None, dtype)
-    by_onednn &= is_float32 and onednn.available() and _suits_onednn(*sizes)
-    if by_onednn:
+    if by_onednn and is_float32 and onednn.available() and _suits_onednn(*sizes):
         functions = _by_onednn(conv_of, *sizes)
-    elif is_cpu:
-        functions = _by_xla_cpu(conv_of, *sizes, dtype, is_float32)
+    elif backend.is_cpu():
+        functions = _by_xla_cpu(conv_of, *sizes, dtype)
     else:
         functions = _by_xla(conv_of, *sizes, dtype)
     forward, input_gradient, weight_gradient = functions
@@ -143,7 +139,7 @@ def _by_onednn(conv_of, images, kernel, strides, padding):
             conv_of, x, g, window, strides, padding
         )
     elif _is_of_pixels(window, padding):
-        weight_gradient = lambda x, g: gradients.product_of_pixels(x, g, strides)
+        weight_gradient = lambda x, g: gradients.products_of_windows(x, g, window, strides, padding)
     else:
         weight_gradient = lambda x, g: gradients.images_as_channels(x, g, window, strides, padding)
     if few or strides != (1, 1):
@@ -155,28 +151,19 @@ def _by_onednn(conv_of, images, kernel, strides, padding):
     return forward, input_gradient, weight_gradient
 
 
-def _by_xla_cpu(conv_of, images, kernel, strides, padding, dtype, is_float32):
-    """Returns the convolution and its two gradients, as XLA:CPU is fast."""
-    size, window = images[1:], kernel[:2]
+def _by_xla_cpu(conv_of, images, kernel, strides, padding, dtype):
+    """Returns the convolution and its two gradients, without oneDNN: for any CPU and dtype."""
     forward = lambda x, w: conv_of(x, w, strides, padding)
 
     def input_gradient(g, w):
         w = w.astype(g.dtype)
-        return gradients.input_gradient(conv_of, g, w, size, strides, padding).astype(dtype)
+        return gradients.input_gradient(conv_of, g, w, images[1:], strides, padding).astype(dtype)
 
     def weight_gradient(x, g):
+        # Not a convolution, which XLA may give to Eigen, whose sums of many values may be wrong.
         x = x.astype(g.dtype)
-        return gradients.weight_gradient(conv_of, x, g, window, strides, padding).astype(dtype)
+        return gradients.products_of_windows(x, g, kernel[:2], strides, padding).astype(dtype)
 
-    few = is_float32 and _few_come_in(kernel, strides)
-    if few:
-        forward = lambda x, w: gradients.conv_of_patches(x, w, padding)
-    if few or (is_float32 and strides != (1, 1)):
-        input_gradient = lambda g, w: gradients.sum_of_patches(g, w, size, strides, padding)
-    if is_float32 and _is_of_pixels(window, padding):
-        weight_gradient = lambda x, g: gradients.product_of_pixels(x, g, strides)
-    elif is_float32 and not few:
-        weight_gradient = lambda x, g: gradients.products_of_windows(x, g, window, strides, padding)
     return forward, input_gradient, weight_gradient
 
 

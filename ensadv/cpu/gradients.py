@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ensadv.cpu import onednn
-from ensadv.cpu.parts import in_parts, size_of_parts
+from ensadv.cpu.parts import in_parts
 
-# Of the images, or of their gradients, that `products_of_windows` takes at a time.
-_VALUES = 2**19
 # `images_as_channels` takes at most so many images at a time, or a multiple of that which has no
 # more values than _VALUES_OF_BOTH, with their gradients. So a step of IFGSM-1 takes 0.95 of the
 # time that it took with the channels as a third spatial axis (WRN-10-2, batch 64; WRN-16-4, batch
@@ -67,21 +65,6 @@ def _of_phases(phase, g, w, size, strides, padding):
     return x[:, : size[0], : size[1]]
 
 
-def conv_of_patches(x, w, padding):
-    """conv(x, w) of stride 1: a matrix multiplication, for all of the kernel's rows at once.
-
-    Its left operand are the values that the row of a window sees; what the kernel's rows give is
-    added up, each a row further on.
-    """
-    x = _pad(x, padding)
-    rows, columns = (n - taps + 1 for n, taps in zip(x.shape[1:3], w.shape, strict=False))
-    windows = [x[:, :, b : b + columns] for b in range(w.shape[1])]
-    patches = lax.optimization_barrier(jnp.concatenate(windows, axis=-1))
-    kernel = lax.optimization_barrier(w.reshape(w.shape[0], -1, w.shape[3]).swapaxes(0, 1))
-    products = lax.optimization_barrier(jnp.einsum('nhwp,pao->nhwao', patches, kernel))
-    return sum(products[:, a : a + rows, :, a] for a in range(w.shape[0]))
-
-
 def sum_of_patches(g, w, size, strides, padding):
     """d/dx of conv(x, w) . g: g's part of every window's gradient, added up.
 
@@ -115,38 +98,22 @@ def _pad(x, pads):
     return lax.pad(x, jnp.zeros((), x.dtype), (none, *spatial, *[none] * (x.ndim - 3)))
 
 
-def product_of_pixels(x, g, strides):
-    """d/dw of conv(x, w) . g for a 1x1 kernel without padding, [1, 1, I, O].
+def products_of_windows(x, g, window, strides, padding):
+    """d/dw of conv(x, w) . g, [*window, I, O]: a product for each place in the window."""
+    x = _pad(x, padding)
+    ends = [(n - 1) * s + 1 for n, s in zip(g.shape[1:3], strides, strict=True)]
 
-    Convolved (see `weight_gradient`) it took three to six times as long: 32 to 64 channels,
-    stride 2, 32x32, batch 64: 4.0 ms and 1.4; 16 to 160, stride 1: 20.8 and 3.6.
-    """
-    x = lax.optimization_barrier(x[:, :: strides[0], :: strides[1]])
-    return (_pixels(x).T @ _pixels(g))[None, None]
+    def product(a, b):
+        seen = x[:, a : a + ends[0] : strides[0], b : b + ends[1] : strides[1]]
+        return _pixels(lax.optimization_barrier(seen)).T @ _pixels(g)
+
+    products = [product(a, b) for a, b in itertools.product(*map(range, window))]
+    return jnp.stack(products).reshape(*window, x.shape[3], g.shape[3])
 
 
 def _pixels(images):
     """Images [N, H, W, C] as [N H W, C]: XLA would transpose them for a product of four axes."""
     return images.reshape(-1, images.shape[3])
-
-
-def products_of_windows(x, g, window, strides, padding):
-    """d/dw of conv(x, w) . g, [*window, I, O]: a product for each place in the window.
-
-    Alone this takes about as long as `weight_gradient`. But in a step that one's transposition of
-    all images is slow: a step of IFGSM-1 of a WRN-10-2 with batch 64 takes 0.97 of the time with
-    this one (median of 9 turns, two cores of an AMD EPYC).
-    """
-
-    def images(x, g):
-        x = lax.optimization_barrier(_pad(x, padding))
-        ends = [(n - 1) * s + 1 for n, s in zip(g.shape[1:3], strides, strict=True)]
-        seen = lambda a, b: x[:, a : a + ends[0] : strides[0], b : b + ends[1] : strides[1]]
-        places = itertools.product(*map(range, window))
-        return jnp.stack([_pixels(seen(a, b)).T @ _pixels(g) for a, b in places])[None]
-
-    w = jnp.sum(in_parts(images, size_of_parts(_VALUES, x, g), x, g), axis=0)
-    return w.reshape(*window, x.shape[3], g.shape[3])
 
 
 def images_as_channels(x, g, window, strides, padding):

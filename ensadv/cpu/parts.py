@@ -45,16 +45,6 @@ def in_parts(f: Callable[..., Any], size: int, *batch: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
 
-def size_of_parts(values: int, *arrays: jax.Array) -> int:
-    """Returns how many examples at a time have about `values` values in the largest array.
-
-    It is B over a whole number of parts, rounded up, for arrays [B, ...].
-    """
-    n = len(arrays[0])
-    largest = max(array.size for array in arrays)
-    return math.ceil(n / max(1, round(largest / values)))
-
-
 def by_network(
     f: Callable[..., Any], *batch: Any, fewest: int = FEWEST_IMAGES, wanted: Any = None
 ) -> Any:
