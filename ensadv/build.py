@@ -18,8 +18,6 @@ from ml_collections import ConfigDict
 import ensadv
 from ensadv import config as config_lib
 from ensadv import prng
-from ensadv.cpu import conv as cpu_conv
-from ensadv.cpu import parts
 from ensadv.data import checks, datasets
 from ensadv.errors import ConfigError
 from ensadv.models import conv, ensemble
@@ -205,21 +203,4 @@ def network(config: ConfigDict, dataset: Mapping[str, Any]) -> ensemble.Network:
         partial(ensemble.apply, module),
         config.ensemble.combine,
         jax.eval_shape(lambda: ensemble.init(module, prng.key(0), k, shape)),
-        images_at_a_time(config),
     )
-
-
-def images_at_a_time(config: ConfigDict) -> int:
-    """Returns how many 32x32 images an attack takes at a time on a CPU, at least.
-
-    With oneDNN's convolutions more, as they are quick and threads take time to start, but no more
-    than have 1,024 channels together before the network makes them smaller. The time of a step of
-    IFGSM-7 with 8, 16, 32 and 64 images at a time, over the least: WRN-10-2 (32 channels), batch
-    64: 1.12, 1.05, 1.00, 1.02; WRN-16-4 (64), batch 32: 1.03, 1.00, 1.04 (two cores of an Intel
-    Xeon, medians of 5 and 7 turns). Evaluation by IFGSM-20, of 360 images and the WRN-10-2, with
-    9, 12, 18, 36 and 60: 1.16, 1.11, 1.03, 1.00, 1.01 (medians of 3).
-    """
-    if not cpu_conv.uses_onednn(config.model.conv):
-        return parts.FEWEST_IMAGES
-    channels = 16 * config.model.width  # of both networks
-    return max(parts.FEWEST_IMAGES, min(32, 1024 // channels))

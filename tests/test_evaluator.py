@@ -157,6 +157,7 @@ def test_an_example_is_attacked_alike_whichever_others_are_evaluated(long):
 
 
 def test_results_do_not_depend_on_the_batch_size(monkeypatch):
+    monkeypatch.setattr(parts, '_IMAGES', 8)
     monkeypatch.setattr(parts, '_VALUES', 1)  # or such small images were not taken in parts
     results = [evaluate(Ripples(), 'pgd5', batch_size=b, epsilon=0.05) for b in (17, 3, 16)]
     for result in results[1:]:
@@ -234,6 +235,7 @@ def test_an_attack_in_batches_is_the_attack_as_a_whole(name):
 # 16 are two parts, one of which is not computed where 8 or fewer are left.
 @pytest.mark.parametrize('name, batch_size', [('ifgsm60', 16), ('pgd60', 7)])
 def test_packing_changes_no_verdict(name, batch_size, stay, restarts, monkeypatch):
+    monkeypatch.setattr(parts, '_IMAGES', 8)
     monkeypatch.setattr(parts, '_VALUES', 1)
     images, labels = ripples()
     changes = RIPPLES | {

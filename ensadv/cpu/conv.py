@@ -26,11 +26,6 @@ _FEW_INPUTS = 4
 _TIMES_AS_MANY_OUTPUTS = 4  # at least; where fewer come out nothing was measured
 
 
-def uses_onednn(kind):
-    """Returns whether the convolution of this kind is oneDNN's here, in float32."""
-    return kind in ('auto', 'onednn') and onednn.available()
-
-
 def separate(
     lhs,
     rhs,

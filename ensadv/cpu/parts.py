@@ -10,14 +10,10 @@ import numpy as np
 
 from ensadv.cpu import backend
 
-# Of a network on a CPU, for 32x32 images; of smaller ones more, or starting threads would take
-# longer than computing. The time of a whole step of IFGSM-7 whose attack takes so many images at a
-# time, over that with all at once (two cores of an AMD EPYC, medians of 5 to 7 turns): WRN-10-2,
-# batch 64: 4 images 1.11, 8 0.95, 16 0.95, 32 0.97; WRN-16-4, batch 32: 4 1.01, 8 0.97, 16 0.98.
-# IFGSM-20 of 180 images takes 0.86 of the time with 9. But of 360 8x8 digits 6.4 times the time
-# with 8.
-FEWEST_IMAGES = 8
-_VALUES = FEWEST_IMAGES * 32 * 32 * 3  # at least so many in the images of a part
+# Images that a network takes at a time, at least: of fewer, starting threads takes longer than
+# computing; the activations of many more are in no cache. Of images smaller than 32x32 more.
+_IMAGES = 32
+_VALUES = 32 * 32 * 3
 _TIMES_AS_MANY = 4  # images at most, so that a number is found that nearly divides the batch
 _FILLING = 1 / 32  # at most so many images more than the batch has
 
@@ -45,9 +41,7 @@ def in_parts(f: Callable[..., Any], size: int, *batch: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
 
-def by_network(
-    f: Callable[..., Any], *batch: Any, fewest: int = FEWEST_IMAGES, wanted: Any = None
-) -> Any:
+def by_network(f: Callable[..., Any], *batch: Any, wanted: Any = None) -> Any:
     """Returns f(*batch) for an f that runs a network: on a CPU for few images at a time.
 
     In parts of one size only, or the network would be compiled for each. Copies of the last example
@@ -55,14 +49,13 @@ def by_network(
 
     Args:
       f, batch: as for `in_parts`, with a result for each example; the images are the largest leaf.
-      fewest: 32x32 images at a time, at least.
       wanted: bool [n], which examples' results are wanted; None: all. Parts without any are not
         computed on a CPU, and their results are zeros there.
     """
     leaves = jax.tree.leaves(batch)
     n = len(leaves[0])
-    values = _VALUES * fewest / FEWEST_IMAGES
-    fewest = max(fewest, math.ceil(values * n / max(leaf.size for leaf in leaves)))
+    largest_leaf = max(leaf.size for leaf in leaves)
+    fewest = max(_IMAGES, math.ceil(_IMAGES * _VALUES * n / largest_leaf))
     filled = lambda size: math.ceil(n / size) * size
     largest = min(_TIMES_AS_MANY * fewest, n)
     sizes = [m for m in range(fewest, largest + 1) if filled(m) <= n * (1 + _FILLING)]

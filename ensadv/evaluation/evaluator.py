@@ -295,8 +295,7 @@ class Evaluator:
         def of_batch(*args):
             *shared, (is_example, batch) = args
             of_part = partial(f, self.network, rest, *shared)
-            fewest = self.network.images_at_a_time
-            return parts.by_network(of_part, batch, fewest=fewest, wanted=is_example)
+            return parts.by_network(of_part, batch, wanted=is_example)
 
         if kind not in self._compiled:
             self._compiled[kind] = distributed.map_examples(of_batch, num_shared)

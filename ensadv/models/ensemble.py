@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from ensadv.cpu import order
-from ensadv.cpu.parts import FEWEST_IMAGES
 
 Variables = dict[str, Any]
 
@@ -94,13 +93,11 @@ class Network(NamedTuple):
       member_logits: (variables, images [B, H, W, C]) -> logits [k, B, classes].
       combine: how members' outputs become one, see `combine`.
       variables: what `member_logits` takes, as jax.ShapeDtypeStructs.
-      images_at_a_time: how many 32x32 images a CPU takes at a time, at least.
     """
 
     member_logits: Callable[[Any, Array], Array]
     combine: str
     variables: Any
-    images_at_a_time: int = FEWEST_IMAGES
 
     def log_probs(self, variables: Any, x: Array) -> Array:
         """Returns the ensemble's log-probabilities, [B, classes], of images [B, H, W, C]."""
@@ -123,9 +120,4 @@ def of_networks(networks: Sequence[Network], how: str) -> Network:
         ]
         return jnp.stack(order.in_turn(of_each, x))
 
-    return Network(
-        member_logits,
-        how,
-        [network.variables for network in networks],
-        min(network.images_at_a_time for network in networks),
-    )
+    return Network(member_logits, how, [network.variables for network in networks])

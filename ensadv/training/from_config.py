@@ -10,7 +10,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from ensadv import build, losses
+from ensadv import losses
 from ensadv.attacks import driver, registry
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.cpu import parts
@@ -53,7 +53,7 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
 
     def in_parts(log_prob_fn, rng, x, y, **settings):
         of_part = partial(of_batch, log_prob_fn, **settings)
-        return parts.by_network(of_part, rng, x, y, fewest=build.images_at_a_time(config))
+        return parts.by_network(of_part, rng, x, y)
 
     return in_parts
 
