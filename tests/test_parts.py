@@ -3,10 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
 
 from ensadv.cpu import backend, parts
-from ensadv.training import from_config
 
 
 def rows(n):
@@ -112,20 +110,3 @@ def test_few_that_are_wanted_cost_few_parts():
 def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
     monkeypatch.setattr(backend, 'is_cpu', lambda: False)
     assert parts.by_network(lambda batch: [len(batch['y'])], pictures(64)) == [64]
-
-
-@pytest.mark.parametrize('batch_norm, at_a_time', [('running', 32), ('batch', 64)])
-def test_training_attacks_a_few_images_unless_they_share_statistics(batch_norm, at_a_time):
-    fields = {'attack.batch_norm': batch_norm, 'attack.steps': 1, 'model.conv': 'separate'}
-    config = tiny_config(**fields)
-    seen = []
-
-    def log_probs(images):
-        seen.append(len(images))
-        return jax.nn.log_softmax(images.reshape(len(images), -1)[:, :3])
-
-    x, y = np.full((64, 32, 32, 3), 0.5, np.float32), np.zeros(64, np.int32)
-    keys = jax.random.split(jax.random.key(0), 64)
-    x_adv = from_config.training_attack(config)(log_probs, keys, x, y)
-    assert x_adv.shape == x.shape
-    assert set(seen) == {at_a_time}

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +12,6 @@ from ml_collections import ConfigDict
 from ensadv import losses
 from ensadv.attacks import driver, registry
 from ensadv.attacks.threat_model import ThreatModel
-from ensadv.cpu import parts
 from ensadv.training import optim
 from ensadv.training.objectives import OBJECTIVES, Objective
 
@@ -44,18 +42,11 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
     found = {'attack': attack.name, **attack.to_dict(), 'loss': losses.LOSSES[attack.loss]}
     made, threat = registry.make(found), ThreatModel.of(config)
 
-    def of_batch(log_prob_fn, rng, x, y, num_steps=attack.steps):
+    def of_training(log_prob_fn, rng, x, y, num_steps=attack.steps):
         one = dataclasses.replace(made, steps=num_steps)
         return driver.last_iterate(one, log_prob_fn, threat, rng, x, y)
 
-    if attack.batch_norm == 'batch':  # the images' statistics are of all of them
-        return of_batch
-
-    def in_parts(log_prob_fn, rng, x, y, **settings):
-        of_part = partial(of_batch, log_prob_fn, **settings)
-        return parts.by_network(of_part, rng, x, y)
-
-    return in_parts
+    return of_training
 
 
 def objective(config: ConfigDict) -> Objective:
