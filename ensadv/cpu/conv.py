@@ -5,9 +5,7 @@ grouped convolutions, and for gradients in a loop, where it folds the transposit
 into the convolution. Hence `optimization_barrier`, which keeps the transposed operand an array of
 its own.
 
-With oneDNN strided input gradients, and those of few input channels, are matrix multiplications,
-and so are the weight gradients of 1x1 kernels. Of few input channels, as a network's first, weight
-gradients are XLA's convolution.
+Where oneDNN is slower at something, matrix multiplications or XLA's convolution take its place.
 """
 
 import functools
@@ -19,11 +17,10 @@ from jax import lax
 from ensadv.cpu import backend, gradients, onednn
 
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
-# Up to so many channels XLA's convolution is far slower than matrix multiplications (an image's
-# 3 channels to 16, batch 64: 2.4 ms and 0.8, batch 128: 4.5 and 2.1; its input gradient, batch 64:
-# 4.0 and 0.8).
+# Up to so many input channels, and at least so many times as many output channels, matrix
+# multiplications are faster than oneDNN's gradient of the images.
 _FEW_INPUTS = 4
-_TIMES_AS_MANY_OUTPUTS = 4  # at least; where fewer come out nothing was measured
+_TIMES_AS_MANY_OUTPUTS = 4
 
 
 def separate(
@@ -127,8 +124,6 @@ def _by_onednn(conv_of, images, kernel, strides, padding):
     size, window = images[1:], kernel[:2]
     forward = lambda x, w: onednn.conv(x, w, strides, padding)
     few = _few_come_in(kernel, strides)
-    # Of few input channels and of pixels by oneDNN, a step of IFGSM-1 takes 1.03 times as long
-    # (WRN-10-2, batch 64; WRN-16-4, batch 32: 1.015; medians of 11 turns).
     if few:
         weight_gradient = lambda x, g: gradients.weight_gradient(
             conv_of, x, g, window, strides, padding

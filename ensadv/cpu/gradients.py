@@ -14,15 +14,10 @@ from ensadv.cpu import onednn
 from ensadv.cpu.parts import in_parts
 
 # `images_as_channels` takes at most so many images at a time, or a multiple of that which has no
-# more values than _VALUES_OF_BOTH, with their gradients. So a step of IFGSM-1 takes 0.95 of the
-# time that it took with the channels as a third spatial axis (WRN-10-2, batch 64; WRN-16-4, batch
-# 32: 0.95), with 16 images always 0.95 and 0.94, with 32 0.97 and 0.94, with all at once 0.98 and
-# 0.94 (medians of 11 or 21 turns, two cores of an Intel Xeon with AVX-512).
+# more values than _VALUES_OF_BOTH, with their gradients: a cache holds these.
 _IMAGES = 16
 _VALUES_OF_BOTH = 3 * 2**18
-# And so many channels in a block; of more than four such blocks it makes two. Alone, 16 to 32
-# channels, 32x32, batch 64, take 5.5 ms with 8 and 6.5 with 16; 32 to 32 take 8.5, and 9.2 with 16
-# or 32.
+# And so many channels in a block; of more than four such blocks it makes two.
 _CHANNELS = 8
 
 
@@ -68,9 +63,7 @@ def _of_phases(phase, g, w, size, strides, padding):
 def sum_of_patches(g, w, size, strides, padding):
     """d/dx of conv(x, w) . g: g's part of every window's gradient, added up.
 
-    For stride 2 and 3x3 kernels, in a loop, this takes 0.75 to 0.90 of `input_gradient`'s CPU time
-    with 8 images and 0.85 to 0.98 with 64 (from 32 to 64 channels up to 160 to 320; on two cores of
-    an AMD EPYC). Of 1x1 kernels both are products.
+    Where there is a stride it is faster than `input_gradient`.
     """
     # Transposed by itself, so that a loop over g does it once.
     kernel = lax.optimization_barrier(w.transpose(3, 0, 1, 2))
