@@ -362,8 +362,8 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             start, state = saved.restore_newest(abstract) or (0, None)
             if state is None:
                 state = distributed.replicate(jax.jit(make_state)(learner_keys(config)))
-            examine = nans.make_examine(config, dataset, partial(draw_batch, config), arrays, keys)
-            raise nans.explained(error, config, start, state, advance, examine) from None
+            find = nans.make_find(config, dataset, partial(draw_batch, config), arrays, keys)
+            raise nans.explained(error, start, state, advance, find) from None
 
 
 class _Writer:
