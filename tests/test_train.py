@@ -117,7 +117,7 @@ def test_a_signal_while_a_snapshot_is_evaluated(workdir, monkeypatch):
 
 def test_two_trainers_in_one_workdir(workdir):
     config = tiny_config('singleadv')
-    other = leases.Claims(workdir / 'claims')
+    other = leases.open_leases(workdir)
     assert other.take(train.LOCK)
     with pytest.raises(UserError, match=f'is being trained in by .* pid {os.getpid()}'):
         train.run(config, workdir)
@@ -130,7 +130,7 @@ def test_two_trainers_in_one_workdir(workdir):
 def test_a_trainer_that_lost_its_workdir_writes_no_more(workdir, monkeypatch):
     """As after a laptop's sleep, when another machine has taken the run over."""
     config = tiny_config('singleadv')
-    monkeypatch.setattr(leases.Claims, 'still_held', lambda self, name: False)
+    monkeypatch.setattr(leases.Leases, 'still_held', lambda self, name: False)
     with pytest.raises(TrainingError, match='another process trains here'):
         train.run(config, workdir)
     assert checkpoints.open_checkpoints(workdir, 3).steps() == []

@@ -27,7 +27,7 @@ from ensadv.storage import checkpoints, environments, leases, metrics, workdir
 from ensadv.training import costs, from_config, nans, steps
 from ensadv.training.optim import TrainState
 
-LOCK = 'train'  # name of the claim that one process at a time holds on a workdir, to train in it
+LOCK = 'train'  # name of the lease that one process at a time holds on a workdir, to train in it
 CALL_SECONDS = 5.0  # a call of several steps should not take longer
 
 
@@ -310,7 +310,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
         'operations': costs.operations(config, description)._asdict(),
     }
     keep = config.train.checkpoints_to_keep
-    lock = leases.Claims(workdir_path / 'claims')
+    lock = leases.open_leases(workdir_path)
     with contextlib.ExitStack() as stack:
         stack.callback(lock.close)
         if holder := distributed.agree(lock.take_over(LOCK) if distributed.is_main() else None):
