@@ -21,7 +21,7 @@ from ensadv.models import ensemble
 from ensadv.models.base import ImageNetwork
 from ensadv.runtime import distributed
 from ensadv.storage import checkpoints
-from ensadv.training import nans, train
+from ensadv.training import nans, streams, train
 
 
 @jax.custom_vjp
@@ -86,12 +86,12 @@ def finder(config):
     config = build.resolve(config)
     dataset = build.dataset(config)
     model = build.model(config, dataset.describe(), dtype='float32')
-    keys = train.learner_keys(config)
+    keys = streams.learner_keys(config)
     state = jax.jit(partial(train.init_state, config, model, dataset.image_shape))(keys)
     arrays, state, keys = distributed.replicate(
         ((dataset.image_train, dataset.label_train), state, keys)
     )
-    return state, nans.make_find(config, dataset, partial(train.draw_batch, config), arrays, keys)
+    return state, nans.make_find(config, dataset, partial(streams.draw_batch, config), arrays, keys)
 
 
 @pytest.fixture(scope='module')
@@ -260,7 +260,7 @@ def test_the_layer_is_found_when_the_run_goes_on(workdir, monkeypatch, small):
     dataset = build.dataset(config)
     model = build.model(config, dataset.describe(), dtype='float32')
     like = jax.eval_shape(
-        lambda: train.init_state(config, model, dataset.image_shape, train.learner_keys(config))
+        lambda: train.init_state(config, model, dataset.image_shape, streams.learner_keys(config))
     )
     state = checkpoints.open_checkpoints(workdir, 3).restore(4, like)
     x = jnp.asarray(dataset.image_train[:8], jnp.float32) / 255
