@@ -376,13 +376,13 @@ def test_an_infinite_running_variance_is_not_saved_although_loss_and_weights_are
 def test_a_run_whose_steps_are_finite_the_second_time_says_so():
     error = nans.NotFiniteError(4, 6)
     state = {'step': jnp.int32(4), 'weights': jnp.zeros(2)}
-    told = nans.explained(error, 4, state, a_run(None), None)
+    told = nans.error_with_place(error, 4, state, a_run(None), None)
     assert 'from the checkpoint of step 4, all steps to 6 were finite' in str(told)
     state = {'step': jnp.int32(4), 'weights': jnp.zeros(2)}
-    told = nans.explained(error, 4, state, a_run(5), lambda state: None)
+    told = nans.error_with_place(error, 4, state, a_run(5), lambda state: None)
     assert str(told).startswith('the step from 5 to 6 is not finite, but computed once more')
     assert 'rounding decides' in str(told)
-    assert 'the beginning' in str(nans.unexplained(error, 0))
+    assert 'the beginning' in str(nans.error_with_advice(error, 0))
 
 
 def test_the_field_may_change_and_is_true_or_false():

@@ -72,7 +72,7 @@ def initialize() -> None:
       UserError: if the variables make no sense, or the processes do not find each other.
     """
     global _peers
-    address, count, index = _given()
+    address, count, index = _environment_settings()
     if count is None:
         count = _detected_count()
     if count == 1:
@@ -98,7 +98,7 @@ def initialize() -> None:
         logging.set_verbosity(logging.WARNING)
 
 
-def _given() -> tuple[str | None, int | None, int | None]:
+def _environment_settings() -> tuple[str | None, int | None, int | None]:
     """Returns the coordinator's address, the number of processes and this one's, as told."""
     address = os.environ.get('JAX_COORDINATOR_ADDRESS')
     numbers = []
@@ -335,13 +335,13 @@ def run_on_devices(
         return lambda *args: mapped(*args, unused)
     sharding = replicated()
 
-    def of_all_processes(leaf):
+    def global_array(leaf):
         # Among several processes pmap returns arrays of this process alone. As parts of arrays of
         # all, without a copy, Orbax takes them, and pmap as its next argument.
         shards = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
-    return lambda *args: jax.tree.map(of_all_processes, mapped(*args, unused))
+    return lambda *args: jax.tree.map(global_array, mapped(*args, unused))
 
 
 def map_examples(f: Callable[..., Any], num_shared: int) -> Callable[..., Any]:

@@ -192,7 +192,7 @@ class Leases:
     def still_held(self, name: str) -> bool:
         """Returns whether this process holds `name`, as the storage says now."""
         with self._lock:
-            return self._is_there(name)
+            return self._exists(name)
 
     def holder(self, name: str) -> str | None:
         """Returns who holds `name`, for messages: 'host pid 123', or None."""
@@ -242,7 +242,7 @@ class Leases:
 
     def _renew(self, name: str) -> None:
         """Writes a new content, if the lease is still there; the caller has the lock."""
-        if not self._is_there(name):
+        if not self._exists(name):
             return
         lease, start = self._held[name], self._clock()
         files.write_bytes(lease.path, _content(lease.beat + 1))
@@ -254,7 +254,7 @@ class Leases:
         lease.written = start
         lease.beat += 1
 
-    def _is_there(self, name: str) -> bool:
+    def _exists(self, name: str) -> bool:
         """Returns whether this process holds a lease whose file is there; else it is lost."""
         if name not in self._held:
             return False

@@ -56,7 +56,7 @@ class NotFiniteError(TrainingError):
         self.first, self.last = first, last
 
 
-def unexplained(error: NotFiniteError, start: int) -> TrainingError:
+def error_with_advice(error: NotFiniteError, start: int) -> TrainingError:
     """Returns the error together with how to find out more.
 
     Args:
@@ -69,7 +69,7 @@ def unexplained(error: NotFiniteError, start: int) -> TrainingError:
     )
 
 
-def explained(
+def error_with_place(
     error: NotFiniteError,
     start: int,
     state: TrainState,
@@ -255,16 +255,19 @@ def make_find(
         counts |= {('', f'the {name}'): _count(value) for name, value in metrics.items()}
         return _count_in_leaves('the gradient of its {}', after.opt_state), counts
 
-    on_devices = lambda f, **settings: distributed.run_on_devices(partial(f, **settings), 4)
+    def on_devices(function, **settings):
+        compiled = distributed.run_on_devices(partial(function, **settings), 4)
+        return lambda args, num_steps: jax.device_get(compiled(*args, np.int32(num_steps)))
+
     clean = on_devices(forward, train=True, attacked=False)
     attacking = on_devices(forward, train=attack_trains, attacked=True)
     adversarial = on_devices(forward, train=True, attacked=True)
     update = on_devices(update)
 
-    def parts(*args: Any) -> Iterator[tuple[str, Counts]]:
+    def parts(args: tuple[Any, ...]) -> Iterator[tuple[str, Counts]]:
         """Yields the parts of the step from (state, arrays, keys), and what is counted in them."""
-        yield _STATE, _count_in_state(args[0])
-        counts = clean(*args, np.int32(0))
+        yield _STATE, jax.device_get(_count_in_state(args[0]))
+        counts = clean(args, 0)
         yield 'clean forward pass', counts
         layers = [layer for layer, _ in counts]
         backward = lambda item: -layers.index(item[0][0])
@@ -275,15 +278,15 @@ def make_find(
         if attack_steps:
             passes.append(('adversarial forward pass', adversarial, attack_steps))
         for name, forward, done in passes:
-            counts = forward(*args, np.int32(done))
+            counts = forward(args, done)
             if _is_bad(counts[_IMAGES]):
                 # They come of a gradient at the images before, whose forward pass was finite.
-                gradient, _ = update(*args, np.int32(done - 1))
+                gradient, _ = update(args, done - 1)
                 gradient = Counts(sorted(gradient.items(), key=backward))
                 name = f'attack step {done} of {attack_steps}, backward pass'
                 yield name, gradient | counts
             yield name, counts
-        gradient, counts = update(*args, np.int32(attack_steps))
+        gradient, counts = update(args, attack_steps)
         yield 'backward pass', Counts(sorted(gradient.items(), key=backward))
         yield 'update', counts
 
@@ -296,21 +299,21 @@ def make_find(
         places = (
             _first_bad(name, counts, i)
             for i, state, keys in members
-            for name, counts in parts(state, arrays, keys)
+            for name, counts in parts((state, arrays, keys))
         )
         return next(filter(None, places), None)
 
     return find
 
 
-def _is_bad(counts: Array) -> bool:
+def _is_bad(counts: np.ndarray) -> bool:
     nan, infinite, _ = counts
     return bool(nan or infinite)
 
 
 def _first_bad(part: str, counts: Counts, first_member: int) -> str | None:
     """Names the first place in a part of the step that is not finite, if there is one."""
-    for (layer, what), found in jax.device_get(counts).items():
+    for (layer, what), found in counts.items():
         rows = np.atleast_2d(found)
         bad = [i for i, row in enumerate(rows) if _is_bad(row)]
         if not bad:

@@ -225,12 +225,12 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             saved.close()  # and so whole
             start = max(saved.steps(), default=0)
             if not config.debug.nans:
-                raise nans.unexplained(error, start) from None
+                raise nans.error_with_advice(error, start) from None
             newest = saved.restore_newest(abstract)
             start, state = newest or (0, distributed.replicate(draw_state()))
             draw = partial(streams.draw_batch, config)
             find = nans.make_find(config, dataset, draw, arrays, keys)
-            raise nans.explained(error, start, state, advance, find) from None
+            raise nans.error_with_place(error, start, state, advance, find) from None
 
 
 def _begin_session(
@@ -303,7 +303,7 @@ def _loop(config, state, step, advance, log, writer) -> None:
             stop = pace.next_stop(step, config, distributed.agree(length.most))
             compiles = length.compiles
             start = time.monotonic()
-            with log.compiling() if compiles else contextlib.nullcontext():
+            with log.bar.compiling() if compiles else contextlib.nullcontext():
                 state, sums = advance(state, stop - step)
             length.add(stop - step, time.monotonic() - start)
             step = stop
@@ -326,7 +326,7 @@ def _loop(config, state, step, advance, log, writer) -> None:
             log.step(step)
             if due['snapshot'] or due['checkpoint']:
                 log.flush()  # what is before a checkpoint is not written again
-            with log.untimed():
+            with log.bar.untimed():
                 writer.write(
                     step, state, snapshot=due['snapshot'], checkpoint=due['checkpoint'],
                     seconds_per_step=seconds_per_step,
