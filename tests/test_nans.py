@@ -291,18 +291,19 @@ def test_the_command_line_on_two_devices(tmp_path):
         **{field.replace('__', '.'): value for field, value in EXPLODES.items()},
         'batch_norm.sync': True,
         'train.adversarial_weight': 0.0,
+        'train.learning_rate_factor': 1e20,  # the squares are no float32 numbers then
         'debug.nans': True,
     }
     result = run_main(
         '--config=configs/singleadv.py', *overrides(fields), f'--workdir={tmp_path}/run',
-        devices=2,
+        devices=2, small=True,
     )  # fmt: skip
     assert result.returncode == 1
     assert 'Traceback' not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith('error: the step from 4 to 5 is the first that is not finite. ')
-    assert 'clean forward pass, member 0, group_1_block_1/norm_2, its output: ' in last
-    assert ' of 8,192 values. ' in last  # 8x8 pixels, 16 channels, the 8 images of both devices
+    assert 'clean forward pass, member 0, norm, its running var: 0 NaN and ' in last
+    assert ' of 32 values. ' in last  # 16 channels on either device
 
 
 @pytest.mark.parametrize(
