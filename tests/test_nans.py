@@ -283,6 +283,17 @@ def test_the_layer_is_found_when_the_run_goes_on(workdir, monkeypatch, small):
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(state.params))
     assert f'. The weights before: norm {optax.tree.norm(state.params):.2g}, largest ' in told
     assert f', largest {largest:.2g} in ' in told
+    table = [line.split(maxsplit=3) for line in logged[1].splitlines()]
+    assert ' '.join(table[0]) == (
+        'largest finite values in this step, attack step 1 of 2, forward pass:'
+    )
+    assert table[1] == ['largest', 'NaN', 'infinite', 'where']
+    found = {where: (largest, bad) for largest, nan, bad, where in table[2:]}
+    own = jax.tree.map(lambda leaf: leaf[0], (state.params, state.batch_stats))
+    norm = np.max(np.abs(captured(*own)['norm']['__call__'][0]))
+    assert float(found['norm: its output'][0]) == pytest.approx(norm, rel=0.1)
+    assert found['norm: its output'][1] == '0'
+    assert int(found['linear: its output'][1]) > 0
 
 
 def test_the_command_line_on_two_devices(tmp_path):

@@ -302,6 +302,11 @@ def mean_over_devices(tree: Any) -> Any:
     return jax.lax.pmean(tree, AXIS)
 
 
+def max_over_devices(tree: Any) -> Any:
+    """Takes each number's largest value over the devices; inside `run_on_devices` only."""
+    return jax.lax.pmax(tree, AXIS)
+
+
 def my_share(batch_size: int) -> Array:
     """Returns this device's places in the global batch, int32 [batch_size / devices].
 

@@ -29,8 +29,9 @@ from ensadv.training.optim import TrainState
 
 # (state, number of steps) -> (state, sums of metrics)
 Advance = Callable[[TrainState, int], tuple[TrainState, Mapping[str, Array]]]
-# (layer, what of it) -> float32 [members, 3], or [3] of the ensemble: how many values are NaN, how
-# many are infinite, and how many there are. In the order of computation.
+# (layer, what of it) -> float32 [members, 4], or [4] of the ensemble: how many values are NaN, how
+# many are infinite, how many there are, and the largest finite magnitude. In the order of
+# computation.
 Counts = OrderedDict[tuple[str, str], Array]
 
 ADVICE = (
@@ -141,7 +142,16 @@ def replay(
 
 
 def _count(x: Array) -> Array:
-    return jnp.array([jnp.sum(jnp.isnan(x)), jnp.sum(jnp.isinf(x)), x.size], jnp.float32)
+    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0))
+    found = [jnp.sum(jnp.isnan(x)), jnp.sum(jnp.isinf(x)), x.size, largest]
+    return jnp.array(found, jnp.float32)
+
+
+def _over_devices(counts: Array) -> Array:
+    """Returns what was counted on all devices in their shares of the batch."""
+    numbers = distributed.mean_over_devices(counts[..., :3]) * distributed.num_devices()
+    largest = distributed.max_over_devices(counts[..., 3:])
+    return jnp.concatenate([numbers, largest], axis=-1)
 
 
 def count_in_layers(
@@ -240,8 +250,7 @@ def make_find(
             images = attack(log_probs, rng, images, labels, num_steps=num_steps)
         counts = Counts({_IMAGES: _count(images)})
         counts |= count_in_layers(model, variables, images, combine=combine, train=train)
-        means = distributed.mean_over_devices(counts)
-        return jax.tree.map(lambda count: count * distributed.num_devices(), means)
+        return jax.tree.map(_over_devices, counts)
 
     def update(state, arrays, keys, num_steps):
         replaced = {
@@ -307,7 +316,7 @@ def make_find(
 
 
 def _is_bad(counts: np.ndarray) -> bool:
-    nan, infinite, _ = counts
+    nan, infinite, *_ = counts
     return bool(nan or infinite)
 
 
@@ -322,9 +331,22 @@ def _first_bad(part: str, counts: Counts, first_member: int) -> str | None:
             members = ' and '.join(str(first_member + i) for i in bad)
             who = f'member{"s" if len(bad) > 1 else ""} {members}'
             what = f'{who}, {layer or "the whole network"}, {what}'
-        nan, infinite, size = (f'{number:,.0f}' for number in rows[bad[0]])
+        if part != _STATE:
+            _log_largest(part, counts, bad[0])
+        nan, infinite, size, _ = (f'{number:,.0f}' for number in rows[bad[0]])
         return f'{part}, {what}: {nan} NaN and {infinite} infinite of {size} values'
     return None
+
+
+def _log_largest(part: str, counts: Counts, member: int) -> None:
+    """Logs the largest values in a part of the step, place by place, of one member."""
+    lines = [f'largest finite values in this step, {part}:']
+    lines.append(f'{"largest":>8}  {"NaN":>9}  {"infinite":>9}  where')
+    for (layer, what), found in counts.items():
+        nan, infinite, _, largest = found[member] if found.ndim == 2 else found
+        where = f'{layer}: {what}' if layer else what
+        lines.append(f'{largest:>8.2g}  {nan:>9,.0f}  {infinite:>9,.0f}  {where}')
+    logging.warning('%s', '\n'.join(lines))
 
 
 def _weights(params: Any) -> str:
