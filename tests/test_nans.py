@@ -91,7 +91,8 @@ def finder(config):
     arrays, state, keys = distributed.replicate(
         ((dataset.image_train, dataset.label_train), state, keys)
     )
-    return state, nans.make_find(config, dataset, partial(streams.draw_batch, config), arrays, keys)
+    draw = partial(streams.draw_batch, config)
+    return state, nans.Finder(config, dataset, draw, arrays, keys).find
 
 
 @pytest.fixture(scope='module')

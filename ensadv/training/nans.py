@@ -1,7 +1,7 @@
 """NaN and infinity in training: the error, and the step, pass, member and layer where they begin.
 
 Nothing here takes time before the loss, its gradient or the state is not finite. Then `replay`
-finds the step, and `make_find` looks into that step's passes.
+finds the step, and a `Finder` looks into that step's passes.
 """
 
 import math
@@ -83,7 +83,7 @@ def error_with_place(
       error: as it was raised.
       start, state: from which steps are made once more; the state's memory is reused.
       advance: see `replay`.
-      find: see `make_find`.
+      find: see `Finder.find`.
     """
     logging.warning('%s. Once more from %s, step by step', error, _start_name(start))
     if (bad := replay(state, advance, start, error.last)) is None:
@@ -213,106 +213,119 @@ def _giving_gradient(optimizer: optax.GradientTransformation) -> optax.GradientT
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def make_find(
-    config: ConfigDict, dataset: datasets.Dataset, draw: Callable[..., Any], arrays: Any, keys: Any
-) -> Callable[[TrainState], str | None]:
-    """Returns what names the first place in the step from a state that is not finite.
+class Finder:
+    """Finds the first place in a step that is not finite.
 
-    As 'attack step 1 of 7, forward pass, member 0, conv_0, its output: 2 NaN and ...'; None where
-    all is finite. Every device takes the share of the batch that it takes in training, and in
-    separate training the members are looked at one after the other.
-
-    Args:
-      config: the run's.
-      dataset: the run's.
-      draw: `draw(step, arrays, keys) -> (batch, rng)`, as `steps.train_step` takes them; called
-        inside `distributed.run_on_devices`.
-      arrays, keys: what `draw` takes.
+    Every device takes the share of the batch that it takes in training, and in separate training
+    the members are looked at one after the other.
     """
-    model = build.model(config, dataset.describe(), dtype=config.model.dtype)
-    settings = from_config.step_settings(config, model)
-    attack, combine = settings['attack'], config.ensemble.combine
-    attack_steps = config.attack.steps if config.train.adversarial_weight else 0
-    attack_trains = config.attack.batch_norm == 'batch'
 
-    def forward(state, arrays, keys, num_steps, train, attacked):
-        (images, labels), rng = draw(state.step, arrays, keys)
+    def __init__(
+        self,
+        config: ConfigDict,
+        dataset: datasets.Dataset,
+        draw: Callable[..., Any],
+        arrays: Any,
+        keys: Any,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          config: the run's.
+          dataset: the run's.
+          draw: `draw(step, arrays, keys) -> (batch, rng)`, as `steps.train_step` takes them; called
+            inside `distributed.run_on_devices`.
+          arrays, keys: what `draw` takes.
+        """
+        model = build.model(config, dataset.describe(), dtype=config.model.dtype)
+        self._config, self._draw, self._arrays, self._keys = config, draw, arrays, keys
+        self._settings = from_config.step_settings(config, model)
+        self._attack_steps = config.attack.steps if config.train.adversarial_weight else 0
+
+        def on_devices(function, **settings):
+            compiled = distributed.run_on_devices(partial(function, **settings), 4)
+            return lambda args, num_steps: jax.device_get(compiled(*args, np.int32(num_steps)))
+
+        of_batch = config.attack.batch_norm == 'batch'
+        self._clean = on_devices(self._count_forward, train=True, attacked=False)
+        self._attack = on_devices(self._count_forward, train=of_batch, attacked=True)
+        self._adversarial = on_devices(self._count_forward, train=True, attacked=True)
+        self._update = on_devices(self._count_in_update)
+
+    def find(self, state: TrainState) -> str | None:
+        """Names the first place in the step from a state that is not finite; None if all is.
+
+        As 'attack step 1 of 7, forward pass, member 0, conv_0, its output: 2 NaN and ...'.
+        """
+        if self._config.ensemble.training == 'joint':
+            members = [(0, state, self._keys)]
+        else:
+            own = lambda i: jax.tree.map(lambda leaf: leaf[i], (state, self._keys))
+            members = [(i, *own(i)) for i in range(self._config.ensemble.size)]
+        places = (
+            _first_bad(name, counts, i)
+            for i, state, keys in members
+            for name, counts in self._parts((state, self._arrays, keys))
+        )
+        return next(filter(None, places), None)
+
+    def _parts(self, args: tuple[Any, ...]) -> Iterator[tuple[str, Counts]]:
+        """Yields the parts of the step from (state, arrays, keys), and what is counted in them."""
+        yield _STATE, jax.device_get(_count_in_state(args[0]))
+        counts = self._clean(args, 0)
+        yield 'clean forward pass', counts
+        layers = [layer for layer, _ in counts]
+        backward = lambda item: -layers.index(item[0][0])
+        passes = [
+            (f'attack step {done + 1} of {self._attack_steps}, forward pass', self._attack, done)
+            for done in range(self._attack_steps)
+        ]
+        if self._attack_steps:
+            passes.append(('adversarial forward pass', self._adversarial, self._attack_steps))
+        for name, forward, done in passes:
+            counts = forward(args, done)
+            if _is_bad(counts[_IMAGES]):
+                # They come of a gradient at the images before, whose forward pass was finite.
+                gradient, _ = self._update(args, done - 1)
+                gradient = Counts(sorted(gradient.items(), key=backward))
+                name = f'attack step {done} of {self._attack_steps}, backward pass'
+                yield name, gradient | counts
+            yield name, counts
+        gradient, counts = self._update(args, self._attack_steps)
+        yield 'backward pass', Counts(sorted(gradient.items(), key=backward))
+        yield 'update', counts
+
+    def _count_forward(self, state, arrays, keys, num_steps, train, attacked) -> Counts:
+        """Counts in a forward pass on the images, or on what the attack makes of them so far."""
+        (images, labels), rng = self._draw(state.step, arrays, keys)
         variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        model, combine = self._settings['model'], self._settings['combine']
 
         def log_probs(images):
-            if attack_trains:
+            if self._settings['attack_batch_norm'] == 'batch':
                 logits, _ = ensemble.apply_train(model, variables, images)
             else:
                 logits = ensemble.apply(model, variables, images)
             return ensemble.combine(logits, combine)
 
         if attacked:
-            images = attack(log_probs, rng, images, labels, num_steps=num_steps)
+            images = self._settings['attack'](log_probs, rng, images, labels, num_steps=num_steps)
         counts = Counts({_IMAGES: _count(images)})
         counts |= count_in_layers(model, variables, images, combine=combine, train=train)
         return jax.tree.map(_over_devices, counts)
 
-    def update(state, arrays, keys, num_steps):
+    def _count_in_update(self, state, arrays, keys, num_steps) -> tuple[Counts, Counts]:
+        """Counts in the gradient, and in what the step gives, with so many steps of the attack."""
         replaced = {
-            'attack': partial(attack, num_steps=num_steps),
-            'optimizer': _giving_gradient(settings['optimizer']),
+            'attack': partial(self._settings['attack'], num_steps=num_steps),
+            'optimizer': _giving_gradient(self._settings['optimizer']),
             'mean_over_devices': distributed.mean_over_devices,
         }
-        batch, rng = draw(state.step, arrays, keys)
-        after, metrics = steps.train_step(state, batch, rng, **(settings | replaced))
+        batch, rng = self._draw(state.step, arrays, keys)
+        after, metrics = steps.train_step(state, batch, rng, **(self._settings | replaced))
         counts = _count_in_leaves('its new {}', after.params)
         counts |= {('', f'the {name}'): _count(value) for name, value in metrics.items()}
         return _count_in_leaves('the gradient of its {}', after.opt_state), counts
-
-    def on_devices(function, **settings):
-        compiled = distributed.run_on_devices(partial(function, **settings), 4)
-        return lambda args, num_steps: jax.device_get(compiled(*args, np.int32(num_steps)))
-
-    clean = on_devices(forward, train=True, attacked=False)
-    attacking = on_devices(forward, train=attack_trains, attacked=True)
-    adversarial = on_devices(forward, train=True, attacked=True)
-    update = on_devices(update)
-
-    def parts(args: tuple[Any, ...]) -> Iterator[tuple[str, Counts]]:
-        """Yields the parts of the step from (state, arrays, keys), and what is counted in them."""
-        yield _STATE, jax.device_get(_count_in_state(args[0]))
-        counts = clean(args, 0)
-        yield 'clean forward pass', counts
-        layers = [layer for layer, _ in counts]
-        backward = lambda item: -layers.index(item[0][0])
-        passes = [
-            (f'attack step {done + 1} of {attack_steps}, forward pass', attacking, done)
-            for done in range(attack_steps)
-        ]
-        if attack_steps:
-            passes.append(('adversarial forward pass', adversarial, attack_steps))
-        for name, forward, done in passes:
-            counts = forward(args, done)
-            if _is_bad(counts[_IMAGES]):
-                # They come of a gradient at the images before, whose forward pass was finite.
-                gradient, _ = update(args, done - 1)
-                gradient = Counts(sorted(gradient.items(), key=backward))
-                name = f'attack step {done} of {attack_steps}, backward pass'
-                yield name, gradient | counts
-            yield name, counts
-        gradient, counts = update(args, attack_steps)
-        yield 'backward pass', Counts(sorted(gradient.items(), key=backward))
-        yield 'update', counts
-
-    def find(state: TrainState) -> str | None:
-        if config.ensemble.training == 'joint':
-            members = [(0, state, keys)]
-        else:
-            own = lambda i: jax.tree.map(lambda leaf: leaf[i], (state, keys))
-            members = [(i, *own(i)) for i in range(config.ensemble.size)]
-        places = (
-            _first_bad(name, counts, i)
-            for i, state, keys in members
-            for name, counts in parts((state, arrays, keys))
-        )
-        return next(filter(None, places), None)
-
-    return find
 
 
 def _is_bad(counts: np.ndarray) -> bool:

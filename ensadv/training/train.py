@@ -229,8 +229,8 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             newest = saved.restore_newest(abstract)
             start, state = newest or (0, distributed.replicate(draw_state()))
             draw = partial(streams.draw_batch, config)
-            find = nans.make_find(config, dataset, draw, arrays, keys)
-            raise nans.error_with_place(error, start, state, advance, find) from None
+            finder = nans.Finder(config, dataset, draw, arrays, keys)
+            raise nans.error_with_place(error, start, state, advance, finder.find) from None
 
 
 def _begin_session(
