@@ -30,7 +30,7 @@ from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import batches
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
-from ensadv.training import from_config, train
+from ensadv.training import from_config, streams, train
 from ensadv.training.step import train_step
 
 # Between the losses of a timed step, clean and adversarial, by the type that both compute in.
@@ -45,7 +45,7 @@ class Ours:
     def __init__(self, config):
         rng = np.random.default_rng(0)
         self.config = config
-        keys = train.learner_keys(config)
+        keys = streams.learner_keys(config)
         description = {'num_classes': CLASSES, 'mean': MEAN, 'std': STD}
         group = config.model
         self.model = build.model(config, description, dtype=group.dtype, remat=group.remat)

@@ -387,7 +387,7 @@ def test_only_training_has_to_show_signs_of_life(workdir, fake, in_thread):
     make_run(config, workdir)
     config = following(config, eval__follow_timeout=0.2)
     fake.before = lambda call: time.sleep(0.4 * (call == (2, 'clean')))
-    other = leases.Claims(workdir / 'claims')
+    other = leases.open_leases(workdir)
     assert other.take('6')
     follower = in_thread(evaluate.run, config, workdir)
     wait_until(lambda: evaluated(workdir, 4) == UNITS)

@@ -109,8 +109,8 @@ def test_another_config_and_damage_are_told_there_too(bucket):
         workdir_lib.read_record(path)
 
 
-def test_claims_there_have_one_holder(bucket):
-    first, second = leases.Claims(bucket / 'claims'), leases.Claims(bucket / 'claims')
+def test_leases_there_have_one_holder(bucket):
+    first, second = leases.open_leases(bucket), leases.open_leases(bucket)
     assert first.take('4')
     assert not second.take('4')
     assert second.take('5')
@@ -149,7 +149,7 @@ def test_files_through_tensorflows_file_systems(ram):
     assert workdir_lib.read_ledger(path)['label'].tolist() == [0, 1]
     with pytest.raises(UserError, match='found no such file'):
         workdir_lib.read_ledger(workdir_lib.evaluation_path(ram, 8, '.npz'))
-    first, second = leases.Claims(ram / 'claims'), leases.Claims(ram / 'claims')
+    first, second = leases.open_leases(ram), leases.open_leases(ram)
     assert first.take('4')
     assert not second.take('4')
     first.beat()

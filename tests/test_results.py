@@ -121,7 +121,7 @@ def test_no_scalar_of_tensorboard_is_of_two_settings(workdir, fake, scalars):
         changed(config, eval__ifgsm__step_size=0.01, eval__ifgsm__restarts=2),
     ]
     for configs, steps in (([others[0], config], ('4', '6')), ([config, *others], ())):
-        held = leases.Claims(workdir / 'claims')
+        held = leases.open_leases(workdir)
         assert all(held.take(step) for step in steps)
         for each in configs:
             job = evaluate.Job(each, workdir)

@@ -15,21 +15,21 @@ from ensadv.data import batches
 from ensadv.evaluation import evaluator
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
-from ensadv.training import train
+from ensadv.training import streams, train
 
 # Labels say which image it is: 37 of them, of which 8 make no whole number of batches.
 IMAGES = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 1), np.uint8)
 LABELS = np.arange(37, dtype=np.int32)
 DESCRIPTION = {'num_classes': 3, 'mean': (0.5,), 'std': (0.25,)}
 CONFIG = tiny_config(train__batch_size=8, data__flip=True)
-KEYS = train.run_keys(3)
+KEYS = streams.run_keys(3)
 STEPS = (0, 4, 1000)  # the second batch straddles two epochs
 
 
 @functools.cache
 def compiled_draw():
     def batch(step, keys, arrays):
-        (pixels, indices), attack = train.draw_batch(CONFIG, step, arrays, keys)
+        (pixels, indices), attack = streams.draw_batch(CONFIG, step, arrays, keys)
         levels = jnp.rint(255 * pixels).astype(jnp.uint8)
         of_each = jax.lax.all_gather(
             (levels, indices, jax.random.key_data(attack)), distributed.AXIS

@@ -12,7 +12,7 @@ from ensadv import build, prng
 from ensadv.runtime import switches
 from ensadv.storage import environments
 from ensadv.storage import workdir as workdir_lib
-from ensadv.training import train
+from ensadv.training import streams, train
 
 OTHERS = {
     'jax_default_prng_impl': 'rbg',
@@ -61,7 +61,7 @@ def test_a_switch_that_this_jax_does_not_have_is_passed_over(monkeypatch):
 
 
 def test_keys_name_their_implementation():
-    draw = lambda: np.asarray(jax.random.bits(train.run_keys(3).attack, (4,)))
+    draw = lambda: np.asarray(jax.random.bits(streams.run_keys(3).attack, (4,)))
     usual = draw()
     with jax.default_prng_impl('rbg'):
         assert jax.random.key_impl(prng.key(0)) == 'threefry2x32'

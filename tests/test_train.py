@@ -22,7 +22,7 @@ from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.runtime import stopping
 from ensadv.storage import checkpoints, files, leases
 from ensadv.storage import workdir as workdir_lib
-from ensadv.training import train
+from ensadv.training import pace, streams, train
 
 pytestmark = pytest.mark.usefixtures('small_network')
 
@@ -115,7 +115,7 @@ def test_a_signal_while_a_snapshot_is_evaluated(workdir, monkeypatch):
 
 def test_two_trainers_in_one_workdir(workdir):
     config = tiny_config('singleadv')
-    other = leases.Claims(workdir / 'claims')
+    other = leases.open_leases(workdir)
     assert other.take(train.LOCK)
     with pytest.raises(UserError, match=f'is being trained in by .* pid {os.getpid()}'):
         train.run(config, workdir)
@@ -128,7 +128,7 @@ def test_two_trainers_in_one_workdir(workdir):
 def test_a_trainer_that_lost_its_workdir_writes_no_more(workdir, monkeypatch):
     """As after a laptop's sleep, when another machine has taken the run over."""
     config = tiny_config('singleadv')
-    monkeypatch.setattr(leases.Claims, 'still_held', lambda self, name: False)
+    monkeypatch.setattr(leases.Leases, 'still_held', lambda self, name: False)
     with pytest.raises(TrainingError, match='another process trains here'):
         train.run(config, workdir)
     assert checkpoints.open_checkpoints(workdir, 3).steps() == []
@@ -204,14 +204,14 @@ def test_separate_training_equals_single_runs(workdir):
 
 def test_seeds_differ_in_everything():
     keys = [
-        jax.random.key_data(jax.tree.leaves(train.run_keys(seed))[i])
+        jax.random.key_data(jax.tree.leaves(streams.run_keys(seed))[i])
         for seed in (0, 1)
         for i in range(4)
     ]
     assert len({tuple(np.ravel(key)) for key in keys}) == 8
     separate = [tiny_config('separate2adv', seed=seed) for seed in (0, 1)]
     seeds = np.concatenate(
-        [jax.random.key_data(train.learner_keys(config).init) for config in separate]
+        [jax.random.key_data(streams.learner_keys(config).init) for config in separate]
     )
     assert len({tuple(key) for key in seeds}) == 4
 
@@ -283,7 +283,7 @@ def test_calls_stop_where_something_is_due(step, expected):
     fields = {'steps': 203, 'log_every': 50, 'checkpoint_every': 100,
               'snapshot_every': 150, 'profile_step': 97}  # fmt: skip
     config = tiny_config('baseline', **{f'train__{k}': v for k, v in fields.items()})
-    assert train.next_stop(step, config, 10) == expected
+    assert pace.next_stop(step, config, 10) == expected
 
 
 def test_a_profile_is_written_when_asked_for(workdir):
@@ -296,9 +296,9 @@ def test_a_profile_is_written_when_asked_for(workdir):
 
 def test_the_rate_leaves_the_compilation_out(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(train.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(pace.time, 'monotonic', lambda: now[0])
     sums = {'loss': np.float32(3)}
-    interval = train._Interval(0)
+    interval = pace.Interval(0)
     now[0] = 60.0
     interval.add(1, sums, compiled=True)
     assert interval.means(1, batch_size=8) == {'loss': 3}  # nothing was timed
@@ -308,15 +308,15 @@ def test_the_rate_leaves_the_compilation_out(monkeypatch):
 
 
 def test_calls_are_short_enough_for_a_signal():
-    length = train._CallLength(steps_per_call=10)
+    length = pace.CallLength(steps_per_call=10)
     assert length.most == 1
     assert length.compiles
     length.add(1, 60.0)
     assert not length.compiles
     assert length.most == 1
-    length.add(1, train.CALL_SECONDS / 4)
+    length.add(1, pace.CALL_SECONDS / 4)
     assert length.most == 4
     length.add(4, 0.1)
     assert length.most == 10
-    length.add(10, 100 * train.CALL_SECONDS)
+    length.add(10, 100 * pace.CALL_SECONDS)
     assert length.most == 1

@@ -12,14 +12,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Every use of jax._src in the repository: the file, what it takes, and why nothing public will do.
 PRIVATE = {
     # JAX writes all compiled programs to its cache or none, and XLA cannot write oneDNN's.
-    ('ensadv/onednn.py', 'jax._src.compilation_cache'),
+    ('ensadv/cpu/onednn.py', 'jax._src.compilation_cache'),
     # The key-value store of JAX's coordination service. `jax.experimental.multihost_utils` agrees
     # by computing on all devices: a thread cannot beside training, nor can anyone once a process
     # has died.
-    ('ensadv/parallel.py', 'jax._src.distributed'),
+    ('ensadv/runtime/distributed.py', 'jax._src.distributed'),
     # How many processes a cluster runs. `jax.distributed.initialize` asks too, but then joins them
     # at once, and a single machine may wait there for a coordinator that it does not have.
-    ('ensadv/parallel.py', 'jax._src.clusters.ClusterEnv'),
+    ('ensadv/runtime/distributed.py', 'jax._src.clusters.ClusterEnv'),
 }
 
 
@@ -80,7 +80,6 @@ def test_the_coordination_service_has_what_peers_asks_of_it():
 
     client = _jax.DistributedRuntimeClient
     for name in (
-        'blocking_key_value_get',
         'key_value_delete',
         'key_value_dir_get',
         'key_value_set',

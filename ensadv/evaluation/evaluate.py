@@ -25,10 +25,10 @@ POLL_SECONDS = 5  # between two looks at what another process does
 class Job:
     """Evaluates a run's snapshots, each once, and keeps those worth keeping.
 
-    Any number of commands may do this in one workdir: they claim what they are at. The processes
-    of one command do it together, and process 0 claims for them. Methods that say "by this
-    process's view" read the workdir, whose files others may see later: what comes of it is agreed
-    on before it decides anything.
+    Any number of commands may do this in one workdir: each takes a lease on what it is at. The
+    processes of one command do it together, and process 0 takes the lease for them. Methods that
+    say "by this process's view" read the workdir, whose files others may see later: what comes of
+    it is agreed on before it decides anything.
     """
 
     def __init__(self, config: ConfigDict, workdir_path: epath.Path, label: str = 'evaluate'):
@@ -38,7 +38,7 @@ class Job:
         self._results = Results(
             config, workdir_path, label, lambda dataset: build.network(config, dataset.describe())
         )
-        self._claims = leases.Claims(workdir_path / 'claims')
+        self._leases = leases.open_leases(workdir_path)
         self._looked_for_damage = False
         self._damaged: dict[int, checkpoints.DamagedError] = {}  # snapshots
 
@@ -65,7 +65,7 @@ class Job:
                 break
             if not waited:
                 for step, _ in pending:
-                    holder = self._claims.holder(str(step)) or 'another process'
+                    holder = self._leases.holder(str(step)) or 'another process'
                     logging.info('%s: waiting: %s is at step %d', self._label, holder, step)
                 waited = True
             time.sleep(POLL_SECONDS)
@@ -112,8 +112,8 @@ class Job:
         self._results.check()
 
     def close(self) -> None:
-        """Waits until the metrics are written, and gives claims back."""
-        self._claims.close()
+        """Waits until the metrics are written, and gives leases back."""
+        self._leases.close()
         self._results.close()
 
     @property
@@ -162,10 +162,10 @@ class Job:
 
     @contextlib.contextmanager
     def _taken(self, step: int) -> Iterator[bool]:
-        """Claims a snapshot for all processes, and gives whether it was got."""
+        """Takes a lease on a snapshot for all processes, and gives whether it was got."""
         with contextlib.ExitStack() as stack:
             main = distributed.is_main()
-            yield distributed.agree(main and stack.enter_context(self._claims.taken(str(step))))
+            yield distributed.agree(main and stack.enter_context(self._leases.taken(str(step))))
 
     def _goal(self) -> int:
         """Returns the run's last step, by its own config or by this one, whichever is later.
@@ -317,8 +317,8 @@ def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
     # An ensemble of runs has this one snapshot, its best and its last.
     units = [*results.units, *results.final_units]
     with contextlib.ExitStack() as stack:
-        claim = leases.Claims(workdir_path / 'claims').taken(str(step))
-        if not distributed.agree(distributed.is_main() and stack.enter_context(claim)):
+        lease = leases.open_leases(workdir_path).taken(str(step))
+        if not distributed.agree(distributed.is_main() and stack.enter_context(lease)):
             raise UserError(f'--workdir={workdir_path}: another process is evaluating this')
         if distributed.is_main() and results.missing(step, units):
             session = {'step': step, **build.environment(), 'command': sys.argv}

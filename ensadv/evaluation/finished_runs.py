@@ -124,7 +124,7 @@ def refuse_sources(config: Mapping[str, Any], set_record: Mapping[str, Any]) -> 
     )
     seeds = [config['seed']]
     if config['ensemble']['training'] == 'separate':
-        # Its members are runs of their own, see `train.learner_keys`.
+        # Its members are runs of their own, see `streams.learner_keys`.
         k = config['ensemble']['size']
         seeds = [k * config['seed'] + i for i in range(k)]
         config = {**config, 'ensemble': config['ensemble'] | {'size': 1, 'training': 'joint'}}

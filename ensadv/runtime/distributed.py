@@ -24,7 +24,7 @@ from ensadv.runtime import peers
 AXIS = 'devices'
 _JOIN_SECONDS = 300  # for all processes to start
 _SHARED_SECONDS = 60  # for a file to be seen by all hosts
-_peers: peers.Peers | None = None  # None: this process is alone
+_peers = peers.Peers()  # this process alone, until it has joined the others
 
 
 def take_device(kind: str) -> None:
@@ -72,7 +72,7 @@ def initialize() -> None:
       UserError: if the variables make no sense, or the processes do not find each other.
     """
     global _peers
-    address, count, index = _given()
+    address, count, index = _environment_settings()
     if count is None:
         count = _detected_count()
     if count == 1:
@@ -98,7 +98,7 @@ def initialize() -> None:
         logging.set_verbosity(logging.WARNING)
 
 
-def _given() -> tuple[str | None, int | None, int | None]:
+def _environment_settings() -> tuple[str | None, int | None, int | None]:
     """Returns the coordinator's address, the number of processes and this one's, as told."""
     address = os.environ.get('JAX_COORDINATOR_ADDRESS')
     numbers = []
@@ -145,7 +145,7 @@ def together() -> Iterator[None]:
     Alone, it does nothing. Otherwise errors with an `exit_code` do not come out of it: it ends
     this process.
     """
-    if _peers is None:
+    if num_processes() == 1:
         yield
         return
     try:
@@ -169,12 +169,12 @@ def together() -> Iterator[None]:
 
 def num_processes() -> int:
     """Returns how many processes run this command."""
-    return _peers.count if _peers else 1
+    return _peers.count
 
 
 def is_main() -> bool:
     """Returns whether this process decides, writes files and tells the user."""
-    return _peers is None or _peers.index == 0
+    return _peers.index == 0
 
 
 def tell(line: str) -> None:
@@ -195,18 +195,17 @@ def agree(value: Any) -> Any:
     Args:
       value: what JSON can hold; among several processes it returns tuples as lists.
     """
-    return _peers.agree(value) if _peers else value
+    return _peers.gather('agree', value if is_main() else None)[0]
 
 
 def any_process(flag: bool) -> bool:
     """Returns on all processes whether `flag` is true on one of them."""
-    return bool(_peers.where(flag)) if _peers else flag
+    return any(_peers.gather('any', flag))
 
 
 def barrier(name: str) -> None:
     """Waits until all processes are here."""
-    if _peers:
-        _peers.barrier(name)
+    _peers.gather(name)
 
 
 def check_same(what: str, value: Any) -> None:
@@ -219,8 +218,9 @@ def check_same(what: str, value: Any) -> None:
     Raises:
       UserError: on all of them, if one has another than process 0.
     """
-    if _peers and (other := _peers.where(value != _peers.agree(value))):
-        raise UserError(f'{what}: found another on process {_text(other)} than on process 0')
+    first, *others = _peers.gather('same', value)
+    if different := [i for i, other in enumerate(others, 1) if other != first]:
+        raise UserError(f'{what}: found another on process {_text(different)} than on process 0')
 
 
 def check_shared(path: epath.Path) -> None:
@@ -229,13 +229,13 @@ def check_shared(path: epath.Path) -> None:
     Raises:
       UserError: on all of them, if one does not.
     """
-    if _peers is None:
+    if num_processes() == 1:
         return
-    _peers.barrier('written')
+    barrier('written')
     until = time.monotonic() + _SHARED_SECONDS  # network file systems may be late
     while not (seen := path.exists()) and time.monotonic() < until:
         time.sleep(1)
-    if blind := _peers.where(not seen):
+    if blind := [i for i, sees in enumerate(_peers.gather('seen', seen)) if not sees]:
         raise UserError(
             f'{path}: process 0 wrote it, and process {_text(blind)} does not see it; expected a '
             'workdir that all hosts share'
@@ -251,11 +251,10 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except (UserError, TrainingError) as error:
-        if _peers:
-            try:
-                _peers.barrier('failed', timeout=60)
-            except Exception:
-                _peers.end(str(error), error.exit_code)
+        try:
+            _peers.gather('failed', timeout=60)
+        except Exception:
+            _peers.end(str(error), error.exit_code)
         raise
 
 
@@ -341,13 +340,13 @@ def run_on_devices(
         return lambda *args: mapped(*args, unused)
     sharding = replicated()
 
-    def of_all_processes(leaf):
+    def global_array(leaf):
         # Among several processes pmap returns arrays of this process alone. As parts of arrays of
         # all, without a copy, Orbax takes them, and pmap as its next argument.
         shards = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
-    return lambda *args: jax.tree.map(of_all_processes, mapped(*args, unused))
+    return lambda *args: jax.tree.map(global_array, mapped(*args, unused))
 
 
 def map_examples(f: Callable[..., Any], num_shared: int) -> Callable[..., Any]:

@@ -1,10 +1,12 @@
-"""Processes that run one command together: what they agree on, and that they end together.
+"""Processes that run one command together: what they tell each other, and that they end together.
 
 They speak through the key-value store of JAX's coordination service, which process 0 serves.
+`jax.experimental.multihost_utils` speaks by computing on all devices, which a thread cannot do
+beside training, and nobody can once a process has died. JAX's own heartbeat ends the survivors with
+a stack trace of C++, and knows nothing of errors.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import socket
@@ -15,92 +17,69 @@ from typing import Any, NoReturn
 
 GO_ON = 'What is written is kept: the same command, on all hosts, goes on from there'
 _ROOT = 'ensadv'
-_DAY_MS = 24 * 3600 * 1000
-_CLEAN_EVERY = 1000  # agreements
-
-
-@dataclasses.dataclass
-class _Sign:
-    """The newest sign of life of a process, and in how many looks it has stayed the same.
-
-    Looks, and not seconds: a machine that was paused finds all others' signs old at once.
-    """
-
-    text: str
-    looks: int = 0
+_DAY = 24 * 3600.0
 
 
 class Peers:
     """This process's place among those that run the same command in lockstep.
 
-    `agree`, `where` and `barrier` are for the main thread: all processes call the same ones in the
-    same order. A thread gives signs of life, looks for those of the others, and ends this process
-    when one of them has died or has told that it failed.
+    `gather` is for the main thread: all processes call it in the same order, for the same. A thread
+    gives signs of life, looks for those of the others, and ends this process when one of them has
+    died or has told that it failed.
     """
 
     def __init__(
         self,
-        client: Any,
-        index: int,
-        count: int,
+        client: Any = None,
+        index: int = 0,
+        count: int = 1,
         *,
         sign_seconds: float = 2.0,
         patience: int = 20,
     ):
-        """Starts the thread.
+        """Starts the thread, if this process is not alone.
 
         Args:
           client: JAX's DistributedRuntimeClient.
           index: this process's, from 0.
           count: how many there are.
           sign_seconds: between two signs of life, and between two looks at the others'.
-          patience: looks at the same sign after which a process counts as dead.
+          patience: looks at the same sign after which a process counts as dead. Looks, and not
+            seconds: a machine that was paused finds all others' signs old at once.
         """
         self.index = index
         self.count = count
         self._client = client
         self._sign_seconds = sign_seconds
         self._patience = patience
-        self._agreements = self._questions = self._barriers = 0
-        self._signs = [_Sign('') for _ in range(count)]
+        self._gathered = 0
+        # Of each process the newest sign of life, and how many looks have found it the same.
+        self._signs = [('', 0)] * count
         self._unanswered = 0  # looks in a row that the store did not answer
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name='peers', daemon=True)
-        self._thread.start()
+        if count > 1:
+            self._thread.start()
 
-    def agree(self, value: Any) -> Any:
-        """Returns process 0's value on all processes, as JSON has it."""
-        self._agreements += 1
-        key = f'{_ROOT}/agreed/{self._agreements}'
-        text = json.dumps(value)
+    def gather(self, what: str, value: Any = None, timeout: float = _DAY) -> list[Any]:
+        """Waits until all processes are here, and returns the values of all, on each of them.
+
+        Args:
+          what: a name; all have the same.
+          value: what JSON can hold. Among several processes tuples come back as lists.
+          timeout: seconds after which it fails.
+        """
+        if self.count == 1:
+            return [value]
+        self._gathered += 1
+        folder = f'{_ROOT}/{self._gathered}/{what}/'
+        self._client.key_value_set(f'{folder}{self.index}', json.dumps(value))
+        self._client.wait_at_barrier(folder, round(timeout * 1000))
+        values = dict(self._client.key_value_dir_get(folder))
         if self.index == 0:
-            self._client.key_value_set(key, text)
-        else:
-            text = self._client.blocking_key_value_get(key, _DAY_MS)
-        if self._agreements % _CLEAN_EVERY == 0:
-            self.barrier('agreed')
-            if self.index == 0:
-                self._client.key_value_delete(f'{_ROOT}/agreed/')
-        return json.loads(text)
-
-    def where(self, flag: bool) -> list[int]:
-        """Returns on which processes `flag` is true, the same list on all of them."""
-        self._questions += 1
-        folder = f'{_ROOT}/where/{self._questions}/'
-        if flag:
-            self._client.key_value_set(f'{folder}{self.index}', 'true')
-        self.barrier('where')
-        found = sorted(int(key.rpartition('/')[2]) for key, _ in self._list(folder))
-        if self.index == 0:
-            # By now all have read the answer before this one.
-            self._client.key_value_delete(f'{_ROOT}/where/{self._questions - 1}/')
-        return found
-
-    def barrier(self, name: str, timeout: float = _DAY_MS / 1000) -> None:
-        """Waits until all processes are here."""
-        self._barriers += 1
-        key = f'{_ROOT}/{name}/{self._barriers}'
-        self._client.wait_at_barrier(key, round(timeout * 1000))
+            # By now all have read what was gathered before this.
+            self._client.key_value_delete(f'{_ROOT}/{self._gathered - 1}/')
+        return [json.loads(values[f'{folder}{index}']) for index in range(self.count)]
 
     def end(self, message: str, code: int) -> NoReturn:
         """Ends all processes with this exit code and, on process 0, one line."""
@@ -118,18 +97,15 @@ class Peers:
         self._patience = min(self._patience, 4)
         self._thread.join(10 * self._sign_seconds)
 
-    def close(self, timeout: float = _DAY_MS / 1000) -> None:
+    def close(self, timeout: float = _DAY) -> None:
         """Waits until all processes are here, and stops the thread; ends all if they are not."""
         try:
-            self.barrier('close', timeout)
+            self.gather('close', timeout=timeout)
         except Exception as error:  # whatever the client raises
             self.end_if_one_died()
             self.end(f'process {self.index} stopped alone ({error}). {GO_ON}', 1)
         self._closed.set()
         self._thread.join()
-
-    def _list(self, folder: str) -> list[tuple[str, str]]:
-        return self._client.key_value_dir_get(folder)
 
     def _tell(self, message: str, code: int) -> None:
         """Leaves a message for all watching threads; the first one counts."""
@@ -147,8 +123,8 @@ class Peers:
                 self._client.key_value_set(
                     f'{_ROOT}/alive/{self.index}', sign, allow_overwrite=True
                 )
-                told = self._list(f'{_ROOT}/end/')
-                signs = self._list(f'{_ROOT}/alive/')
+                told = self._client.key_value_dir_get(f'{_ROOT}/end/')
+                signs = dict(self._client.key_value_dir_get(f'{_ROOT}/alive/'))
             except Exception as error:  # whatever the client raises
                 self._unanswered += 1
                 if self._unanswered > self._patience:
@@ -158,22 +134,21 @@ class Peers:
             self._unanswered = 0
             if told:
                 self._exit(**json.loads(told[0][1]))
-            elif dead := self._dead(dict(signs)):
-                self._tell(dead, 1)
+            for number in range(self.count):
+                self._look_at(number, signs.get(f'{_ROOT}/alive/{number}', ''))
 
-    def _dead(self, signs: dict[str, str]) -> str | None:
-        """Looks at the signs of life, and returns which process shows none any more."""
-        for number, sign in enumerate(self._signs):
-            text = signs.get(f'{_ROOT}/alive/{number}', '')
-            sign.looks = sign.looks + 1 if text == sign.text else 0
-            sign.text = text
-            if sign.looks > self._patience:
-                host = text.partition(' ')[2] or 'an unknown host'
-                return (
-                    f'process {number} of {self.count}, on {host}, has ended or hangs: no sign of '
-                    f'life for {sign.looks * self._sign_seconds:.0f} s. {GO_ON}'
-                )
-        return None
+    def _look_at(self, number: int, sign: str) -> None:
+        """Looks at a process's newest sign of life; tells all if it shows none any more."""
+        before, looks = self._signs[number]
+        looks = looks + 1 if sign == before else 0
+        self._signs[number] = sign, looks
+        if looks > self._patience:
+            host = sign.partition(' ')[2] or 'an unknown host'
+            self._tell(
+                f'process {number} of {self.count}, on {host}, has ended or hangs: no sign of life '
+                f'for {looks * self._sign_seconds:.0f} s. {GO_ON}',
+                1,
+            )
 
     def _exit(self, message: str, code: int) -> NoReturn:
         if self.index == 0 or self._unanswered:

@@ -12,6 +12,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from ensadv.errors import StorageError
 from ensadv.runtime import distributed, progress
 from ensadv.runtime.tf_import import import_tensorflow
 from ensadv.storage import files
@@ -87,10 +88,18 @@ def _drop_overtaken(directory: epath.Path, first_step: int) -> None:
     # It reads files in the order of their names, which begin with the second: after those of
     # earlier processes, and before the one that follows.
     this_second = lambda: f'{_PREFIX}{int(time.time()):010d}.'
-    there = directory.iterdir() if directory.exists() else ()
-    if any(path.name.startswith(this_second()) for path in there):
+    paths = directory.iterdir() if directory.exists() else ()
+    if any(path.name.startswith(this_second()) for path in paths):
         time.sleep(1)
     files.write_bytes(directory / f'{this_second()}0', content.getvalue())
+
+
+@contextlib.contextmanager
+def _storage_errors(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever TensorFlow, CLU, TensorBoard and the profiler raise
+        raise files.storage_error(directory, files.reason(error)) from error
 
 
 class Writer:
@@ -118,7 +127,7 @@ class Writer:
         clu = _import_clu()
         if not _import_tensorboard():
             return
-        with self._explained():
+        with self._writing():
             _drop_overtaken(directory, first_step)
             if clu:
                 # Beside training, as each writing may be a request.
@@ -127,12 +136,13 @@ class Writer:
                 self._file = _EventFile(directory)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
-            yield
-        except Exception as error:  # whatever TensorFlow, CLU and TensorBoard raise
+            with _storage_errors(self._directory):
+                yield
+        except StorageError:
             self._file = None  # it would fail again as it is closed
-            raise files.storage_error(self._directory, files.reason(error)) from error
+            raise
 
     def scalars(self, step: int, values: Mapping[str, float], *, log: bool = True) -> None:
         """Writes scalars, and unless told not to logs them."""
@@ -140,7 +150,7 @@ class Writer:
             shown = ', '.join(f'{tag}={value:.6g}' for tag, value in sorted(values.items()))
             logging.info('[%d] %s', step, shown)
         if self._file:
-            with self._explained():
+            with self._writing():
                 self._file.write_scalars(step, dict(values))
 
     def hyperparameters(self, values: Mapping[str, Any]) -> None:
@@ -152,19 +162,19 @@ class Writer:
             several = isinstance(value, Sequence) and not isinstance(value, str)
             items = {f'{name}.{i}': v for i, v in enumerate(value)} if several else {name: value}
             flat |= {name: '' if value is None else value for name, value in items.items()}
-        with self._explained():
+        with self._writing():
             self._file.write_hparams(flat)
 
     def flush(self) -> None:
         """Waits until everything is on disk."""
         if self._file:
-            with self._explained():
+            with self._writing():
                 self._file.flush()
 
     def close(self) -> None:
         """Waits until everything is on disk."""
         if self._file:
-            with self._explained():
+            with self._writing():
                 self._file.close()
         self._file = None
 
@@ -185,32 +195,25 @@ class _Profile:
         elif self._first_step is not None and step >= self._first_step:
             self._first_step = None
             self._until = step + self._num_steps
-            with self._explained():
+            with _storage_errors(self._directory):
                 jax.profiler.start_trace(str(self._directory))
 
     def close(self) -> None:
         """Writes what there is."""
         if self._until is not None:
             self._until = None
-            with self._explained():
+            with _storage_errors(self._directory):
                 jax.profiler.stop_trace()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever the profiler raises
-            raise files.storage_error(self._directory, files.reason(error)) from error
 
-
-class TrainingLog:
+class TrainingLog(Writer):
     """Writes one training run's scalars, and shows its progress."""
 
     def __init__(
         self, workdir: epath.Path, *, label: str, steps: int, first_step: int,
         profile_step: int, profile_steps: int,
     ):  # fmt: skip
-        """Opens TensorBoard's file in `workdir`.
+        """Opens TensorBoard's file in `workdir`, and the progress, `bar`.
 
         Args:
           workdir: the run's.
@@ -221,43 +224,27 @@ class TrainingLog:
           profile_steps: for how many steps.
         """
         # What was written at the step that it goes on from is not written again.
-        self._writer = Writer(workdir, first_step=first_step + 1)
+        super().__init__(workdir, first_step=first_step + 1)
         self._profile = None
         if profile_step and distributed.is_main():
             self._profile = _Profile(workdir, profile_step, profile_steps)
-        self._bar = progress.Bar(total=steps, initial=first_step, label=label, unit='step')
+        self.bar = progress.Bar(total=steps, initial=first_step, label=label, unit='step')
 
-    def hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Writes the run's settings, flat."""
-        self._writer.hyperparameters(values)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], *, log: bool = True) -> None:
         """Writes scalars, and shows the accuracies in the progress."""
-        self._writer.scalars(step, values)
+        super().scalars(step, values, log=log)
         shown = {k: values[k] for k in ('clean_accuracy', 'adversarial_accuracy') if k in values}
-        self._bar.set_postfix({k: f'{v:.2f}' for k, v in shown.items()}, refresh=False)
-
-    def compiling(self) -> contextlib.AbstractContextManager[None]:
-        """See `progress.Bar.compiling`."""
-        return self._bar.compiling()
-
-    def untimed(self) -> contextlib.AbstractContextManager[None]:
-        """See `progress.Bar.untimed`."""
-        return self._bar.untimed()
+        self.bar.set_postfix({k: f'{v:.2f}' for k, v in shown.items()}, refresh=False)
 
     def step(self, step: int) -> None:
         """Is told after each call that step `step` is reached."""
-        self._bar.update(step - self._bar.n)
+        self.bar.update(step - self.bar.n)
         if self._profile:
             self._profile.step(step)
 
-    def flush(self) -> None:
-        """Waits until everything is on disk."""
-        self._writer.flush()
-
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._bar.close()
+        self.bar.close()
         if self._profile:
             self._profile.close()
-        self._writer.close()
+        super().close()

@@ -116,7 +116,7 @@ EVALUATION = {
 }
 
 
-def not_of_a_run(record: Any) -> str | None:
+def run_mismatch(record: Any) -> str | None:
     """Returns why JSON is not the content of a run's config.json; None if it is."""
     if reason := mismatch(record, _RUN):
         return reason

@@ -45,7 +45,7 @@ def read_record(workdir: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = files.read_json(path)
-    if reason := records.not_of_a_run(record):
+    if reason := records.run_mismatch(record):
         raise UserError(f'{path}: not the config.json of a run ({reason})')
     _follow_moves(record, workdir)
     return record
@@ -92,12 +92,12 @@ def no_run(path: epath.Path) -> str:
         below = _runs_below(path)
         found = f'; below it there are {_listed(below)}' if below else ''
         return f'no run is here (no config.json){found}'
-    there = next((parent for parent in path.parents if parent.is_dir()), None)
-    near = _runs_below(there) if there is not None else []
-    name = str(path.relative_to(there)) if near else ''
+    folder = next((parent for parent in path.parents if parent.is_dir()), None)
+    near = _runs_below(folder) if folder is not None else []
+    name = str(path.relative_to(folder)) if near else ''
     if close := difflib.get_close_matches(name, near, n=1):
-        return f'no run is here (no such directory); did you mean {there / close[0]}?'
-    found = f'; in {there} there are {_listed(near)}' if near else ''
+        return f'no run is here (no such directory); did you mean {folder / close[0]}?'
+    found = f'; in {folder} there are {_listed(near)}' if near else ''
     return f'no run is here (no such directory){found}'
 
 

@@ -3,10 +3,11 @@
 __all__ = [
     'costs',
     'from_config',
-    'inspection',
     'nans',
     'objectives',
     'optim',
+    'pace',
     'step',
+    'streams',
     'train',
 ]

@@ -1,16 +1,20 @@
-"""NaN and infinity in training: the error, the step that makes the first, and words for the place.
+"""NaN and infinity in training: the error, and the step, pass, member and layer where they begin.
 
-Nothing here takes time before the loss, its gradient or the weights are not finite. Then `replay`
-finds the step, `inspection` computes it part by part, and `explain` says what was found.
+Nothing here takes time before the loss, its gradient or the state is not finite. Then `replay`
+finds the step, and a `Finder` looks into that step's passes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
@@ -18,18 +22,25 @@ from ml_collections import ConfigDict
 from ensadv import build
 from ensadv.data import datasets
 from ensadv.errors import TrainingError
-from ensadv.runtime import progress
-from ensadv.training import from_config, inspection
-from ensadv.training.inspection import Place, Rows, first_not_finite
+from ensadv.models import ensemble
+from ensadv.runtime import distributed, progress
+from ensadv.training import from_config
 from ensadv.training.optim import TrainState
+from ensadv.training.step import train_step
 
 # (state, number of steps) -> (state, sums of metrics)
 Advance = Callable[[TrainState, int], tuple[TrainState, Mapping[str, Array]]]
+# (layer, what of it) -> float32 [members, 4], or [4] of the ensemble: how many values are NaN, how
+# many are infinite, how many there are, and the largest finite magnitude. In the order of
+# computation.
+Counts = OrderedDict[tuple[str, str], Array]
 
 ADVICE = (
     'A lower train.learning_rate helps most often (in a new workdir: the config of a run cannot '
     'change)'
 )
+_IMAGES = ('', 'the images')
+_STATE = 'the weights and running averages'
 
 
 class NotFiniteError(TrainingError):
@@ -47,7 +58,7 @@ class NotFiniteError(TrainingError):
         self.first, self.last = first, last
 
 
-def unexplained(error: NotFiniteError, start: int) -> TrainingError:
+def error_with_advice(error: NotFiniteError, start: int) -> TrainingError:
     """Returns the error together with how to find out more.
 
     Args:
@@ -56,40 +67,46 @@ def unexplained(error: NotFiniteError, start: int) -> TrainingError:
     """
     return TrainingError(
         f'{error}. The same command with --config.debug.nans=True goes on from '
-        f'{_named(start)} and finds the layer'
+        f'{_start_name(start)} and finds the layer'
     )
 
 
-def explained(
+def error_with_place(
     error: NotFiniteError,
-    config: ConfigDict,
     start: int,
     state: TrainState,
     advance: Advance,
-    examine: Callable[[TrainState], Rows],
+    find: Callable[[TrainState], str | None],
 ) -> TrainingError:
     """Returns an error that says at which step, member and layer the arithmetic went wrong.
 
     Args:
       error: as it was raised.
-      config: the run's.
       start, state: from which steps are made once more; the state's memory is reused.
       advance: see `replay`.
-      examine: see `make_examine`.
+      find: see `Finder.find`.
     """
-    logging.warning('%s. Once more from %s, step by step', error, _named(start))
-    found = replay(state, advance, start, error.last)
-    if found is None:
+    logging.warning('%s. Once more from %s, step by step', error, _start_name(start))
+    if (bad := replay(state, advance, start, error.last)) is None:
         return TrainingError(
-            f'{error}. Made once more from {_named(start)}, all steps to {error.last} were finite'
+            f'{error}. Made once more from {_start_name(start)}, all steps to {error.last} were '
+            'finite'
         )
-    step, before = found
-    separate = config.ensemble.training == 'separate'
-    params = jax.tree.map(lambda leaf: leaf[:, 0] if separate else leaf, before.params)
-    return TrainingError(explain(step, examine(before), params))
+    step, before = bad
+    when = f'the step from {step} to {step + 1}'
+    if (place := find(before)) is None:
+        return TrainingError(
+            f'{when} is not finite, but computed once more, pass by pass, it is: rounding decides. '
+            f'{ADVICE}'
+        )
+    if place.startswith(_STATE):
+        return TrainingError(f'the state of step {step} itself is not finite: {place}')
+    return TrainingError(
+        f'{when} is the first that is not finite. {place}. {_weights(before.params)}. {ADVICE}'
+    )
 
 
-def _named(start: int) -> str:
+def _start_name(start: int) -> str:
     return f'the checkpoint of step {start}' if start else 'the beginning'
 
 
@@ -100,10 +117,7 @@ def all_finite(tree: Any) -> Array:
 
 
 def replay(
-    state: TrainState,
-    advance: Advance,
-    first: int,
-    last: int,
+    state: TrainState, advance: Advance, first: int, last: int
 ) -> tuple[int, TrainState] | None:
     """Makes steps one by one until the metrics, or the state before or after, are not finite.
 
@@ -128,125 +142,231 @@ def replay(
     return None
 
 
-def make_examine(
-    config: ConfigDict, dataset: datasets.Dataset, draw: Callable[..., Any], arrays: Any, keys: Any
-) -> Callable[[TrainState], Rows]:
-    """Returns what looks at every layer in the step from a state.
-
-    In separate training it looks at one member after the other, up to the first that is not finite.
-
-    Args:
-      config: the run's.
-      dataset: the run's.
-      draw: see `inspection.make_examine`, as are `arrays` and `keys`.
-    """
-    # Without remat, inside which nothing can be looked at; it alters rounding at most.
-    model = build.model(config, dataset.describe(), dtype=config.model.dtype)
-    settings = from_config.step_settings(config, model)
-    del settings['objective']
-    examine = inspection.make_examine(
-        draw,
-        attack_steps=config.attack.steps,
-        attack_loss=config.attack.loss,
-        adversarial_weight=config.train.adversarial_weight,
-        **settings,
-    )
-    if config.ensemble.training == 'joint':
-        return lambda state: examine(state, arrays, keys)
-
-    def examine_members(state: TrainState) -> Rows:
-        for i in range(config.ensemble.size):
-            own_state, own_keys = jax.tree.map(lambda leaf, i=i: leaf[i], (state, keys))
-            rows = examine(own_state, arrays, own_keys)
-            rows = Rows((place._replace(member=i), seen) for place, seen in rows.items())
-            if first_not_finite(rows):
-                break
-        return rows
-
-    return examine_members
+def _count(x: Array) -> Array:
+    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0))
+    found = [jnp.sum(jnp.isnan(x)), jnp.sum(jnp.isinf(x)), x.size, largest]
+    return jnp.array(found, jnp.float32)
 
 
-def explain(step: int, rows: Rows, params: Any) -> str:
-    """Returns in one line where a step stopped being finite; logs the largest values there.
+def _over_devices(counts: Array) -> Array:
+    """Returns what was counted on all devices in their shares of the batch."""
+    numbers = distributed.mean_over_devices(counts[..., :3]) * distributed.num_devices()
+    largest = distributed.max_over_devices(counts[..., 3:])
+    return jnp.concatenate([numbers, largest], axis=-1)
+
+
+def count_in_layers(
+    model: nn.Module, variables: ensemble.Variables, images: Array, *, combine: str, train: bool
+) -> Counts:
+    """Counts in what every layer gives, in a forward pass of an ensemble.
 
     Args:
-      step: before the step that is not finite.
-      rows: as `inspection.make_examine` gives them.
-      params: the weights before that step, [k, ...].
+      model: the members' network, without remat, inside which nothing can be looked at.
+      variables: with a leading [k] axis.
+      images: [B, H, W, C].
+      combine: see `ensemble.combine`.
+      train: whether batch norm uses the batch's statistics, and the running averages are updated.
     """
-    when = f'the step from {step} to {step + 1}'
-    place = first_not_finite(rows)
-    if place is None:
-        place = max(rows, key=lambda place: rows[place].largest)
-        return (
-            f'{when} is not finite, but computed once more, layer by layer, it is: rounding '
-            f'decides. The largest value there is {rows[place].largest:.2g}: {place.stage}, '
-            f'{_name(place, [place.member])}. {ADVICE}'
+    logits, of_members = [], []
+    for i in range(len(jax.tree.leaves(variables)[0])):
+        counts = Counts()
+
+        def look(call, args, kwargs, context, counts=counts):
+            output = call(*args, **kwargs)
+            if context.method_name == '__call__':
+                layer, own = '/'.join(context.module.path), context.module.variables
+                counts[layer, 'its output'] = _count(output)
+                for name, leaf in own.get('batch_stats', {}).items() if train else ():
+                    if not isinstance(leaf, Mapping):  # those are of the modules inside
+                        counts[layer, f'its running {name}'] = _count(leaf)
+            return output
+
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], variables)
+        with nn.intercept_methods(look):
+            logits.append(model.apply(own, images, train=train, mutable=['batch_stats'])[0])
+        of_members.append(counts)
+    counts = jax.tree.map(lambda *members: jnp.stack(members), *of_members)
+    counts['', 'the log-probabilities'] = _count(ensemble.combine(jnp.stack(logits), combine))
+    return counts
+
+
+def _count_in_leaves(what: str, tree: Any) -> Counts:
+    """Counts in every variable, [k, ...] each; '{}' in `what` stands for a variable's name."""
+    counts = Counts()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *layer, name = (key.key for key in path)
+        counts['/'.join(layer), what.format(name)] = jax.vmap(_count)(leaf)
+    return counts
+
+
+@jax.jit
+def _count_in_state(state: TrainState) -> Counts:
+    weights = _count_in_leaves('its {}', state.params)
+    return weights | _count_in_leaves('its running {}', state.batch_stats)
+
+
+def _giving_gradient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns the optimizer, but with the gradient for its next state."""
+
+    def update(gradient, opt_state, params):
+        return optimizer.update(gradient, opt_state, params)[0], gradient
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+class Finder:
+    """Finds the first place in a step that is not finite.
+
+    Every device takes the share of the batch that it takes in training, and in separate training
+    the members are looked at one after the other.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        dataset: datasets.Dataset,
+        draw: Callable[..., Any],
+        arrays: Any,
+        keys: Any,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          config: the run's.
+          dataset: the run's.
+          draw: `draw(step, arrays, keys) -> (batch, rng)`, as `step.train_step` takes them; called
+            inside `distributed.run_on_devices`.
+          arrays, keys: what `draw` takes.
+        """
+        model = build.model(config, dataset.describe(), dtype=config.model.dtype)
+        self._config, self._draw, self._arrays, self._keys = config, draw, arrays, keys
+        self._settings = from_config.step_settings(config, model)
+        self._attack_steps = config.attack.steps if config.train.adversarial_weight else 0
+
+        def on_devices(function, **settings):
+            compiled = distributed.run_on_devices(partial(function, **settings), 4)
+            return lambda args, num_steps: jax.device_get(compiled(*args, np.int32(num_steps)))
+
+        of_batch = config.attack.batch_norm == 'batch'
+        self._clean = on_devices(self._count_forward, train=True, attacked=False)
+        self._attack = on_devices(self._count_forward, train=of_batch, attacked=True)
+        self._adversarial = on_devices(self._count_forward, train=True, attacked=True)
+        self._update = on_devices(self._count_in_update)
+
+    def find(self, state: TrainState) -> str | None:
+        """Names the first place in the step from a state that is not finite; None if all is.
+
+        As 'attack step 1 of 7, forward pass, member 0, conv_0, its output: 2 NaN and ...'.
+        """
+        if self._config.ensemble.training == 'joint':
+            members = [(0, state, self._keys)]
+        else:
+            own = lambda i: jax.tree.map(lambda leaf: leaf[i], (state, self._keys))
+            members = [(i, *own(i)) for i in range(self._config.ensemble.size)]
+        places = (
+            _first_bad(name, counts, i)
+            for i, state, keys in members
+            for name, counts in self._parts((state, self._arrays, keys))
         )
-    alike = [other for other in rows if other._replace(member=place.member) == place]
-    members = [other.member for other in alike if not rows[other].finite]
-    seen = rows[place]
-    found = f'{seen.nan:,} NaN and {seen.infinite:,} infinite of {seen.size:,} values'
-    if place.stage == 'state':
-        return f'the state of step {step} itself is not finite: {_name(place, members)}: {found}'
-    _log_table(f'largest finite values in {when}, {place.stage}', rows, place)
-    before = _before(rows, place)
-    if before is not None:
-        found += f'; before it at most {rows[before].largest:.2g} in {_name_beside(before, place)}'
-    return (
-        f'{when} is the first that is not finite. {place.stage}, {_name(place, members)}: {found}. '
-        f'{_weights(params, place.member)}. {ADVICE}'
-    )
+        return next(filter(None, places), None)
+
+    def _parts(self, args: tuple[Any, ...]) -> Iterator[tuple[str, Counts]]:
+        """Yields the parts of the step from (state, arrays, keys), and what is counted in them."""
+        yield _STATE, jax.device_get(_count_in_state(args[0]))
+        counts = self._clean(args, 0)
+        yield 'clean forward pass', counts
+        layers = [layer for layer, _ in counts]
+        backward = lambda item: -layers.index(item[0][0])
+        passes = [
+            (f'attack step {done + 1} of {self._attack_steps}, forward pass', self._attack, done)
+            for done in range(self._attack_steps)
+        ]
+        if self._attack_steps:
+            passes.append(('adversarial forward pass', self._adversarial, self._attack_steps))
+        for name, forward, done in passes:
+            counts = forward(args, done)
+            if _is_bad(counts[_IMAGES]):
+                # They come of a gradient at the images before, whose forward pass was finite.
+                gradient, _ = self._update(args, done - 1)
+                gradient = Counts(sorted(gradient.items(), key=backward))
+                name = f'attack step {done} of {self._attack_steps}, backward pass'
+                yield name, gradient | counts
+            yield name, counts
+        gradient, counts = self._update(args, self._attack_steps)
+        yield 'backward pass', Counts(sorted(gradient.items(), key=backward))
+        yield 'update', counts
+
+    def _count_forward(self, state, arrays, keys, num_steps, train, attacked) -> Counts:
+        """Counts in a forward pass on the images, or on what the attack makes of them so far."""
+        (images, labels), rng = self._draw(state.step, arrays, keys)
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        model, combine = self._settings['model'], self._settings['combine']
+
+        def log_probs(images):
+            if self._settings['attack_batch_norm'] == 'batch':
+                logits, _ = ensemble.apply_train(model, variables, images)
+            else:
+                logits = ensemble.apply(model, variables, images)
+            return ensemble.combine(logits, combine)
+
+        if attacked:
+            images = self._settings['attack'](log_probs, rng, images, labels, num_steps=num_steps)
+        counts = Counts({_IMAGES: _count(images)})
+        counts |= count_in_layers(model, variables, images, combine=combine, train=train)
+        return jax.tree.map(_over_devices, counts)
+
+    def _count_in_update(self, state, arrays, keys, num_steps) -> tuple[Counts, Counts]:
+        """Counts in the gradient, and in what the step gives, with so many steps of the attack."""
+        replaced = {
+            'attack': partial(self._settings['attack'], num_steps=num_steps),
+            'optimizer': _giving_gradient(self._settings['optimizer']),
+            'mean_over_devices': distributed.mean_over_devices,
+        }
+        batch, rng = self._draw(state.step, arrays, keys)
+        after, metrics = train_step(state, batch, rng, **(self._settings | replaced))
+        counts = _count_in_leaves('its new {}', after.params)
+        counts |= {('', f'the {name}'): _count(value) for name, value in metrics.items()}
+        return _count_in_leaves('the gradient of its {}', after.opt_state), counts
 
 
-def _name(place: Place, members: list[int | None]) -> str:
-    if place.member is None:
-        return place.what
-    who = f'member{"s" if len(members) > 1 else ""} {" and ".join(map(str, members))}'
-    return f'{who}, {place.layer or "the whole network"}, {place.what}'
+def _is_bad(counts: np.ndarray) -> bool:
+    nan, infinite, *_ = counts
+    return bool(nan or infinite)
 
 
-def _name_beside(place: Place, other: Place) -> str:
-    """Returns a place's name without what it shares with the other."""
-    if place[:3] == other[:3]:
-        return place.what
-    name = _name(place, [place.member])
-    return name.partition(', ')[2] if place.member == other.member is not None else name
+def _first_bad(part: str, counts: Counts, first_member: int) -> str | None:
+    """Names the first place in a part of the step that is not finite, if there is one."""
+    for (layer, what), found in counts.items():
+        rows = np.atleast_2d(found)
+        bad = [i for i, row in enumerate(rows) if _is_bad(row)]
+        if not bad:
+            continue
+        if found.ndim == 2:
+            members = ' and '.join(str(first_member + i) for i in bad)
+            who = f'member{"s" if len(bad) > 1 else ""} {members}'
+            what = f'{who}, {layer or "the whole network"}, {what}'
+        if part != _STATE:
+            _log_largest(part, counts, bad[0])
+        nan, infinite, size, _ = (f'{number:,.0f}' for number in rows[bad[0]])
+        return f'{part}, {what}: {nan} NaN and {infinite} infinite of {size} values'
+    return None
 
 
-def _before(rows: Rows, place: Place) -> Place | None:
-    """Returns what was seen last before: of the same member, or else the largest in the stage."""
-    places = list(rows)
-    earlier = [other for other in places[: places.index(place)] if other.stage == place.stage]
-    own = [other for other in earlier if other.member == place.member is not None]
-    return own[-1] if own else max(earlier, key=lambda other: rows[other].largest, default=None)
+def _log_largest(part: str, counts: Counts, member: int) -> None:
+    """Logs the largest values in a part of the step, place by place, of one member."""
+    lines = [f'largest finite values in this step, {part}:']
+    lines.append(f'{"largest":>8}  {"NaN":>9}  {"infinite":>9}  where')
+    for (layer, what), found in counts.items():
+        nan, infinite, _, largest = found[member] if found.ndim == 2 else found
+        where = f'{layer}: {what}' if layer else what
+        lines.append(f'{largest:>8.2g}  {nan:>9,.0f}  {infinite:>9,.0f}  {where}')
+    logging.warning('%s', '\n'.join(lines))
 
 
-def _weights(params: Any, member: int | None) -> str:
-    """Returns how large the weights are, of one member or of all."""
+def _weights(params: Any) -> str:
+    """Returns how large the weights are, of all members."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(params))
-    if member is not None:
-        leaves = [(path, leaf[member]) for path, leaf in leaves]
-    norm = math.hypot(*(np.linalg.norm(leaf.astype(np.float64).ravel()) for _, leaf in leaves))
+    norm = math.hypot(*(np.linalg.norm(leaf.astype(np.float64)) for _, leaf in leaves))
     path, leaf = max(leaves, key=lambda item: np.max(np.abs(item[1])))
     name = '/'.join(key.key for key in path)
     return f'The weights before: norm {norm:.2g}, largest {np.max(np.abs(leaf)):.2g} in {name}'
-
-
-def _log_table(title: str, rows: Rows, place: Place) -> None:
-    """Logs what was seen in a place's stage, of its member."""
-    lines = [f'{title}:', f'{"member":>6}  {"largest":>8}  {"NaN":>9}  {"infinite":>9}  where']
-    for other, seen in rows.items():
-        if other.stage != place.stage or (
-            place.member is not None and other.member != place.member
-        ):
-            continue
-        # What goes into a layer has mostly come out of the one before.
-        if other != place and other.what.endswith('its input'):
-            continue
-        member, where = other.member, f'{other.layer or "the whole network"}: {other.what}'
-        if member is None:
-            member, where = '', other.what
-        numbers = f'{seen.largest:>8.2g}  {seen.nan:>9,}  {seen.infinite:>9,}'
-        lines.append(f'{member:>6}  {numbers}  {where}')
-    logging.warning('%s', '\n'.join(lines))

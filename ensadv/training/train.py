@@ -1,13 +1,13 @@
 """The training job: the loop around one pure step."""
 
 import contextlib
-import math
+import dataclasses
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,54 +17,22 @@ from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
-from ensadv import build, prng
+from ensadv import build
 from ensadv import config as config_lib
 from ensadv.cpu import order
-from ensadv.data import batches, datasets
+from ensadv.data import datasets
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.runtime import distributed, progress, stopping
 from ensadv.storage import checkpoints, environments, leases, metrics, workdir
-from ensadv.training import costs, from_config, nans
+from ensadv.training import costs, from_config, nans, pace, streams
 from ensadv.training.optim import TrainState
-from ensadv.training.step import Batch, initial_state, train_step
+from ensadv.training.step import initial_state, train_step
 
-LOCK = 'train'  # name of the claim that one process at a time holds on a workdir, to train in it
-CALL_SECONDS = 5.0  # a call of several steps should not take longer
-
-
-class Keys(NamedTuple):
-    """The run's independent streams of randomness; a step folds in its number where it draws."""
-
-    init: Array
-    batches: Array
-    augmentation: Array
-    attack: Array
-
-
-def run_keys(seed: int) -> Keys:
-    """Returns the keys of the run with this seed."""
-    return Keys(*jax.random.split(prng.key(seed), len(Keys._fields)))
-
-
-def learner_keys(config: ConfigDict) -> Keys:
-    """Returns the keys of what is trained by one loss each: the ensemble, or each member.
-
-    Members trained separately are k runs of one member with the seeds k * seed + i, which differ
-    for all members of all runs of a study.
-
-    Returns:
-      Keys without an axis for joint training, with a leading [k] axis for separate training.
-    """
-    if config.ensemble.training == 'joint':
-        return run_keys(config.seed)
-    k = config.ensemble.size
-    return jax.tree.map(
-        lambda *keys: jnp.stack(keys), *(run_keys(k * config.seed + i) for i in range(k))
-    )
+LOCK = 'train'  # name of the lease that one process at a time holds on a workdir, to train in it
 
 
 def init_state(
-    config: ConfigDict, model: Any, image_shape: tuple[int, ...], keys: Keys
+    config: ConfigDict, model: Any, image_shape: tuple[int, ...], keys: streams.Keys
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -85,33 +53,6 @@ def snapshot_of(config: ConfigDict, state: TrainState) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: leaf[:, 0], variables)
 
 
-def draw_batch(
-    config: ConfigDict, step: Array, arrays: tuple[Array, Array], keys: Keys
-) -> tuple[Batch, Array]:
-    """Returns this device's share of a step's batch, and a key for each example's attack.
-
-    Inside `distributed.run_on_devices` only. `arrays` are the whole training split.
-    """
-    images, labels = arrays
-    batch_size = config.train.batch_size
-    flip = config.data.flip
-    if flip is None:
-        flip = datasets.flips_by_default(config.data.name)
-    places = distributed.my_share(batch_size)
-    indices = batches.batch_indices(
-        keys.batches, step, places, batch_size=batch_size, num_examples=len(labels)
-    )
-
-    def example_keys(key):
-        key = jax.random.fold_in(key, step)
-        return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
-
-    x = batches.augment(
-        example_keys(keys.augmentation), images[indices], pad=config.data.pad, flip=flip
-    )
-    return (batches.to_pixels(x), labels[indices]), example_keys(keys.attack)
-
-
 def make_train_steps(
     config: ConfigDict, model: Any, dataset: datasets.Dataset
 ) -> Callable[..., Any]:
@@ -126,8 +67,8 @@ def make_train_steps(
         mean_over_devices=distributed.mean_over_devices,
     )
 
-    def one_step(state: TrainState, keys: Keys, arrays: tuple[Array, Array]):
-        batch, rng = draw_batch(config, state.step, arrays, keys)
+    def one_step(state: TrainState, keys: streams.Keys, arrays: tuple[Array, Array]):
+        batch, rng = streams.draw_batch(config, state.step, arrays, keys)
         return make_step(state, batch, rng)
 
     if config.ensemble.training == 'separate':
@@ -181,76 +122,6 @@ def check_fits(config: ConfigDict, dataset: Mapping[str, Any]) -> None:
         )
 
 
-def next_stop(step: int, config: ConfigDict, most: int) -> int:
-    """Returns the step at which the call that starts at `step` has to end.
-
-    Args:
-      step: where it starts.
-      config: the run's.
-      most: steps that it may have.
-    """
-    train = config.train
-    stops = [train.steps, step + most]
-    for period in (train.log_every, train.checkpoint_every, train.snapshot_every):
-        stops.append((step // period + 1) * period)
-    if step < train.profile_step:
-        stops.append(train.profile_step)
-    return min(stops)
-
-
-class _CallLength:
-    """How many steps a call may have, so that a signal is not waited with for long."""
-
-    def __init__(self, steps_per_call: int):
-        self._steps_per_call = steps_per_call
-        self._calls = 0
-        self.most = 1
-
-    @property
-    def compiles(self) -> bool:
-        """Whether the next call, the first, compiles."""
-        return not self._calls
-
-    def add(self, num_steps: int, seconds: float) -> None:
-        """Takes in what a call took."""
-        self._calls += 1
-        if self._calls > 1:
-            affordable = max(1, int(CALL_SECONDS * num_steps / seconds))
-            self.most = min(self._steps_per_call, affordable)
-
-
-class _Interval:
-    """Sums of metrics since they were last written, and the time of the calls that gave them."""
-
-    def __init__(self, step: int):
-        self.first_step = step
-        self._sums: list[Mapping[str, Array]] = []
-        self._start_timing(step)
-
-    def _start_timing(self, step: int) -> None:
-        self._timed_from, self._start = step, time.monotonic()
-
-    def add(self, step: int, sums: Mapping[str, Array], *, compiled: bool) -> None:
-        """Takes in a call that reached `step`; of one that compiled the time does not count."""
-        self._sums.append(sums)
-        if compiled:
-            self._start_timing(step)
-
-    def means(self, step: int, batch_size: int) -> dict[str, float]:
-        """Returns the averages over the interval's steps, and the rate if some were timed.
-
-        Raises:
-          nans.NotFiniteError: if one of them is not finite.
-        """
-        sums = jax.tree.map(lambda *leaves: float(np.sum(leaves)), *jax.device_get(self._sums))
-        means = {name: value / (step - self.first_step) for name, value in sums.items()}
-        if not all(map(math.isfinite, means.values())):
-            raise nans.NotFiniteError(self.first_step, step)
-        if timed := step - self._timed_from:
-            means['examples_per_second'] = timed * batch_size / (time.monotonic() - self._start)
-        return means
-
-
 def run(
     config: ConfigDict,
     workdir_path: epath.Path,
@@ -299,16 +170,17 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
     distributed.check_same('the data', dataset.fingerprint)
     group = config.model
     model = build.model(config, description, dtype=group.dtype, remat=group.remat)
-    keys = learner_keys(config)
+    keys = streams.learner_keys(config)
     make_state = partial(init_state, config, model, dataset.image_shape)
     abstract = jax.eval_shape(make_state, keys)
+    draw_state = partial(jax.jit(make_state), keys)
     facts = {
         'dataset': description,
         'parameters': costs.size(abstract.params),
         'operations': costs.operations(config, description)._asdict(),
     }
     keep = config.train.checkpoints_to_keep
-    lock = leases.Claims(workdir_path / 'claims')
+    lock = leases.open_leases(workdir_path)
     with contextlib.ExitStack() as stack:
         stack.callback(lock.close)
         if holder := distributed.agree(lock.take_over(LOCK) if distributed.is_main() else None):
@@ -319,16 +191,11 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
         stack.callback(saved.close)
         stack.callback(snapshots.close)
         step, state = saved.restore_newest(abstract) or (0, None)
-        session = {'step': step, **build.environment(), 'command': sys.argv}
-        if distributed.is_main():
-            if state is not None:
-                _warn_of_changes(workdir_path, session)
-            workdir.write_record(workdir_path, config, facts, session)
-        distributed.check_shared(workdir_path / 'config.json')
+        _begin_session(config, workdir_path, facts, step)
         distributed.tell(f'{label}: training {build.computation(config, group.dtype)}')
         if state is None:
             with progress.waiting(f'{label}: drawing the first weights'):
-                state = jax.jit(make_state)(keys)
+                state = draw_state()
             _log_parameters(abstract.params)
         else:
             logging.info('%s: going on from the checkpoint of step %d', label, step)
@@ -356,67 +223,85 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             saved.close()  # and so whole
             start = max(saved.steps(), default=0)
             if not config.debug.nans:
-                raise nans.unexplained(error, start) from None
-            start, state = saved.restore_newest(abstract) or (0, None)
-            if state is None:
-                state = distributed.replicate(jax.jit(make_state)(learner_keys(config)))
-            examine = nans.make_examine(config, dataset, partial(draw_batch, config), arrays, keys)
-            raise nans.explained(error, config, start, state, advance, examine) from None
+                raise nans.error_with_advice(error, start) from None
+            newest = saved.restore_newest(abstract)
+            start, state = newest or (0, distributed.replicate(draw_state()))
+            draw = partial(streams.draw_batch, config)
+            finder = nans.Finder(config, dataset, draw, arrays, keys)
+            raise nans.error_with_place(error, start, state, advance, finder.find) from None
 
 
+def _begin_session(
+    config: ConfigDict, workdir_path: epath.Path, facts: Mapping[str, Any], step: int
+) -> None:
+    """Writes down that a run begins, or goes on from a step, and in which environment."""
+    if distributed.is_main():
+        session = {'step': step, **build.environment(), 'command': sys.argv}
+        record = workdir.read_record(workdir_path) if step else None
+        if record and (changes := environments.changes(record['sessions'][-1], session)):
+            logging.warning(
+                '%s: goes on in another environment (%s): its numbers will differ from those of a '
+                'run that was not interrupted',
+                workdir_path,
+                '; '.join(changes),
+            )
+        workdir.write_record(workdir_path, config, facts, session)
+    distributed.check_shared(workdir_path / 'config.json')
+
+
+@dataclasses.dataclass
 class _Writer:
     """What training writes beside its metrics."""
 
-    def __init__(self, config, workdir_path, lock, saved, snapshots, on_snapshot):
-        self._config = config
-        self._workdir = workdir_path
-        self._lock = lock
-        self._saved = saved
-        self._snapshots = snapshots
-        self._on_snapshot = on_snapshot
+    config: ConfigDict
+    workdir: epath.Path
+    lock: leases.Leases
+    saved: checkpoints.Checkpoints
+    snapshots: checkpoints.Checkpoints
+    on_snapshot: Callable[[], None] | None
 
     def write(
         self, step: int, state: TrainState, *, snapshot: bool, checkpoint: bool,
         seconds_per_step: list[float],
     ) -> None:  # fmt: skip
         """Writes what is due, and has a new snapshot evaluated."""
-        snapshot = snapshot and step not in self._snapshots.steps()
+        snapshot = snapshot and step not in self.snapshots.steps()
         # Evaluation may take long, and be interrupted: what training needs is safe by then.
-        evaluated = snapshot and self._on_snapshot is not None
-        checkpoint = checkpoint or (evaluated and step not in self._saved.steps())
-        lost = distributed.is_main() and not self._lock.still_held(LOCK)
+        evaluated = snapshot and self.on_snapshot is not None
+        checkpoint = checkpoint or (evaluated and step not in self.saved.steps())
+        lost = distributed.is_main() and not self.lock.still_held(LOCK)
         if (snapshot or checkpoint) and distributed.agree(lost):
             raise TrainingError(
-                f'{self._workdir}: another process trains here since this one was paused, or cut '
+                f'{self.workdir}: another process trains here since this one was paused, or cut '
                 f'off from its storage, for long; ended at step {step}'
             )
         if snapshot:
-            self._snapshots.save(step, snapshot_of(self._config, state), wait=True)
+            self.snapshots.save(step, snapshot_of(self.config, state), wait=True)
         if checkpoint:
-            self._saved.save(step, state)
+            self.saved.save(step, state)
             if seconds_per_step and distributed.is_main():
                 timing = {'seconds_per_step': statistics.median(seconds_per_step)}
-                workdir.add_to_session(self._workdir, timing)
+                workdir.add_to_session(self.workdir, timing)
         if evaluated:
             with stopping.deferred(False):
-                self._on_snapshot()
+                self.on_snapshot()
 
 
 def _loop(config, state, step, advance, log, writer) -> None:
     """Advances from `step` to the last, writing what is due on the way."""
     train, schedule = config.train, from_config.schedule(config)
-    interval = _Interval(step)
+    interval = pace.Interval(step)
     seconds_per_step: list[float] = []
-    length = _CallLength(train.steps_per_call)
+    length = pace.CallLength(train.steps_per_call)
     log.step(step)
     if step == train.steps:  # its snapshot was lost, and the checkpoint is there
         writer.write(step, state, snapshot=True, checkpoint=False, seconds_per_step=[])
     with stopping.deferred():
         while step < train.steps:
-            stop = next_stop(step, config, distributed.agree(length.most))
+            stop = pace.next_stop(step, config, distributed.agree(length.most))
             compiles = length.compiles
             start = time.monotonic()
-            with log.compiling() if compiles else contextlib.nullcontext():
+            with log.bar.compiling() if compiles else contextlib.nullcontext():
                 state, sums = advance(state, stop - step)
             length.add(stop - step, time.monotonic() - start)
             step = stop
@@ -439,7 +324,7 @@ def _loop(config, state, step, advance, log, writer) -> None:
             log.step(step)
             if due['snapshot'] or due['checkpoint']:
                 log.flush()  # what is before a checkpoint is not written again
-            with log.untimed():
+            with log.bar.untimed():
                 writer.write(
                     step, state, snapshot=due['snapshot'], checkpoint=due['checkpoint'],
                     seconds_per_step=seconds_per_step,
@@ -447,19 +332,7 @@ def _loop(config, state, step, advance, log, writer) -> None:
             if stops:
                 stopping.stop()
             if any(due.values()):
-                interval = _Interval(step)
-
-
-def _warn_of_changes(workdir_path: epath.Path, session: Mapping[str, Any]) -> None:
-    """Warns if a run goes on in another environment than that of its last session."""
-    record = workdir.read_record(workdir_path)
-    if record and (changes := environments.changes(record['sessions'][-1], session)):
-        logging.warning(
-            '%s: goes on in another environment (%s): its numbers will differ from those of a run '
-            'that was not interrupted',
-            workdir_path,
-            '; '.join(changes),
-        )
+                interval = pace.Interval(step)
 
 
 def _log_parameters(params: Any) -> None:
