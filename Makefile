@@ -1,5 +1,5 @@
 # make quickstart: a small Table 1 from real images in minutes.   make test: lint and all tests.
-# make benchmark: the speed tables against PyTorch, foolbox and torchattacks, on this machine's CPU.
+# make benchmark: the speed tables against PyTorch, on this machine's CPU.
 PYTHON ?= python3
 VENV := .venv
 QUICKSTART_WORKDIR ?= runs/quickstart

@@ -1,6 +1,6 @@
 """Kills real runs at random moments, goes on with the same command, and compares the results.
 
-    python benchmarks/kill_runs.py [--kills=50] [--seed=0] [--out=FILE] [--folder=DIR]
+    python benchmarks/kill_runs.py [--kills=50] [--seed=0]
 
 Three kinds of work on digits: a trainer that evaluates its own snapshots, a trainer with an
 evaluator beside it, of which one or both are killed, and a study with a transfer set. Each is done
@@ -224,10 +224,6 @@ def main():
     )
     parser.add_argument('--kills', type=int, default=50, help='in all (50)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (0)')
-    parser.add_argument('--out', type=pathlib.Path, help='write the report there as well')
-    parser.add_argument(
-        '--folder', type=pathlib.Path, help='for the runs; default: a temporary one'
-    )
     args = parser.parse_args()
     rng = random.Random(args.seed)
     load = os.getloadavg()[0]
@@ -240,7 +236,7 @@ def main():
         '| --- | --- | --- | --- | --- | --- |',
     ]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.folder or pathlib.Path(temporary)).absolute()
+        folder = pathlib.Path(temporary)
         left = args.kills
         for name in WORK:
             is_last = name == list(WORK)[-1]
@@ -253,10 +249,7 @@ def main():
                 f'| {name} | {seconds:.0f} | {kills} | {len(survived)} | {in_each} '
                 f'| {len(survived)} of {len(survived)} |'
             )
-    report = '\n'.join(lines) + '\n'
-    print(report, end='')
-    if args.out:
-        args.out.write_text(report)
+    print('\n'.join(lines))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """With what and on what something was measured."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -24,29 +25,19 @@ def cpu():
 
 
 def commit():
-    """Returns the repository's commit, and whether files differ from it; 'unknown' without git."""
+    """Returns the repository's commit, and whether files differ from it."""
 
     def git(*args):
         done = subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    try:
-        found = git('rev-parse', '--short', 'HEAD')
-        changed = git('status', '--porcelain', '--untracked-files=no')
-    except FileNotFoundError:
-        return 'unknown'
-    return f'{found or "unknown"}{", with changes that are not committed" if changed else ""}'
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    return git('rev-parse', '--short', 'HEAD') + ', with uncommitted changes' * bool(changed)
 
 
 def missing_packages():
     """Returns those of PACKAGES that are not installed."""
-    missing = []
-    for name in PACKAGES:
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-    return missing
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def describe(load, packages=PACKAGES):
