@@ -240,7 +240,7 @@ def _compare_updates(ours, peer, x_adv, sizes):
     state, metrics = ours.update(x_adv)
     peer_metrics = peer.update(x_adv)
     found = [
-        (_words(name), abs(float(metrics[name]) - peer_metrics[name]), 1e-4)
+        (name.replace('_', ' '), abs(float(metrics[name]) - peer_metrics[name]), 1e-4)
         for name in ('clean_loss', 'adversarial_loss')
     ]
     weights = peer_pytorch.state_dict(state.params, depth)
@@ -272,10 +272,6 @@ def _compare_updates(ours, peer, x_adv, sizes):
     found.append(('running means, relative', errors['mean'], 1e-4))
     found.append(("running variances in torch's form, relative", errors['var'], 1e-4))
     return found
-
-
-def _words(metric):
-    return metric.replace('_', ' ')
 
 
 def _largest(a, b):
@@ -317,7 +313,8 @@ def measure(ours, peers, repeats, num_steps):
         allowed_losses = ALLOWED_LOSSES[ours.config.model.dtype]
         for metric, allowed in zip(('clean_loss', 'adversarial_loss'), allowed_losses, strict=True):
             error = abs(metrics[metric] - peer_metrics[metric])
-            found.append((f'{_words(metric)} of the timed step, {name}', error, allowed))
+            words = metric.replace('_', ' ')
+            found.append((f'{words} of the timed step, {name}', error, allowed))
     require(found)
     # Once more without a clock: a compiled peer may compile again for its second step.
     for side in sides.values():

@@ -43,13 +43,9 @@ def missing_packages():
 def describe(load, packages=PACKAGES):
     """Returns the Markdown lines that say it; `load` is the load average before."""
     versions = [f'{name} {importlib.metadata.version(name)}' for name in packages]
-    variables = [
-        f'{name}: {os.environ.get(name) or "(not set)"}'
-        for name in ('XLA_FLAGS', 'OMP_WAIT_POLICY')
-    ]
     return [
         f'- `python {" ".join(sys.argv)}`, {time.strftime("%Y-%m-%d")}, commit {commit()}',
         f'- CPU: {cpu()}, {os.cpu_count()} cores; load average before: {load:.2f}',
         f'- Python {platform.python_version()}, {", ".join(versions)}',
-        f'- {"; ".join(variables)}',
+        f'- XLA_FLAGS: {os.environ.get("XLA_FLAGS") or "(not set)"}',
     ]

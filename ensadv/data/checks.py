@@ -1,4 +1,4 @@
-"""What a data set holds, in a line, and what in it can be read but can hardly be meant."""
+"""One line that says what a data set holds, and warnings of content that is hardly meant."""
 
 import functools
 from typing import TYPE_CHECKING
@@ -11,19 +11,19 @@ from ensadv.runtime import distributed
 if TYPE_CHECKING:
     from ensadv.data.datasets import Dataset
 
-_DARK = 64  # levels; no set of images keeps all its pixels within so few
-# Standard sets have a few images twice. Below this share they change no accuracy that is written
-# with three digits; the number is told all the same.
+_DARK = 64  # levels; no real set of images has all its pixels within so few
+# Standard sets have a few images twice. Below this share that changes no accuracy of three digits;
+# the line about the data counts them all the same.
 _FEW = 0.01
 
 
 @functools.lru_cache(maxsize=1)  # several jobs of a run ask for the same data
 def tell(dataset: 'Dataset', source: str) -> None:
-    """Says what the data are, and warns of what can hardly be meant, once.
+    """Logs the summary and the doubts, once.
 
     Args:
       dataset: with its validation split held out.
-      source: what to call it: its file, or its name.
+      source: its file or name, with which the lines begin.
     """
     distributed.tell(f'{source}: {summary(dataset)}')
     for doubt in doubts(dataset):
@@ -31,7 +31,7 @@ def tell(dataset: 'Dataset', source: str) -> None:
 
 
 def summary(dataset: 'Dataset') -> str:
-    """Returns sizes, shape, classes, range of the pixels and images per class."""
+    """Returns a line: sizes, shape, classes, range of the pixels, images per class."""
     splits = {'training': 'train', 'validation': 'validation', 'test': 'test'}
     sizes = [f'{len(dataset.split(split)[1]):,} {name}' for name, split in splits.items()]
     height, width, channels = dataset.image_shape
@@ -48,8 +48,8 @@ def summary(dataset: 'Dataset') -> str:
 
 
 def doubts(dataset: 'Dataset') -> list[str]:
-    """Returns a line for each thing that can hardly be meant: what it is, and what usually is."""
-    # Images that are all alike are also shared by the splits: the first reason is the one to tell.
+    """Returns a line for each thing that is hardly meant: what was found, and what is usual."""
+    # Splits of images that are all alike also share images: only the first reason is worth a line.
     of_pixels = _range(dataset)
     found = (
         _classes(dataset),
@@ -129,7 +129,7 @@ def _layout(dataset: 'Dataset') -> str:
 
 
 def _range(dataset: 'Dataset') -> list[str]:
-    """Returns a doubt about pixels that are all close to each other, of all splits together."""
+    """Returns at most one doubt, about splits whose pixels are all close to each other."""
     found = {}
     for split in ('train', 'test'):
         images = dataset.split(split)[0]
@@ -150,7 +150,7 @@ def _range(dataset: 'Dataset') -> list[str]:
 
 
 def _is_constant(images: np.ndarray) -> np.ndarray:
-    """Returns which images have one value for all pixels, bool [n]."""
+    """Returns which images have the same value in all pixels, bool [n]."""
     return np.all(images == images[:, :1, :1, :1], axis=(1, 2, 3))
 
 
@@ -169,13 +169,13 @@ def _constant(dataset: 'Dataset') -> str:
 
 @functools.lru_cache(maxsize=2)  # both held-out splits of one data set
 def _also_in_training(dataset: 'Dataset', split: str) -> int:
-    """Returns how many images of a split are in the training split, to the bit.
+    """Returns how many images of a split are also training images, to the bit.
 
-    Images with one value for all pixels are not counted.
+    Images with the same value in all pixels do not count.
     """
     images = dataset.split(split)[0]
     images = images[~_is_constant(images)]
-    known = {hash(image.tobytes()) for image in dataset.image_train}  # 64 bits: no chance hits
+    known = {hash(image.tobytes()) for image in dataset.image_train}  # 64 bits: no collisions
     return sum(hash(image.tobytes()) in known for image in images)
 
 
