@@ -102,7 +102,7 @@ def error_exits() -> Iterator[None]:
         fail(f'a package is missing ({error}): pip install -r requirements.txt')
     except OSError as error:  # lost storage; --verbosity=1 shows the traceback
         logging.debug('', exc_info=True)
-        fail(f'{error}. What is on disk is whole: the same command goes on', code=1)
+        fail(f'{error}. Everything on disk is whole: run the same command to go on', code=1)
     except stopping.Stopped as stopped:
         fail(str(stopped), code=stopped.exit_code)
 
