@@ -366,9 +366,7 @@ def parse_args():
     )
     parser.add_argument('--workdir', required=True, metavar='DIR', help='a finished run')
     parser.add_argument('--n', type=int, default=1000, help='test images (1000, or all)')
-    parser.add_argument(
-        '--steps', type=int, nargs='+', default=[5, 20, 100], help='numbers of steps (5 20 100)'
-    )
+    parser.add_argument('--steps', type=int, nargs='+', default=[5, 20, 100], help='5 20 100')
     parser.add_argument('--seed', type=int, default=0, help='of the random start (0)')
     return parser.parse_args()
 
