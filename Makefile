@@ -1,11 +1,11 @@
 # make quickstart: a small Table 1 from real images in minutes.   make test: lint and all tests.
-# make benchmark: the speed tables against PyTorch, foolbox and torchattacks, on this machine's CPU.
+# make benchmark: the speed tables against PyTorch, on this machine's CPU.
 PYTHON ?= python3
 VENV := .venv
 QUICKSTART_WORKDIR ?= runs/quickstart
 
-# The core's known answers, compiled a second time as users compile them: the tests leave out most of
-# XLA's optimiser, which is faster but would not tell if that made a number wrong.
+# The tests compile without most of XLA's optimiser, which is faster but would hide its mistakes. So
+# the core's known answers run once more, compiled as users compile them.
 FULLY_COMPILED := $(addprefix tests/test_,losses.py norm.py steps.py wiring.py) \
     tests/test_reference_logits.py::test_logits_are_pytorchs
 
@@ -28,7 +28,7 @@ lint: $(VENV)/dev
 benchmark: $(VENV)/benchmark
 	$(VENV)/bin/python benchmarks/speed.py
 
-# The venv is made again where it is missing, and filled again where the requirements are newer.
+# A missing venv is made, and filled again when the requirements are newer.
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
@@ -41,7 +41,7 @@ $(VENV)/dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@ $(VENV)/run
 
-# torchattacks asks for an old requests, which it does not use: see the requirements.
+# torchattacks asks for an old requests, which it does not use: see requirements-benchmark.txt.
 $(VENV)/benchmark: requirements-benchmark.txt requirements.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-benchmark.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps torchattacks==3.5.1

@@ -57,20 +57,20 @@ def run(mode: str) -> None:
     with build.on_all_processes(mode, config, path):
         jobs[mode](config, path)
         if mode != 'planes' and distributed.is_main():
-            print(command_line.where())
+            print(command_line.closing_lines())
 
 
 def main(argv: list[str]) -> None:
     command_line.set_up_logging()
-    with command_line.exits():
+    with command_line.error_exits():
         if len(argv) > 1:
-            raise command_line.unexpected(argv[1])
+            raise command_line.unexpected_argument(argv[1])
         run(FLAGS.mode)
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses the command line, and waits where that says so."""
-    with command_line.exits():
+    """Parses the command line; with --config.eval.follow this waits for the run to begin."""
+    with command_line.error_exits():
         return command_line.parse(argv, default.get_config)
 
 

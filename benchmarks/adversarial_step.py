@@ -241,7 +241,7 @@ def _compare_updates(ours, peer, x_adv, sizes):
     state, metrics = ours.update(x_adv)
     peer_metrics = peer.update(x_adv)
     found = [
-        (_words(name), abs(float(metrics[name]) - peer_metrics[name]), 1e-4)
+        (name.replace('_', ' '), abs(float(metrics[name]) - peer_metrics[name]), 1e-4)
         for name in ('clean_loss', 'adversarial_loss')
     ]
     weights = peer_pytorch.state_dict(state.params, depth)
@@ -275,10 +275,6 @@ def _compare_updates(ours, peer, x_adv, sizes):
     return found
 
 
-def _words(metric):
-    return metric.replace('_', ' ')
-
-
 def _largest(a, b):
     return float(np.abs(np.asarray(a) - np.asarray(b)).max())
 
@@ -300,17 +296,12 @@ def measure(ours, peers, repeats, num_steps):
       num_steps: steps of a turn: one call of ours, as training makes it; as many calls of a peer's.
 
     Returns:
-      {name: seconds before the first step}, {name: seconds per step of each turn}, {name: cores
-      that it kept busy}, and what `compare` returns.
+      {name: seconds per step of each turn}, and what `compare` returns.
     """
     sides = {OURS: ours} | peers
-    start = time.perf_counter()
-    ours.step(0)
-    warm_up = {OURS: time.perf_counter() - start}
     metrics = ours.step()
     found = []
     for name, peer in peers.items():
-        start = time.perf_counter()
         try:
             peer_metrics = peer.step(start=ours.noise())
         except Exception as error:  # compilers fail in every way
@@ -320,26 +311,24 @@ def measure(ours, peers, repeats, num_steps):
             print(f'{name}: left out: {type(error).__name__}: {reason}', file=sys.stderr)
             del sides[name]
             continue
-        warm_up[name] = time.perf_counter() - start
         allowed_losses = ALLOWED_LOSSES[ours.config.model.dtype]
         for metric, allowed in zip(('clean_loss', 'adversarial_loss'), allowed_losses, strict=True):
             error = abs(metrics[metric] - peer_metrics[metric])
-            found.append((f'{_words(metric)} of the timed step, {name}', error, allowed))
+            words = metric.replace('_', ' ')
+            found.append((f'{words} of the timed step, {name}', error, allowed))
     require(found)
     # Once more without a clock: a compiled peer may compile again for its second step.
     for side in sides.values():
         side.step()
-    seconds, cpu_seconds = {name: [] for name in sides}, dict.fromkeys(sides, 0.0)
+    seconds = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             metrics = side.step(num_steps)
             seconds[name].append((time.perf_counter() - start) / num_steps)
-            cpu_seconds[name] += (time.process_time() - cpu_start) / num_steps
             if not all(map(math.isfinite, metrics.values())):
                 sys.exit(f'{name}: the loss is no longer finite, so timings would mean nothing')
-    cores = {name: cpu_seconds[name] / sum(seconds[name]) for name in sides}
-    return warm_up, seconds, cores, found
+    return seconds, found
 
 
 def require(found):

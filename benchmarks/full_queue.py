@@ -1,6 +1,6 @@
 """Whether convolutions and products stay right on a CPU while XLA's queues of tasks are full.
 
-    python benchmarks/full_queue.py [--repeats=2] [--stop_thread] [--rows=TEXT]
+    python benchmarks/full_queue.py [--repeats=2] [--rows=TEXT]
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/full_queue.py
     XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= python benchmarks/full_queue.py
 
@@ -12,7 +12,6 @@ library that XLA:CPU has for them and gives them to Eigen, whose results are the
 """
 
 import argparse
-import contextlib
 import functools
 import os
 import pathlib
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import machine, stopped_thread
+from benchmarks import machine
 from ensadv.models import conv
 
 _FLOOD, _COPIES = 300, 10
@@ -36,15 +35,9 @@ def _operations():
     """Returns {name: (function of two arrays, their shapes)}."""
     operations = {}
     for size, inputs, outputs, stride, window in (
-        (32, 32, 160, 1, 3),
-        (32, 64, 16, 1, 3),
-        (32, 64, 64, 1, 3),
-        (32, 64, 128, 2, 3),
-        (16, 128, 32, 1, 3),
-        (32, 320, 64, 1, 1),
-        (8, 640, 640, 1, 3),
-        (2, 128, 128, 1, 3),
-    ):
+        (32, 32, 160, 1, 3), (32, 64, 16, 1, 3), (32, 64, 64, 1, 3), (32, 64, 128, 2, 3),
+        (16, 128, 32, 1, 3), (32, 320, 64, 1, 1), (8, 640, 640, 1, 3), (2, 128, 128, 1, 3),
+    ):  # fmt: skip
         shapes = ((32, size, size, inputs), (window, window, inputs, outputs))
         name = f'{window}x{window} {inputs} to {outputs}, {size}x{size}, stride {stride}'
         for kind, whose in (('grouped', "XLA's"), ('separate', "ensadv's"), ('onednn', "oneDNN's")):
@@ -63,13 +56,9 @@ def _operations():
         operations[f'product {rows} x {inner} x {columns}'] = jnp.matmul, shapes
     # As in gradients of weights: over all pixels.
     for inner, rows, columns in (
-        (32768, 16, 64),
-        (8192, 64, 64),
-        (8192, 16, 640),
-        (8192, 128, 128),
-        (2048, 640, 640),
+        (32768, 16, 64), (8192, 64, 64), (8192, 16, 640), (8192, 128, 128), (2048, 640, 640),
         (512, 256, 10),
-    ):
+    ):  # fmt: skip
         shapes = ((inner, rows), (inner, columns))
         name = f'product {rows} x {inner} x {columns}, the first transposed'
         operations[name] = lambda a, b: a.T @ b, shapes
@@ -132,26 +121,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--repeats', type=int, default=2)
-    parser.add_argument(
-        '--stop_thread', action='store_true', help="stop one of XLA's threads 0.4 s of every 0.7 s"
-    )
     parser.add_argument('--rows', default='', help='only operations whose names have this text')
     args = parser.parse_args()
     load = os.getloadavg()[0]
     jax.config.update('jax_platforms', 'cpu')
     print('\n'.join(machine.describe(load, ('jax', 'jaxlib'))))
     runs = args.repeats * jax.device_count()
-    print(f'- {jax.device_count()} devices, one thread stopped: {args.stop_thread}')
+    print(f'- {jax.device_count()} devices')
     print(f'\n| operation | wrong of {_COPIES * runs} | wrong of the {_FLOOD * runs} before |')
     print('| --- | --: | --: |')
     jax.block_until_ready(jnp.ones((999, 999)) @ jnp.ones((999, 999)))  # has XLA make its threads
     total = 0
-    with stopped_thread.stopped_thread() if args.stop_thread else contextlib.nullcontext():
-        for name, (operation, shapes) in _operations().items():
-            if args.rows in name:
-                counts = _wrong(operation, shapes, args.repeats)
-                total += sum(counts)
-                print(f'| {name} | {" | ".join(map(str, counts))} |', flush=True)
+    for name, (operation, shapes) in _operations().items():
+        if args.rows in name:
+            counts = _wrong(operation, shapes, args.repeats)
+            total += sum(counts)
+            print(f'| {name} | {" | ".join(map(str, counts))} |', flush=True)
     sys.exit(total > 0)
 
 

@@ -1,6 +1,6 @@
 """Kills real runs at random moments, goes on with the same command, and compares the results.
 
-    python benchmarks/kill_runs.py [--kills=50] [--seed=0] [--out=FILE] [--folder=DIR]
+    python benchmarks/kill_runs.py [--kills=17] [--seed=0]
 
 Three kinds of work on digits: a trainer that evaluates its own snapshots, a trainer with an
 evaluator beside it, of which one or both are killed, and a study with a transfer set. Each is done
@@ -73,7 +73,6 @@ WORK = {
     ],
     'study': [(STUDY, STUDY_FIELDS)],
 }
-SHARES = {'trainer': 0.4, 'trainer and evaluator': 0.3, 'study': 0.3}
 LIMIT_SECONDS = 600.0
 
 
@@ -222,12 +221,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--kills', type=int, default=50, help='in all (50)')
+    parser.add_argument('--kills', type=int, default=17, help='of each kind of work (17)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (0)')
-    parser.add_argument('--out', type=pathlib.Path, help='write the report there as well')
-    parser.add_argument(
-        '--folder', type=pathlib.Path, help='for the runs; default: a temporary one'
-    )
     args = parser.parse_args()
     rng = random.Random(args.seed)
     load = os.getloadavg()[0]
@@ -240,23 +235,16 @@ def main():
         '| --- | --- | --- | --- | --- | --- |',
     ]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.folder or pathlib.Path(temporary)).absolute()
-        left = args.kills
+        folder = pathlib.Path(temporary)
         for name in WORK:
-            is_last = name == list(WORK)[-1]
-            kills = left if is_last else round(SHARES[name] * args.kills)
-            left -= kills
             expected, seconds = undisturbed(name, folder, folder / 'compiled')
-            survived = killed(name, kills, folder, folder / 'compiled', rng, expected, seconds)
+            survived = killed(name, args.kills, folder, folder / 'compiled', rng, expected, seconds)
             in_each = ', '.join(map(str, survived))
             lines.append(
-                f'| {name} | {seconds:.0f} | {kills} | {len(survived)} | {in_each} '
+                f'| {name} | {seconds:.0f} | {args.kills} | {len(survived)} | {in_each} '
                 f'| {len(survived)} of {len(survived)} |'
             )
-    report = '\n'.join(lines) + '\n'
-    print(report, end='')
-    if args.out:
-        args.out.write_text(report)
+    print('\n'.join(lines))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """With what and on what something was measured."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -24,41 +25,27 @@ def cpu():
 
 
 def commit():
-    """Returns the repository's commit, and whether files differ from it; 'unknown' without git."""
+    """Returns the repository's commit, and whether files differ from it."""
 
     def git(*args):
         done = subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    try:
-        found = git('rev-parse', '--short', 'HEAD')
-        changed = git('status', '--porcelain', '--untracked-files=no')
-    except FileNotFoundError:
-        return 'unknown'
-    return f'{found or "unknown"}{", with changes that are not committed" if changed else ""}'
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    return git('rev-parse', '--short', 'HEAD') + ', with uncommitted changes' * bool(changed)
 
 
 def missing_packages():
     """Returns those of PACKAGES that are not installed."""
-    missing = []
-    for name in PACKAGES:
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-    return missing
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def describe(load, packages=PACKAGES):
     """Returns the Markdown lines that say it; `load` is the load average before."""
     versions = [f'{name} {importlib.metadata.version(name)}' for name in packages]
-    variables = [
-        f'{name}: {os.environ.get(name) or "(not set)"}'
-        for name in ('XLA_FLAGS', 'OMP_WAIT_POLICY')
-    ]
     return [
         f'- `python {" ".join(sys.argv)}`, {time.strftime("%Y-%m-%d")}, commit {commit()}',
         f'- CPU: {cpu()}, {os.cpu_count()} cores; load average before: {load:.2f}',
         f'- Python {platform.python_version()}, {", ".join(versions)}',
-        f'- {"; ".join(variables)}',
+        f'- XLA_FLAGS: {os.environ.get("XLA_FLAGS") or "(not set)"}',
     ]

@@ -39,16 +39,13 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth, width, num_classes, mean, std):
         super().__init__()
-        blocks, remainder = divmod(depth - 4, 6)
-        if remainder or blocks < 1:
-            raise ValueError(f'depth is {depth}, must be 6 n + 4')
         for name, value in (('mean', mean), ('std', std)):
             value = torch.as_tensor(value, dtype=torch.float32).reshape(1, -1, 1, 1)
             self.register_buffer(name, value, persistent=False)
         self.conv0 = nn.Conv2d(self.mean.shape[1], 16, 3, 1, 1, bias=False)
         layers, inputs = [], 16
         for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
-            for i in range(blocks):
+            for i in range((depth - 4) // 6):
                 layers.append(Block(inputs, outputs, 2 if group and i == 0 else 1))
                 inputs = outputs
         self.blocks = nn.Sequential(*layers)
@@ -73,8 +70,6 @@ class Ensemble(nn.Module):
 
     def __init__(self, depth, width, k, num_classes, mean, std, combine='probs'):
         super().__init__()
-        if combine not in ('probs', 'logits'):
-            raise ValueError(f"combine is {combine!r}, must be 'probs' or 'logits'")
         self.combine = combine
         self.members = nn.ModuleList(
             WideResNet(depth, width, num_classes, mean, std) for _ in range(k)

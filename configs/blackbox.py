@@ -2,10 +2,10 @@
 
 Reproduces: the set behind the column black-box of the paper's Table 1.
 Run: python main.py --mode=blackbox --config=configs/blackbox.py --workdir=DIR
-  and then, for any run, --config.eval.blackbox_path=DIR/blackbox.npz
-Cost: two clean trainings of 78,000 steps, 3.0e17 operations (2.9e17 of them Baseline's), which is
-  50 minutes at a sustained 100 TFLOP/s. The attack adds 4e15 per round in which all examples stand.
-  This is arithmetic from --mode=describe, not measured.
+  Then evaluate any run with --config.eval.blackbox_path=DIR/blackbox.npz (docs/transfer_sets.md).
+Cost: two clean trainings of 78,000 steps, 3.0e17 operations (2.9e17 are the Wide ResNet's): 50
+  minutes at a sustained 100 TFLOP/s. The attack adds 4e15 per round in which all examples stand.
+  This is arithmetic from --mode=describe; nobody has measured it.
 Expect, from the paper (nobody has run this config to its end yet): sources with 96.0 % and 94.5 %
   clean accuracy, and a set that fools both on every example.
 """

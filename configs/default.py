@@ -13,8 +13,8 @@ from ensadv.attacks import registry
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.system = 'custom'  # name of the system in tables; each file in configs/ sets its own
-    config.device = 'auto'  # cpu, gpu, tpu: refused where it is not there; auto: JAX's choice
-    config.seed = 0  # start of all randomness: initialisation, batches, augmentation, attacks
+    config.device = 'auto'  # cpu, gpu, tpu: refused where there is none; auto: JAX's choice
+    config.seed = 0  # of all randomness: initialisation, batches, augmentation, attacks
     # The threat model, in training and evaluation. Step sizes and sigmas below are lengths in its
     # norm too. They follow epsilon unless they are set themselves.
     config.norm = 'linf'  # linf or l2

@@ -3,14 +3,13 @@
 Reproduces: nothing of the paper's; five of its systems, one seed each, on 1,797 real 8x8 images.
   It shows that all parts work, and on a small scale what adversarial training changes.
 Run: make quickstart
-  which is python main.py --mode=study --config=configs/quickstart.py --workdir=runs/quickstart
-Cost: 600 steps of 64 a run, and two clean runs for the transfer set; SingleAdv has 303,418
-  parameters. 9.0 minutes measured on two CPU cores (AMD EPYC, jax 0.10.2), compiling and the report
-  included.
-Expect: over 98 % clean everywhere; at PGD20 Baseline under 2 % and the others 78 to 82 %; on the
-  transfer set Baseline 15 to 20 % and the others over 90 %.
-  One seed says nothing of others, and 360 images have a standard error of 2.1 points at 80 %:
-  README.md has three seeds of each.
+  That is python main.py --mode=study --config=configs/quickstart.py --workdir=runs/quickstart
+Cost: 600 steps of 64 examples for each run, and two clean runs for the transfer set; SingleAdv has
+  303,418 parameters. Measured: 9 minutes on two CPU cores (AMD EPYC, jax 0.10.2), with compiling
+  and the report.
+Expect: over 98 % clean accuracy everywhere; at PGD20 under 2 % for Baseline and 76 to 84 % for the
+  others; on the transfer set 15 to 20 % for Baseline and over 90 % for the others. One seed says
+  nothing of others: README.md has three seeds of each.
 """
 
 from ml_collections import ConfigDict

@@ -4,17 +4,17 @@ Reproduces: nothing of the paper's. It shows whether your data are read as you m
   adversarial training changes on them; for numbers to publish train a system of the paper's size.
 Run: python main.py --config=configs/small.py --config.data.name=npz --config.data.path=my.npz \
     --config.epsilon=8/255 --workdir=runs/small
-  my.npz holds uint8 images, image_train and image_test, [n, height, width, channels], as 28x28x1 or
-  32x32x3, and their labels from 0, label_train and label_test, [n]. Of images that may not be
-  mirrored, as of letters, add --config.data.flip=False; with fewer than 300 test images,
-  --config.eval.num_examples of them. Ensemble2Adv beside it, and one report on both:
-  the same command with --mode=study --config.study.systems=singleadv,ensemble2adv and a workdir
-  of its own.
-Cost: 500 steps of 32 examples, 0.3 million parameters. By the speed table of README.md, for 32x32x3
-  images on two cores: 3 minutes of training and 1 of evaluation, and compiling besides. This is
-  arithmetic, not measured.
-Expect: on CIFAR-10 (JPEG copy, shuffled; a third of an epoch), seed 0: 37 % clean, 22 % at PGD20,
-  n = 300 (standard error about 3 points). More steps are the first thing to add.
+  my.npz holds uint8 images, image_train and image_test, [n, height, width, channels], for example
+  28x28x1 or 32x32x3, and their labels from 0, label_train and label_test, [n] (docs/data.md).
+  If your images may not be mirrored, like letters, add --config.data.flip=False. If you have fewer
+  than 300 test images, set --config.eval.num_examples. To train Ensemble2Adv as well and get one
+  report on both, use the same command with --mode=study
+  --config.study.systems=singleadv,ensemble2adv and another workdir.
+Cost: 500 steps of 32 examples, 0.3 million parameters. For 32x32x3 images on two cores, by the
+  table of docs/cpu.md: 3 minutes of training, 1 of evaluation, and compiling. This is arithmetic;
+  nobody has measured it.
+Expect: on CIFAR-10 (JPEG copy, shuffled; a third of an epoch), seed 0: 37 % clean and 22 % at
+  PGD20, n = 300 (standard error about 3 points). Add more steps first.
 """
 
 from ml_collections import ConfigDict

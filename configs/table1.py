@@ -3,18 +3,17 @@
 Reproduces: Tables 1a, 1b and 1c, figures 2a, 2b and 2c, and figure 4 of two of the systems, in
   DIR/report.
 Run: python main.py --mode=study --config=configs/table1.py --workdir=DIR
-  The 24 runs follow one another. To share them out, train each on a machine of its own,
+  The 24 runs follow one another. To share them out, train each on a machine of its own:
     python main.py --config=configs/SYSTEM.py --config.seed=SEED --workdir=DIR/SYSTEM_seedSEED
-  as in DIR/ensemble2adv_seed1; the study then finds them finished and writes the report.
-  It makes the transfer set first, in DIR/blackbox, from two clean runs of its own. A set that
-  configs/blackbox.py made is used instead with --config.eval.blackbox_path=FILE, which the
-  machines that train need, too.
-Cost: 4.5e20 operations to train all 24 (1.5e20 a seed), which is 52 days at a sustained 100
-  TFLOP/s. Evaluating their 100 snapshots each adds 4.8e19, in float32.
-  The long attacks add at most 0.6 of that.
-  This is arithmetic from --mode=describe, not measured.
-Expect, from the paper (nobody has run this config to its end yet): the rows that the header of
-  each system's config gives. See "Comparing with the paper" in README.md.
+  as in DIR/ensemble2adv_seed1. The study then finds them finished and writes the report.
+  It first makes the transfer set, in DIR/blackbox, from two clean runs of its own. To use a set
+  that configs/blackbox.py made, add --config.eval.blackbox_path=FILE, on the machines that train,
+  too.
+Cost: training all 24 takes 4.5e20 operations (1.5e20 a seed): 52 days at a sustained 100 TFLOP/s.
+  Evaluating their 100 snapshots each adds 4.8e19, in float32, and the long attacks at most 0.6 of
+  that. This is arithmetic from --mode=describe; nobody has measured it.
+Expect, from the paper (nobody has run this config to its end yet): the rows in the header of each
+  system's config. See docs/numbers.md, "Comparing with the paper".
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The command line: flags, the config with its overrides, what is shown, and how it ends."""
+"""The command line: flags, the config with its overrides, the log, and exit codes."""
 
 import contextlib
 import difflib
@@ -29,21 +29,20 @@ from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
 from ensadv.runtime import stopping, terminal
 from ensadv.storage import files, workdir
 
-# Modes, and what each does, for --help.
+# The modes, with what --help says of each.
 MODES = {
     'train': 'train a system, and evaluate its snapshots on the way (the default)',
-    'evaluate': 'evaluate what a run has not evaluated yet, or by other attacks',
+    'evaluate': 'evaluate the snapshots of a run, also with other attacks',
     'study': 'train and evaluate several systems and seeds, and report on them',
     'blackbox': 'make a transfer set, the examples of the black-box attack',
     'compare': 'compare two ledgers, example by example',
     'report': 'write tables, figures and a page on all runs below --workdir',
     'planes': 'draw decision planes of two runs',
-    'describe': 'say what a config amounts to, without training',
+    'describe': 'show the size, cost and memory of a config, without training',
 }
 WITHOUT_CONFIG = ('compare', 'report')
-OF_A_RUN = ('evaluate', 'planes')  # modes that need one
+FOR_A_RUN = ('evaluate', 'planes')  # need an existing run
 CONFIGS = epath.Path(__file__).parents[1] / 'configs'
-# With images that come with scikit-learn.
 EXAMPLE = 'python main.py --config=configs/small.py --config.data.name=digits --workdir=runs/small'
 FLAGS = flags.FLAGS
 
@@ -75,24 +74,24 @@ flags.DEFINE_list('ledgers', None, 'For --mode=compare: two files eval/<step>.np
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]*)')
 _LONGEST_MESSAGE = 600
 _FIELD_ACCESS = (ConfigDict.__getattr__.__code__, ConfigDict.__setattr__.__code__)
-_POLL_SECONDS = 2  # between two looks for a run that is to begin
+_POLL_SECONDS = 2  # between two looks for a run that has not begun
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr: 2 for the user's mistakes, 1 for faults."""
+    """Ends the program with one line on stderr; `code` is 2 for mistakes and 1 for faults."""
     line = ' '.join(message.split())
-    # What a terminal would obey instead of showing it.
+    # Escape what a terminal would obey.
     line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
     if len(line) > _LONGEST_MESSAGE:
-        # The end often says what to do.
+        # Keep the end, which often says what to do.
         line = f'{line[: _LONGEST_MESSAGE - 200]} ... {line[-195:]}'
     print(f'error: {line}', file=sys.stderr)
     sys.exit(code)
 
 
 @contextlib.contextmanager
-def exits() -> Iterator[None]:
-    """Ends the program, as `fail` does, by what is raised inside."""
+def error_exits() -> Iterator[None]:
+    """Turns errors raised inside into one line and an exit code, see `fail`."""
     try:
         yield
     except (UserError, TrainingError, StorageError) as error:
@@ -101,9 +100,9 @@ def exits() -> Iterator[None]:
         if (error.name or '').partition('.')[0] == 'ensadv':
             raise
         fail(f'a package is missing ({error}): pip install -r requirements.txt')
-    except OSError as error:  # lost storage; --verbosity=1 shows where
+    except OSError as error:  # lost storage; --verbosity=1 shows the traceback
         logging.debug('', exc_info=True)
-        fail(f'{error}. What is on disk is whole: the same command goes on', code=1)
+        fail(f'{error}. Everything on disk is whole: run the same command to go on', code=1)
     except stopping.Stopped as stopped:
         fail(str(stopped), code=stopped.exit_code)
 
@@ -112,10 +111,10 @@ def workdir_path(to_write: bool = False) -> epath.Path:
     """Returns --workdir, absolute.
 
     Args:
-      to_write: whether it is made if it is not there.
+      to_write: whether the program will write there, and so must be allowed to.
 
     Raises:
-      UserError: if it is not given, or no directory and cannot become one.
+      UserError: if it is missing, or is no directory and cannot become one.
     """
     if not FLAGS.workdir:
         meant = 'the directory that is written to, as --workdir=runs/1'
@@ -129,7 +128,7 @@ def workdir_path(to_write: bool = False) -> epath.Path:
 
 
 def _no_directory(path: epath.Path, to_write: bool) -> str:
-    """Returns why a path on this machine is no directory and cannot become one; '' if it can."""
+    """Returns why a local path is no directory and cannot become one; '' if it is or can."""
     for part in (path, *path.parents):
         try:
             found = os.stat(part)
@@ -146,33 +145,32 @@ def _no_directory(path: epath.Path, to_write: bool) -> str:
 
 
 def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
-    """Parses the command line; a mistake there is one line and exit code 2.
+    """Parses the command line; a mistake ends the program with one line and exit code 2.
 
-    Without --config the config is the one of the workdir, so that a run that exists already can be
-    evaluated and described by naming its workdir alone.
+    Without --config the config is that of --workdir, so --workdir alone names an existing run.
 
     Args:
       argv: the command line.
-      get_default: gives the config whose fields are all there are.
+      get_default: returns the config that has every field.
 
     Returns:
-      What is left of the command line.
+      The arguments that are left.
     """
     stopping.install()
     if {'--help', '-help', '-h'} & set(argv[1:]):
         print(help_text())
         sys.exit(0)
     try:
-        # Or the value of --config.epsilon 8/255 would end the flags.
+        # Otherwise the value in `--config.epsilon 8/255` would end the flags.
         FLAGS.set_gnu_getopt()
         rest = FLAGS(argv, known_only=True)
         overrides = [(arg, m[1]) for arg in rest[1:] if (m := _OVERRIDE.match(arg))]
         found = _without_overrides(get_default)
         if found is None and FLAGS.workdir and FLAGS.mode == 'evaluate':
-            # What is told of the overrides is told before it waits.
+            # Report mistakes in the overrides before waiting.
             _parse_overrides(rest, overrides, get_default())
             if not FLAGS.config.eval.follow:
-                raise no_config()
+                raise missing_config()
             _wait_for_run(FLAGS.config.eval.follow_timeout)
             for name in [name for name in FLAGS if name.partition('.')[0] == 'config']:
                 delattr(FLAGS, name)
@@ -180,7 +178,7 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
         if found is not None:
             return _parse_overrides(rest, overrides, found)
         if overrides:
-            raise no_config(f' for {overrides[0][0]}')
+            raise missing_config(f' for {overrides[0][0]}')
         return FLAGS(rest)
     except flags.UnrecognizedFlagError as error:
         fail(f'{error}{_flag_hint(error.flagname, get_default())}')
@@ -188,20 +186,20 @@ def parse(argv: list[str], get_default: Callable[[], ConfigDict]) -> list[str]:
         fail(str(error))
     except (UserError, TrainingError):
         raise
-    except Exception as error:  # of ml_collections, which checks little
+    except Exception as error:  # ml_collections checks little
         fail(f'{" ".join(argv[1:])}: {type(error).__name__}: {error}')
 
 
 def _parse_overrides(
     rest: list[str], overrides: Sequence[tuple[str, str]], found: ConfigDict
 ) -> list[str]:
-    """Makes --config the config itself, with the overrides, and returns what else is left."""
+    """Redefines --config as the config, applies the overrides, and returns the other arguments."""
     known = config_lib.field_types(found)
     for arg, field in overrides:
         if field not in known:
             hint = config_lib.nearest_field(field, known)
             raise ConfigError(f'{arg}: unknown config field {field}{hint}')
-        # ml_collections would join the two; of other fields the last one counts.
+        # ml_collections would join two tuples; for other types the last value counts.
         if known[field] is tuple and sum(field == other for _, other in overrides) > 1:
             raise ConfigError(f'{arg}: {field} is given more than once')
     if 'config' in FLAGS:
@@ -211,12 +209,12 @@ def _parse_overrides(
 
 
 def _flag_hint(name: str, known: ConfigDict) -> str:
-    """Returns what a flag that there is not may have meant: config fields without config."""
+    """Returns advice on an unknown flag, which may be a config field without --config."""
     return config_lib.nearest_field(name, config_lib.field_types(known), '--config.')
 
 
 def help_text() -> str:
-    """Returns what --help prints: modes, flags, and how to begin."""
+    """Returns the text of --help: a first command, modes and flags."""
     width = max(map(len, MODES))
     modes = [f'  --mode={mode.ljust(width)}  {what}' for mode, what in MODES.items()]
     others = [flag for flag in FLAGS.flags_by_module_dict()[__name__] if flag.name != 'mode']
@@ -231,7 +229,7 @@ def help_text() -> str:
         [
             'Trains ensembles of image classifiers adversarially, and measures their robustness.',
             '',
-            'A first run, of minutes, on images that come with scikit-learn:',
+            'A first run takes minutes, on images that come with scikit-learn:',
             f'  {EXAMPLE}',
             'On images of your own: see configs/small.py. All fields: configs/default.py.',
             '',
@@ -242,8 +240,8 @@ def help_text() -> str:
     )
 
 
-def unexpected(argument: str) -> UserError:
-    """Returns what to tell of an argument that is no flag."""
+def unexpected_argument(argument: str) -> UserError:
+    """Returns the error for an argument that is no flag."""
     name = argument.partition('=')[0]
     if argument == 'help':
         meant = 'did you mean --help?'
@@ -260,9 +258,9 @@ def unexpected(argument: str) -> UserError:
     return UserError(f'unexpected argument {argument!r}; {meant}')
 
 
-def no_config(needed_for: str = '') -> UserError:
-    """Returns what to tell where neither --config nor the workdir gives a config."""
-    if FLAGS.mode in OF_A_RUN:
+def missing_config(needed_for: str = '') -> UserError:
+    """Returns the error for a command for which neither --config nor --workdir gives a config."""
+    if FLAGS.mode in FOR_A_RUN:
         if not FLAGS.workdir:
             return UserError(
                 f'--workdir: needed, that of a run, as in --mode={FLAGS.mode} --workdir=runs/small'
@@ -281,7 +279,7 @@ def _wait_for_run(seconds: float) -> None:
     """Waits until training has begun in --workdir.
 
     Raises:
-      TrainingError: if it has not after so long.
+      TrainingError: if it has not begun after so many seconds.
     """
     path = workdir_path()
     print(
@@ -299,7 +297,7 @@ def _wait_for_run(seconds: float) -> None:
 
 
 def _without_overrides(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
-    """Returns the config of --config, or else of the run in --workdir, if there is one."""
+    """Returns the config of --config, else of the run in --workdir, else None."""
     if FLAGS.config is not None:
         return _run_config_file(FLAGS.config, get_default)
     if not FLAGS.workdir or FLAGS.mode in WITHOUT_CONFIG:
@@ -308,7 +306,7 @@ def _without_overrides(get_default: Callable[[], ConfigDict]) -> ConfigDict | No
 
 
 def _config_of_run(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
-    """Returns the config of the run in --workdir, if there is one."""
+    """Returns the config of the run in --workdir, or None."""
     path = workdir_path()
     record = workdir.read_record(path)
     if record is None:
@@ -319,10 +317,10 @@ def _config_of_run(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
         raise ConfigError(f'{path / "config.json"}: {error}') from error
 
 
-class _AsWritten(importlib.machinery.SourceFileLoader):
-    """Takes a file as it is, and never Python's cache of it.
+class _UncachedLoader(importlib.machinery.SourceFileLoader):
+    """Reads a file itself, never Python's cache of it.
 
-    The cache is told from the file by size and second, and 0.1 is as long as 0.2.
+    Python compares size and second, so a change from 0.1 to 0.2 can go unnoticed.
     """
 
     def get_code(self, fullname: str) -> CodeType:
@@ -330,19 +328,19 @@ class _AsWritten(importlib.machinery.SourceFileLoader):
 
 
 def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> ConfigDict:
-    """Returns what get_config() of a file returns; in FILE:TEXT the text is its argument.
+    """Returns the result of get_config() in a file; in FILE:TEXT the text is its argument.
 
     Raises:
-      ConfigError: whatever the file does wrong.
+      ConfigError: for anything that goes wrong in the file.
     """
     file, colon, text = path.partition(':')
     if not Path(file).is_file():
         raise ConfigError(f'--config={path}: found no such file{_config_hint(file)}')
-    loader = _AsWritten('config_file', file)
+    loader = _UncachedLoader('config_file', file)
     module = importlib.util.module_from_spec(
         importlib.util.spec_from_file_location(loader.name, file, loader=loader)
     )
-    sys.modules[loader.name] = module  # where its dataclasses look for it
+    sys.modules[loader.name] = module  # dataclasses look for their module there
     try:
         loader.exec_module(module)
         config = module.get_config(*([text] if colon else []))
@@ -366,14 +364,14 @@ def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> Config
 
 
 def _unknown_field(name: str, line: str, default: ConfigDict) -> str:
-    """Returns what to tell of a field, or a group of fields, that a config file misspells.
+    """Returns the message for a field or group that a config file misspells.
 
-    ml_collections would show all that the group has.
+    That of ml_collections would list the whole group.
 
     Args:
-      name: as ml_collections was asked for it.
-      line: of the file, which often has the group before it, as in config.train.stpes = 5.
-      default: the config whose fields are all there are.
+      name: the name that ml_collections was asked for.
+      line: the line of the file, which often has the group, as in config.train.stpes = 5.
+      default: the config that has every field.
     """
     dotted = re.search(rf'\w\.((?:\w+\.)*{re.escape(name)})\b', line)
     found = dotted[1] if dotted else name
@@ -383,7 +381,7 @@ def _unknown_field(name: str, line: str, default: ConfigDict) -> str:
 
 
 def _config_hint(file: str) -> str:
-    """Returns which config a path that is none may have meant, or all there are."""
+    """Returns advice on a missing config file: the nearest one, or a list of all."""
     names = sorted(path.stem for path in CONFIGS.glob('*.py') if path.stem != '__init__')
     name = file.removesuffix('.py').replace('/', '.').rpartition('.')[2].lower()
     close = difflib.get_close_matches(name, names, n=1)
@@ -405,10 +403,10 @@ def config() -> ConfigDict:
     """
     found = FLAGS.config
     if found is None:
-        raise no_config()
+        raise missing_config()
     try:
         found.to_dict()
-    except Exception as error:  # whatever the user's own references to other fields compute
+    except Exception as error:  # the user's own references to other fields may do anything
         cause = f'{type(error).__name__}: {error}'
         raise ConfigError(
             f'--config: a reference to a field cannot be computed ({cause})'
@@ -423,42 +421,42 @@ def config() -> ConfigDict:
     for group, field in (
         (found.eval, 'blackbox_path'), (found.eval, 'indices'), (found.data, 'path')
     ):  # fmt: skip
-        if group[field]:  # a run keeps it, and may go on in another directory
+        if group[field]:  # a run keeps the path and may go on in another directory
             group[field] = str(files.absolute(group[field]))
     return found
 
 
 def set_up_logging() -> None:
-    """Shows what this program logs, and the warnings of everything else."""
+    """Shows this program's log, and the warnings of everything else."""
 
     def ours(record: python_logging.LogRecord) -> bool:
         parts = Path(record.pathname).parts
         return (
-            # Orbax and CLU log each thread's part of an error that they raise as well.
+            # Orbax and CLU also log, thread by thread, errors that they raise.
             (record.levelno >= python_logging.WARNING and not {'orbax', 'clu'} & set(parts))
-            # Not by name: an environment may lie in a checkout called ensadv.
+            # By the whole path: an environment may lie in a checkout called ensadv.
             or Path(__file__).parent in Path(record.pathname).parents
         )
 
     logging.get_absl_handler().addFilter(ours)
-    # So do its unfinished writes, when they find that nobody waits for them any more.
+    # Orbax's unfinished writes report their errors here when nobody waits for them any more.
     sys.unraisablehook = lambda args: logging.debug('%s', args.err_msg, exc_info=args.exc_value)
-    # And TensorBoard's thread, whose error the next writing raises.
-    threading.excepthook = _tell_of_thread
-    # Where progress bars are drawn they say it all.
+    # The next write to TensorBoard raises the error of its thread.
+    threading.excepthook = _log_thread_error
+    # Progress bars show what the log would.
     if not FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING if terminal.draws_bars() else logging.INFO)
 
 
-def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
+def _log_thread_error(args: threading.ExceptHookArgs) -> None:
     if type(args.thread).__module__.startswith('tensorboard.'):
         logging.debug('%s', args.thread, exc_info=args.exc_value)
     else:
         threading.__excepthook__(args)
 
 
-def where() -> str:
-    """Returns what to tell at the end of a job: where its results are, and what shows them."""
+def closing_lines() -> str:
+    """Returns the last lines of a job: where its results are, and the commands that show them."""
     folder = shlex.quote(FLAGS.workdir)
     lines = {
         'results': folder,

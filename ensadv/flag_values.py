@@ -1,4 +1,4 @@
-"""How the values of config fields may be written on the command line."""
+"""The spellings of config values that the command line accepts."""
 
 import re
 
@@ -8,21 +8,21 @@ from ml_collections.config_flags.tuple_parser import TupleParser
 
 
 class _WholeParser(flags.IntegerParser):
-    """Takes 1e5 and 128.0 too: they are whole, and meant."""
+    """Also takes 1e5 and 128.0, which are whole numbers."""
 
     def convert(self, argument: int | float | str) -> int:
         try:
             return super().convert(argument)
         except (TypeError, ValueError):
             number = _float(argument)
-        # From 2**53 on a float is not every whole number.
+        # A float cannot hold every whole number from 2**53 on.
         if number is None or not number.is_integer() or abs(number) >= 2**53:
             raise ValueError(f'expected a whole number{_without_commas(argument, whole=True)}')
         return int(number)
 
 
 class _FractionParser(flags.FloatParser):
-    """Takes 8/255 too, which is how everyone writes it."""
+    """Also takes fractions such as 8/255."""
 
     def convert(self, argument: int | float | str) -> float:
         if not isinstance(argument, str):
@@ -38,7 +38,7 @@ class _FractionParser(flags.FloatParser):
 
 
 class _SwitchParser(flags.BooleanParser):
-    """Takes yes, no, on and off too."""
+    """Also takes yes, no, on and off."""
 
     def parse(self, argument: str | int) -> bool:
         if isinstance(argument, str) and argument.lower() in ('yes', 'on', 'no', 'off'):
@@ -50,7 +50,7 @@ class _SwitchParser(flags.BooleanParser):
 
 
 class _ListParser(TupleParser):
-    """Takes clean,pgd20 too, without quotes, and 1e3 where it is a whole number."""
+    """Also takes clean,pgd20 without quotes, and 1e3 as a whole number."""
 
     def parse(self, argument: str | tuple) -> tuple:
         if not isinstance(argument, str):
@@ -79,7 +79,7 @@ def _float(text: str | float) -> float | None:
 
 
 def _without_commas(text: str | float, whole: bool) -> str:
-    """Returns how a number with commas is written; '' for what is none."""
+    """Returns advice on a number that has commas; '' for anything else."""
     text = str(text)
     if re.fullmatch(r'\d{1,3}(,\d{3})+', text):
         return f'; without commas, as {text.replace(",", "")}'
@@ -89,7 +89,7 @@ def _without_commas(text: str | float, whole: bool) -> str:
 
 
 def register() -> None:
-    """Has all config fields of these types read so."""
+    """Registers the parsers for all config fields of their types."""
     for kind, parser in (
         (int, _WholeParser()),
         (float, _FractionParser()),

@@ -1,4 +1,4 @@
-"""Random keys whose numbers neither the shell nor a batch's other examples decide."""
+"""Random keys whose numbers depend on no environment variable and no other example of a batch."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,11 @@ from ensadv.values import PRNG
 
 
 def key(seed: int | Array) -> Array:
-    """Returns the key of a seed, the same whatever JAX_DEFAULT_PRNG_IMPL says."""
+    """Returns the key of a seed, the same whatever JAX_DEFAULT_PRNG_IMPL says.
+
+    >>> jax.random.key_impl(key(0))
+    'threefry2x32'
+    """
     return jax.random.key(seed, impl=PRNG)
 
 
@@ -42,11 +46,15 @@ def from_words(tree: Any) -> Any:
 def of_examples(keys: Array) -> Array:
     """Returns keys [B] whose numbers under `vmap` depend on no other example of the batch.
 
-    Those of JAX's rbg would. Keys of `key`'s kind are returned as they are, and of each other one
-    such a key is made.
+    The numbers of JAX's rbg keys would. Keys of `key`'s kind are returned as they are; each other
+    key is turned into one.
 
     Args:
       keys: of any kind, [B]; or raw ones of JAX's default kind, uint32 [B, words].
+
+    >>> keys = jax.random.split(jax.random.key(0, impl='rbg'), 3)
+    >>> jax.random.key_impl(of_examples(keys)), of_examples(keys).shape
+    ('threefry2x32', (3,))
     """
     if jax.random.key_impl(keys) == PRNG:
         return keys

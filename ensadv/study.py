@@ -15,7 +15,7 @@ from ensadv.training import train
 
 
 def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
-    """Trains one run to its end, evaluating its snapshots on the way unless told not to.
+    """Trains one run to its end, and evaluates its snapshots on the way if `eval.inline` says so.
 
     Args:
       config: the run's, resolved.
@@ -32,39 +32,39 @@ def run_one(config: ConfigDict, path: epath.Path, label: str) -> None:
             job.evaluate_pending(wait=True)
     finally:
         job.close()
-        # Of no use to the next run, and JAX keeps thousands of programs. On a CPU each takes some
-        # of the memory mappings that Linux grants a process, 65,530; without one XLA crashes.
+        # JAX keeps thousands of programs, which the next run cannot use. On a CPU each takes some
+        # of the 65,530 memory mappings that Linux grants a process. XLA crashes when none is left.
         jax.clear_caches()
 
 
 def run_and_show(config: ConfigDict, path: epath.Path) -> None:
-    """Makes one run, as `run_one` does, and prints its accuracies."""
+    """Makes one run like `run_one`, and prints its accuracies."""
     config = config.copy_and_resolve_references()
     run_one(config, path, config.system)
     evaluate.show(path)
 
 
 def draw_planes(config: ConfigDict, path: epath.Path) -> epath.Path:
-    """Makes the decision planes of a run and another, or of its members, and draws them.
+    """Makes and draws the decision planes of two runs, or of one run's members.
 
     Returns:
       Their file.
     """
     file = decision_planes.run(config.copy_and_resolve_references(), path)
     if distributed.is_main():
-        from ensadv.report import pictures  # Matplotlib takes its time
+        from ensadv.report import pictures  # Matplotlib takes long to import
 
         pictures.draw_planes(file)
     return file
 
 
 def make_transfer_set(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> epath.Path:
-    """Makes a transfer set, and returns its path; see `blackbox.make`."""
+    """Makes a transfer set and returns its path; see `blackbox.make`."""
     return blackbox.make(config, path, systems_dir, run_one)
 
 
 def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
-    """Makes the study's runs, and a report on them even if some of them fail.
+    """Makes the study's runs, and then a report, even if some runs failed.
 
     Args:
       config: the study's, validated, with its references unresolved.
@@ -79,14 +79,14 @@ def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
     if distributed.is_main():
         try:
             from ensadv.report import write as report
-        except ImportError as error:  # training and evaluation do without
+        except ImportError as error:  # training and evaluation need none of it
             logging.warning(
                 'the report needs a package that is missing (%s): pip install -r requirements.txt; '
                 'afterwards --mode=report writes it, on any machine',
                 error,
             )
 
-    # All mistakes in the systems are told before the first source is trained.
+    # Mistakes in the systems are reported before the first source is trained.
     run_configs = dict(runs(config, systems_dir))
     seeds = [run_config.seed for run_config in run_configs.values()]
     if 'blackbox' in config.eval.attacks and not config.eval.blackbox_path:
@@ -103,7 +103,7 @@ def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
                 run_config = run_configs[pair[0]]
                 run_config.planes.other = str(path / pair[1])
                 draw_planes(run_config, path / pair[0])
-        except UserError as error:  # the report is worth having without them
+        except UserError as error:  # a report without them is still worth having
             logging.error('no decision planes: %s', error)
     if report and finished:
         report.write(path)
@@ -113,17 +113,17 @@ def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
 
 
 def runs(config: ConfigDict, systems_dir: epath.Path) -> Iterator[tuple[str, ConfigDict]]:
-    """Yields (name, config) of the study's runs, all systems of a seed before the next seed.
+    """Yields (name, config) of the study's runs: all systems of one seed, then those of the next.
 
     Args:
       config: the study's, validated, with its references unresolved.
-      systems_dir: configs/, to name what there is.
+      systems_dir: configs/.
 
     Raises:
       ConfigError: if there is no such system, or its config is not valid.
     """
     if not config.study.systems:
-        raise ConfigError(f'study.systems: names no system; {systems.there_are(systems_dir)}')
+        raise ConfigError(f'study.systems: names no system; {systems.choices(systems_dir)}')
     for seed in config.study.seeds:
         for name in config.study.systems:
             run_config = systems.make_config(config, name, seed, 'study.systems', systems_dir)
@@ -131,7 +131,7 @@ def runs(config: ConfigDict, systems_dir: epath.Path) -> Iterator[tuple[str, Con
 
 
 def pair_of_planes(config: ConfigDict) -> tuple[str, str] | None:
-    """Returns the names of the two runs whose decision planes are drawn; None if none are."""
+    """Returns the names of the two runs whose decision planes the study draws, or None."""
     if not config.study.planes:
         return None
     if missing := set(config.study.planes) - set(config.study.systems):
@@ -148,7 +148,7 @@ def pair_of_planes(config: ConfigDict) -> tuple[str, str] | None:
 def make_runs(
     config: ConfigDict, root: epath.Path, systems_dir: epath.Path
 ) -> tuple[list[epath.Path], dict[str, str]]:
-    """Makes the runs that are not finished, each in root/<system>_seed<seed>.
+    """Makes the runs that are not finished yet, each in root/<system>_seed<seed>.
 
     Args:
       config: the study's, validated, with its references unresolved.
@@ -156,9 +156,9 @@ def make_runs(
       systems_dir: configs/.
 
     Returns:
-      The workdirs of the finished runs, and the reasons of those that could not be, by name.
+      The workdirs of the finished runs, and the reason of each failed one by its name.
     """
-    # All configs are made, and so checked, before the first run begins.
+    # This makes and checks all configs before the first run begins.
     todo = list(runs(config, systems_dir))
     finished, failures = [], {}
     for number, (name, run_config) in enumerate(todo, start=1):
@@ -168,7 +168,7 @@ def make_runs(
             with distributed.failing_together():
                 run_one(run_config, root / name, label)
         except TrainingError as error:
-            # The others are worth having, and this one would stop at the same place again.
+            # Go on with the others: this one would stop at the same place again.
             logging.error('%s: %s', label, error)
             failures[name] = str(error)
         else:

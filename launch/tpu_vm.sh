@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs main.py on a Cloud TPU VM, or on all workers of a pod slice: see usage() below, and
-# "Cloud TPU VMs" in README.md.
+# Runs main.py on a Cloud TPU VM, or on all workers of a pod slice: see usage() below and
+# docs/accelerators.md.
 #
 # A run survives three things in three ways. When main.py dies or a worker reboots, systemd on the
 # worker starts it again. When a spot VM is preempted, Google leaves a node behind that can only be

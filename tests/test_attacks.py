@@ -1,11 +1,9 @@
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, tiny_config
+from conftest import tiny_config
 
 from ensadv import losses, prng
 from ensadv.attacks import driver
@@ -375,12 +373,3 @@ def test_other_kinds_of_keys_leave_an_example_to_itself(kind, raw):
 
 def test_keys_of_our_kind_stay_what_they_are():
     assert prng.of_examples(KEYS) is KEYS
-
-
-def test_readmes_example_runs_as_it_is(capsys):
-    section = (ROOT / 'README.md').read_text().partition('\n## Attacks on other models\n')[2]
-    code = re.search(r'```python\n(.*?)```', section, re.DOTALL)[1]
-    exec(code, {})
-    clean, robust = map(float, re.findall(r'(\d+\.\d)%', capsys.readouterr().out))
-    assert 80 < clean < 90
-    assert 10 < robust < 30

@@ -11,27 +11,27 @@ from ensadv.errors import DataError
 def batch_indices(
     key: jax.Array, step: jax.Array, positions: jax.Array, *, batch_size: int, num_examples: int
 ) -> jax.Array:
-    """Which examples make up a batch, or one device's part of it.
+    """Returns which examples make up a batch, or one device's part of it.
 
-    Training reads a stream of epochs, each a fresh permutation of all examples; step t reads on
-    from place t * batch_size. So a batch may straddle two epochs, every example comes exactly once
-    in each, and the batch depends on `key` and `step` alone.
+    Training reads a stream of epochs, each a fresh permutation of all examples; step t reads from
+    place t * batch_size on. So a batch may straddle two epochs, each epoch has every example once,
+    and a batch depends on `key` and `step` alone.
 
     Args:
         key: the run's `prng.key` for sampling, the same at every step.
-        step: int32 scalar, any from 0 up.
+        step: int32 scalar, from 0 up.
         positions: int32 [m], places 0..batch_size - 1 in the global batch.
-        batch_size: of the global batch, at most `num_examples`.
-        num_examples: in the training split.
+        batch_size: examples in the global batch, at most `num_examples`.
+        num_examples: examples in the training split.
 
     Returns:
         int32 [m], in 0..num_examples - 1.
 
     Raises:
-        DataError: the batch is larger than the split, or the two need more than 32-bit arithmetic.
+        DataError: the batch is larger than the split, or the two exceed 32-bit arithmetic.
     """
-    # A stream repeats its phase every num_examples / gcd steps. Counting such cycles apart keeps
-    # every product below the bound checked here, whatever the step; step * batch_size would wrap.
+    # The stream repeats its phase every num_examples / gcd steps. Such cycles are counted apart, so
+    # every product stays below the bound checked here; step * batch_size would overflow.
     gcd = math.gcd(batch_size, num_examples)
     cycle_steps, cycle_epochs = num_examples // gcd, batch_size // gcd
     possible = batch_size <= num_examples and cycle_steps * batch_size + num_examples < 2**31
@@ -48,7 +48,7 @@ def batch_indices(
         return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
 
     this = permutation(epoch)
-    # A permutation is a sort of all examples: draw the second one only when it is read.
+    # A permutation sorts all examples, so the second one is drawn only where it is read.
     straddles = start + batch_size > num_examples
     following = jax.lax.cond(straddles, lambda: permutation(epoch + 1), lambda: this)
     place = start + jnp.asarray(positions, jnp.int32)
@@ -57,9 +57,9 @@ def batch_indices(
 
 
 def augment(keys: jax.Array, images: jax.Array, *, pad: int, flip: bool) -> jax.Array:
-    """Random crops of images padded with reflections, and random horizontal flips.
+    """Returns random crops of images padded by reflection, randomly mirrored left to right.
 
-    As Wide ResNets are trained, with 4 pixels (Zagoruyko & Komodakis 2016, section 3). The
+    Wide ResNets are trained so, with 4 pixels (Zagoruyko & Komodakis 2016, section 3). The
     reflection does not repeat the border pixel.
 
     Args:
@@ -67,7 +67,7 @@ def augment(keys: jax.Array, images: jax.Array, *, pad: int, flip: bool) -> jax.
             depend on which others share its device.
         images: uint8 [B, H, W, C].
         pad: pixels on each side; 0 does not crop.
-        flip: whether half of the images, by chance, are mirrored left to right.
+        flip: whether each image is mirrored with probability 1/2.
 
     Returns:
         uint8 [B, H, W, C].
@@ -87,5 +87,5 @@ def augment(keys: jax.Array, images: jax.Array, *, pad: int, flip: bool) -> jax.
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
-    """uint8 images of any shape to float32 pixels in [0, 1]."""
+    """Returns uint8 images of any shape as float32 pixels in [0, 1]."""
     return images.astype(jnp.float32) / 255

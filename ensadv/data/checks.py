@@ -1,4 +1,4 @@
-"""What a data set holds, in a line, and what in it can be read but can hardly be meant."""
+"""One line that says what a data set holds, and warnings of content that is hardly meant."""
 
 import functools
 from typing import TYPE_CHECKING
@@ -11,19 +11,19 @@ from ensadv.runtime import distributed
 if TYPE_CHECKING:
     from ensadv.data.datasets import Dataset
 
-_DARK = 64  # levels; no set of images keeps all its pixels within so few
-# Standard sets have a few images twice. Below this share they change no accuracy that is written
-# with three digits; the number is told all the same.
+_DARK = 64  # levels; no real set of images has all its pixels within so few
+# Standard sets have a few images twice. Below this share that changes no accuracy of three digits;
+# the line about the data counts them all the same.
 _FEW = 0.01
 
 
 @functools.lru_cache(maxsize=1)  # several jobs of a run ask for the same data
 def tell(dataset: 'Dataset', source: str) -> None:
-    """Says what the data are, and warns of what can hardly be meant, once.
+    """Logs the summary and the doubts, once.
 
     Args:
       dataset: with its validation split held out.
-      source: what to call it: its file, or its name.
+      source: its file or name, with which the lines begin.
     """
     distributed.tell(f'{source}: {summary(dataset)}')
     for doubt in doubts(dataset):
@@ -31,7 +31,7 @@ def tell(dataset: 'Dataset', source: str) -> None:
 
 
 def summary(dataset: 'Dataset') -> str:
-    """Returns sizes, shape, classes, range of the pixels and images per class."""
+    """Returns a line: sizes, shape, classes, range of the pixels, images per class."""
     splits = {'training': 'train', 'validation': 'validation', 'test': 'test'}
     sizes = [f'{len(dataset.split(split)[1]):,} {name}' for name, split in splits.items()]
     height, width, channels = dataset.image_shape
@@ -48,8 +48,8 @@ def summary(dataset: 'Dataset') -> str:
 
 
 def doubts(dataset: 'Dataset') -> list[str]:
-    """Returns a line for each thing that can hardly be meant: what it is, and what usually is."""
-    # Images that are all alike are also shared by the splits: the first reason is the one to tell.
+    """Returns a line for each thing that is hardly meant: what was found, and what is usual."""
+    # Splits of images that are all alike also share images: only the first reason is worth a line.
     of_pixels = _range(dataset)
     found = (
         _classes(dataset),
@@ -68,8 +68,8 @@ def _classes(dataset: 'Dataset') -> str:
     there, n = int(np.count_nonzero(train)), len(dataset.label_train)
     if there > 10 and 2 * there > n:
         return (
-            f'{there:,} different labels of {n:,} training images: labels are usually of a few '
-            'classes, and not numbers of images or measured values'
+            f'{there:,} different labels of {n:,} training images: labels usually name a few '
+            'classes, but these look like image numbers or measured values'
         )
     untrained = np.flatnonzero(train == 0)
     untested = np.flatnonzero((test == 0) & (train > 0))
@@ -81,20 +81,20 @@ def _classes(dataset: 'Dataset') -> str:
         if len(labels)
     ]
     if np.any(validation[untrained]):
-        usual = 'fewer data.validation_examples leave images of every class to train on'
+        usual = 'set fewer data.validation_examples, to leave training images of every class'
     elif len(untrained) and untrained[-1] == len(untrained) - 1:
-        usual = f'labels usually begin at 0: subtract {len(untrained)} from all of them'
+        usual = f'labels usually start at 0: subtract {len(untrained)} from all of them'
     elif largest in untested:
         count = int(train[largest])
         usual = (
             f'a label like {largest}, of {count:,} training image{"s" * (count > 1)}, is usually '
-            'a slip, or marks images to leave out: remove these'
+            'a slip or marks images to leave out: remove them'
         )
     elif len(untrained):
-        usual = 'classes are usually numbered without gaps, and all of them trained'
+        usual = 'classes are usually numbered without gaps, and all of them have training images'
     else:
         usual = 'test images are usually of all classes'
-    return f'{classes:,} classes are taken, numbered from 0, but {" and ".join(facts)}; {usual}'
+    return f'{classes:,} classes follow from the labels, but {" and ".join(facts)}; {usual}'
 
 
 def _named(labels: np.ndarray) -> str:
@@ -110,26 +110,26 @@ def _layout(dataset: 'Dataset') -> str:
     height, width, channels = shape = dataset.image_shape
     if height <= 4 < min(width, channels):
         return (
-            f'images of {height} x {width} pixels with {channels} channels: these usually are '
-            f'[n, channels, height, width], and [n, height, width, channels] is needed: '
+            f'images of {height} x {width} pixels with {channels} channels: this usually means '
+            f'[n, channels, height, width], but ensadv needs [n, height, width, channels]: '
             'np.moveaxis(images, 1, -1)'
         )
     if 1 in (height, width):
         return (
             f'images of {height} x {width} pixels with {channels} channel{"s" * (channels > 1)}: '
-            'these usually are flattened, or no images; [n, height, width, channels] is needed: '
+            'these are usually flattened, or no images; ensadv needs [n, height, width, channels]: '
             'images.reshape(...)'
         )
     if channels in (2, 4) and np.all(dataset.image_train[..., -1] == 255):
         return (
-            f'images {shape} whose last channel is 255 everywhere: it usually is opacity, which '
-            'would be attacked as well: images[..., :-1]'
+            f'images {shape} whose last channel is 255 everywhere: this is usually opacity, which '
+            'attacks would change, too: images[..., :-1]'
         )
     return ''
 
 
 def _range(dataset: 'Dataset') -> list[str]:
-    """Returns a doubt about pixels that are all close to each other, of all splits together."""
+    """Returns at most one doubt, about splits whose pixels are all close to each other."""
     found = {}
     for split in ('train', 'test'):
         images = dataset.split(split)[0]
@@ -141,16 +141,16 @@ def _range(dataset: 'Dataset') -> list[str]:
     names = ' and '.join(f'image_{split}' for split in found)
     low, high = min(low for low, _ in found.values()), max(high for _, high in found.values())
     if low == high:
-        return [f'{names}: all pixels are {low}: usually images that were not read']
-    usual = f'usually values in 0..{high}, which to be in 0..255 are times {255 / high:.4g} first'
+        return [f'{names}: all pixels are {low}; the images were probably not read']
+    usual = f'scale values in 0..{high} to 0..255, times {255 / high:.4g} first'
     if low:
-        usual = 'usually values in another range, to be brought to 0..255 first'
+        usual = 'scale values in another range to 0..255 first'
     only = f'{low} and {high} only' if high - low == 1 else f'{low}..{high}'
     return [f'{names}: pixels are {only}, of 0..255 (nearly no contrast): {usual}']
 
 
 def _is_constant(images: np.ndarray) -> np.ndarray:
-    """Returns which images have one value for all pixels, bool [n]."""
+    """Returns which images have the same value in all pixels, bool [n]."""
     return np.all(images == images[:, :1, :1, :1], axis=(1, 2, 3))
 
 
@@ -164,18 +164,18 @@ def _constant(dataset: 'Dataset') -> str:
     if not counts:
         return ''
     told = ' and '.join(f'{count} of {name}' for name, count in counts.items())
-    return f'{told} have one value for all pixels: usually images that were not read'
+    return f'{told} have one value for all pixels; they were probably not read'
 
 
 @functools.lru_cache(maxsize=2)  # both held-out splits of one data set
 def _also_in_training(dataset: 'Dataset', split: str) -> int:
-    """Returns how many images of a split are in the training split, to the bit.
+    """Returns how many images of a split are also training images, to the bit.
 
-    Images with one value for all pixels are not counted.
+    Images with the same value in all pixels do not count.
     """
     images = dataset.split(split)[0]
     images = images[~_is_constant(images)]
-    known = {hash(image.tobytes()) for image in dataset.image_train}  # 64 bits: no chance hits
+    known = {hash(image.tobytes()) for image in dataset.image_train}  # 64 bits: no collisions
     return sum(hash(image.tobytes()) in known for image in images)
 
 
@@ -185,7 +185,7 @@ def _shared(dataset: 'Dataset') -> list[str]:
         count, n = _also_in_training(dataset, split), len(dataset.split(split)[1])
         if count > _FEW * n:
             found.append(
-                f'{count:,} of {n:,} {split} images are training images too: accuracy on them is '
-                'of what was learned by heart; usually the splits have no image in common'
+                f'{count:,} of {n:,} {split} images are training images too: accuracy on them '
+                'measures memory; splits usually have no image in common'
             )
     return found

@@ -1,7 +1,6 @@
-"""Images: whole splits as uint8 arrays, and their sampling and augmentation on the device.
+"""Data sets: whole splits as uint8 arrays, in host memory.
 
-`load`, `spec` and `hold_out` run on the host, once. `batch_indices`, `augment` and `to_pixels` are
-pure `jnp` and belong inside the compiled training step.
+They are read and held out on the host, once. batches.py samples and augments on the device.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from ensadv.errors import DataError
 from ensadv.runtime import progress
 from ensadv.storage import files
 
-# And training and test examples, for `sizes`.
+# Numbers of training and test examples.
 _TFDS_SIZES = {
     'cifar10': (50_000, 10_000),
     'cifar100': (50_000, 10_000),
@@ -25,14 +24,14 @@ _TFDS_SIZES = {
 }
 NAMES = (*readers.TFDS, 'digits', 'npz')
 
-# What figures call the classes; those of other data sets go by their numbers.
+# Names of classes, for figures. Other data sets have numbers.
 _CLASS_NAMES = {
     'cifar10': (
         'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
     ),
 }  # fmt: skip
 
-_HOLD_OUT_SEED = 0  # not the run's: all seeds of a study hold the same examples out
+_HOLD_OUT_SEED = 0  # not the run's: all seeds of a study hold out the same examples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,8 +39,8 @@ class Dataset:
     """All splits of a data set, in host memory.
 
     Images are uint8 [n, H, W, C], labels int32 [n] in 0..num_classes - 1. Treat the arrays as
-    read-only: `mean`, `std` and `fingerprint` are computed once and kept. The validation split is
-    empty unless `hold_out` made the data set; then `held_out_from` is the fingerprint of the whole.
+    read-only, since `mean`, `std` and `fingerprint` are computed once. The validation split is
+    empty unless `hold_out` made the data set; `held_out_from` is then the fingerprint of the whole.
     """
 
     name: str
@@ -61,12 +60,12 @@ class Dataset:
                 object.__setattr__(self, f'{field}_validation', empty)
 
     def split(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of the 'train', 'validation' or 'test' split."""
+        """Returns images and labels of the 'train', 'validation' or 'test' split."""
         return getattr(self, f'image_{name}'), getattr(self, f'label_{name}')
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What to call the classes, by label."""
+        """The classes' names, by label."""
         return _CLASS_NAMES.get(self.name, tuple(map(str, range(self.num_classes))))
 
     @property
@@ -86,7 +85,7 @@ class Dataset:
 
     @functools.cached_property
     def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        # From histograms: exact counts, and no float copy of the images, eight times their size.
+        # Histograms are exact, and need no float copy of the images, eight times their size.
         counts = np.zeros((self.image_shape[-1], 256), np.int64)
         for start in range(0, len(self.image_train), 4096):
             pixels = self.image_train[start : start + 4096].reshape(-1, len(counts))
@@ -102,7 +101,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, of the four arrays: bytes, shapes and dtypes.
 
-        It identifies the data, whatever part of them is held out.
+        It does not depend on what is held out.
         """
         if self.held_out_from is not None:
             return self.held_out_from
@@ -114,7 +113,7 @@ class Dataset:
         return digest.hexdigest()
 
     def describe(self) -> dict:
-        """What a run writes down about its data; JSON keeps it unchanged."""
+        """Returns the facts that a run records about its data, as JSON keeps them."""
         fields = ('name', 'fingerprint', 'num_classes', 'class_names', 'image_shape', 'mean', 'std')
         splits = ('train', 'validation', 'test')
         sizes = {f'num_{split}': len(self.split(split)[1]) for split in splits}
@@ -122,7 +121,7 @@ class Dataset:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | sizes
 
 
-@functools.lru_cache(maxsize=1)  # a run's training and evaluation use the same one
+@functools.lru_cache(maxsize=1)  # training and evaluation of a run share one copy
 @progress.waiting('reading data')
 def load(
     name: str, *, data_dir: str | None = None, path: str | None = None, download: bool = False
@@ -131,13 +130,13 @@ def load(
 
     Args:
         name: one of `NAMES`.
-        data_dir: TFDS directory, may be gs://; None is TFDS's own, ~/tensorflow_datasets.
-        path: for 'npz', the file that holds uint8 images `image_train`, `image_test` [n, H, W, C]
-            and integer labels `label_train`, `label_test` [n], numbered from 0; may be gs://.
+        data_dir: TFDS directory, may be on gs://; None is TFDS's own, ~/tensorflow_datasets.
+        path: for 'npz', the file with uint8 images `image_train`, `image_test` [n, H, W, C] and
+            integer labels `label_train`, `label_test` [n] from 0; may be on gs://.
         download: whether TFDS may download and prepare what is missing from `data_dir`.
 
     Raises:
-        DataError: the data is missing, cannot be read, or is not what it should be.
+        DataError: the data are missing, cannot be read, or are not what they should be.
     """
     if name in readers.TFDS:
         arrays, num_classes = readers.read_tfds(name, data_dir, download)
@@ -150,27 +149,27 @@ def load(
     raise DataError(f'data.name: found {name!r}, allowed are {", ".join(NAMES)}')
 
 
-@functools.lru_cache(maxsize=1)  # as `load`: training and evaluation share one copy
+@functools.lru_cache(maxsize=1)  # as for `load`
 def hold_out(dataset: Dataset, n: int) -> Dataset:
-    """Moves n training examples into the validation split, from which a snapshot can be chosen.
+    """Moves n training examples into the validation split, on which a snapshot can be chosen.
 
-    Which ones depends on n and the number of examples alone, and a larger n adds to those of a
-    smaller one. They are spread over the split, since files may be sorted by class. All examples
-    keep their order; `mean` and `std` become those of what is left to train on.
+    The choice depends on n and the number of examples alone, and a larger n adds to that of a
+    smaller one. It is spread over the split, since files may be sorted by class. All examples keep
+    their order; `mean` and `std` become those of the remaining training examples.
 
     Args:
-        dataset: as `load` gives it, with nothing held out yet.
+        dataset: from `load`, with nothing held out yet.
         n: examples, from 0 up; 0 returns `dataset` itself.
 
     Raises:
-        DataError: nothing would be left to train on.
+        DataError: no training example would remain.
     """
     total = len(dataset.label_train)
     check_held_out(dataset.name, total, n)
     if n == 0:
         return dataset
     held_out = np.zeros(total, bool)
-    # Of NumPy's generators this one is promised to stay the same in later versions.
+    # NumPy promises that this generator stays the same in later versions.
     held_out[np.random.RandomState(_HOLD_OUT_SEED).permutation(total)[:n]] = True
     return dataclasses.replace(
         dataset,
@@ -183,7 +182,7 @@ def hold_out(dataset: Dataset, n: int) -> Dataset:
 
 
 def check_held_out(name: str, total: int, n: int) -> None:
-    """Raises DataError unless n of so many training examples leave some to train on."""
+    """Raises DataError unless holding out n of `total` training examples leaves some."""
     found = f'data.validation_examples: found {n}'
     allowed = f'{name} has {total} training examples, allowed are 0..{total - 1}'
     readers.require(0 <= n < total, f'{found}; {allowed}')
@@ -192,10 +191,10 @@ def check_held_out(name: str, total: int, n: int) -> None:
 def spec(
     name: str, *, data_dir: str | None = None, path: str | None = None
 ) -> tuple[tuple[int, int, int], int]:
-    """(H, W, C) of one image and the number of classes, without TensorFlow.
+    """Returns (H, W, C) of one image and the number of classes, without TensorFlow.
 
-    What has to be read for it is told of, see `checks.tell`. Takes the arguments of `load` and
-    raises the same errors; `data_dir` makes no difference.
+    Takes the arguments of `load` and raises the same errors; `data_dir` makes no difference. If it
+    has to read the data, it logs what they are (`checks.tell`).
     """
     del data_dir
     if name in readers.TFDS:
@@ -206,7 +205,7 @@ def spec(
 
 
 def sizes(name: str, *, path: str | None = None) -> tuple[int, int]:
-    """Numbers of training and test examples, with nothing held out; as `spec`."""
+    """Returns the numbers of training and test examples, with nothing held out; as `spec`."""
     if name in readers.TFDS:
         return _TFDS_SIZES[name]
     dataset = load(name, path=path)
@@ -222,7 +221,7 @@ def read_places(path: str) -> np.ndarray:
     Raises:
         DataError: naming the file and, where one is wrong, the line.
     """
-    with readers.explained(f'eval.indices: cannot read {path}'):
+    with readers.errors_as(f'eval.indices: cannot read {path}'):
         file = epath.Path(path).expanduser()
         files.check_is_file(file)
         content = file.read_bytes()
@@ -250,5 +249,5 @@ def read_places(path: str) -> np.ndarray:
 
 
 def flips_by_default(name: str) -> bool:
-    """Whether a mirrored image still means the same: not so for the three sets of digits."""
+    """Returns whether a mirrored image means the same: not so for the three sets of digits."""
     return name not in ('mnist', 'svhn_cropped', 'digits')

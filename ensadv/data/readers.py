@@ -1,4 +1,4 @@
-"""What reads each kind of data set into whole arrays."""
+"""Readers, one for each kind of data set: they return whole arrays."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ from ensadv.errors import DataError
 from ensadv.runtime.tf_import import import_tensorflow
 from ensadv.storage import files
 
-# (image shape, classes) of what comes through TFDS: known here so that `spec` needs no TensorFlow.
+# (image shape, classes) of the data sets from TFDS, so that `spec` needs no TensorFlow.
 TFDS = {
     'cifar10': ((32, 32, 3), 10),
     'cifar100': ((32, 32, 3), 100),
@@ -24,14 +24,14 @@ TFDS = {
     'mnist': ((28, 28, 1), 10),
 }
 ARRAYS = ('image_train', 'label_train', 'image_test', 'label_test')
-MAX_CLASSES = 2**16  # beyond it a label is a stray number, not a class
+MAX_CLASSES = 2**16  # a larger label is a stray number, not a class
 
-# TensorFlow's errors that are no fault of a file.
-_TENSORFLOW_ELSEWHERE = (
+# TensorFlow's errors that are not the file's fault.
+_TENSORFLOW_OTHER_FAULTS = (
     'AbortedError', 'CancelledError', 'DeadlineExceededError', 'PermissionDeniedError',
     'ResourceExhaustedError', 'UnauthenticatedError', 'UnavailableError',
 )  # fmt: skip
-_OF_TFDS = ('array_record', 'tfrecord')  # in names of files
+_TFDS_FILES = ('array_record', 'tfrecord')  # parts of their names
 _RANDOM_ACCESS = {'array_record', 'parquet'}  # formats that TFDS reads without TensorFlow
 _AS_ARRAY_RECORD = (
     'as ArrayRecord, made where TensorFlow is: '
@@ -40,10 +40,10 @@ _AS_ARRAY_RECORD = (
 
 
 @contextlib.contextmanager
-def explained(message: str, if_damaged: str = ''):
-    """Makes one line, `message` and the cause, of whatever other libraries and storage raise.
+def errors_as(message: str, if_damaged: str = ''):
+    """Raises DataError, one line of `message` and the cause, for any error inside.
 
-    `if_damaged` is added where the cause may be the file, and not memory, storage or permissions.
+    `if_damaged` is added where the cause may be a damaged file, not memory, storage or permissions.
     """
     try:
         yield
@@ -51,9 +51,9 @@ def explained(message: str, if_damaged: str = ''):
         raise
     except Exception as error:
         kind = type(error).__name__
-        told = getattr(error, 'strerror', None) or error  # which does not name the file again
+        told = getattr(error, 'strerror', None) or error  # without the file's name
         cause = ' '.join(f'{kind}: {told}'.split())[:300].removesuffix(':')
-        innocent = isinstance(error, (MemoryError, OSError)) or kind in _TENSORFLOW_ELSEWHERE
+        innocent = isinstance(error, (MemoryError, OSError)) or kind in _TENSORFLOW_OTHER_FAULTS
         advice = f'; {if_damaged}' if if_damaged and not innocent else ''
         raise DataError(f'{message}{advice} ({cause})') from error
 
@@ -65,7 +65,7 @@ def require(condition: bool, message: str) -> None:
 
 @contextlib.contextmanager
 def _silent():
-    """Keeps TFDS from logging advice and tracebacks: what goes wrong is told in one line."""
+    """Keeps TFDS from logging advice and tracebacks, since errors become one line."""
     logger = logging.get_absl_logger()
     before, logger.disabled = logger.disabled, True
     try:
@@ -75,8 +75,8 @@ def _silent():
 
 
 def _import_tfds(name: str) -> tuple[ModuleType, bool]:
-    """Returns TFDS, and whether TensorFlow is there, which only some formats need."""
-    with explained(
+    """Returns TFDS, and whether TensorFlow is installed, which only some formats need."""
+    with errors_as(
         f'data.name={name} needs TensorFlow Datasets: pip install tensorflow-cpu '
         'tensorflow-datasets importlib_resources; data.name=digits and data.name=npz need neither'
     ):
@@ -84,7 +84,7 @@ def _import_tfds(name: str) -> tuple[ModuleType, bool]:
         try:
             import_tensorflow()
         except ImportError:
-            # Where it is there but broken TFDS would take it for whole.
+            # TFDS would take a broken TensorFlow for a whole one.
             if 'tensorflow' in sys.modules or importlib.util.find_spec('tensorflow'):
                 raise
             has_tensorflow = False
@@ -94,9 +94,9 @@ def _import_tfds(name: str) -> tuple[ModuleType, bool]:
 
 
 def read_tfds(name: str, data_dir: str | None, download: bool) -> tuple[list[np.ndarray], int]:
-    """The four arrays of a TFDS data set, in the order of its files, and the number of classes."""
+    """Returns the four arrays of a TFDS data set, in file order, and the number of classes."""
     tfds, has_tensorflow = _import_tfds(name)
-    with explained(f'data.data_dir: cannot open {data_dir or "the default of TFDS"}'):
+    with errors_as(f'data.data_dir: cannot open {data_dir or "the default of TFDS"}'):
         builder = tfds.builder(name, data_dir=data_dir)
         prepared = {'train', 'test'} <= set(builder.info.splits)
     elsewhere = 'point to a TFDS directory that has it with --config.data.data_dir=DIR'
@@ -109,9 +109,9 @@ def read_tfds(name: str, data_dir: str | None, download: bool) -> tuple[list[np.
             f'data.download: to prepare {name} TFDS needs TensorFlow: pip install tensorflow-cpu; '
             f'or {elsewhere}, {_AS_ARRAY_RECORD.format(name)}',
         )
-        with explained(f'data.download: TFDS could not prepare {name}; try again, or {elsewhere}'):
+        with errors_as(f'data.download: TFDS could not prepare {name}; try again, or {elsewhere}'):
             builder.download_and_prepare()
-    with explained(
+    with errors_as(
         f'data.data_dir: cannot read {name} in {builder.data_path}',
         f'if it is damaged, remove it and {again}',
     ):
@@ -122,7 +122,7 @@ def read_tfds(name: str, data_dir: str | None, download: bool) -> tuple[list[np.
                 'files, which only TensorFlow reads: pip install tensorflow-cpu; or bring it '
                 f'{_AS_ARRAY_RECORD.format(name)}'
             )
-        # TFDS reads ArrayRecord, which Grain takes, in no other way.
+        # TFDS reads ArrayRecord only one example at a time.
         is_array_record = builder.info.file_format.value == 'array_record'
         one_by_one = is_array_record or not has_tensorflow
         arrays = []
@@ -149,8 +149,8 @@ def _read_one_by_one(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_digits() -> list[np.ndarray]:
-    """scikit-learn's 1,797 real 8x8 digits; the same 360 of them always are the test split."""
-    with explained('data.name=digits needs scikit-learn: pip install scikit-learn'):
+    """Returns scikit-learn's 1,797 real 8x8 digits; the test split is always the same 360."""
+    with errors_as('data.name=digits needs scikit-learn: pip install scikit-learn'):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     digits = load_digits()
@@ -161,27 +161,27 @@ def read_digits() -> list[np.ndarray]:
 
 
 def read_npz(path: str | None) -> list[np.ndarray]:
-    """The four arrays of a user's file, checked."""
+    """Returns the four arrays of a user's file, checked."""
     require(bool(path), 'data.path: needed for data.name=npz, as in --config.data.path=my.npz')
     file = epath.Path(path).expanduser()
-    of_tfds = next((kind for kind in _OF_TFDS if kind in file.name), None)
+    of_tfds = next((kind for kind in _TFDS_FILES if kind in file.name), None)
     require(
         of_tfds is None,
         f'{path}: found a file of TFDS or Grain ({of_tfds}), allowed is an .npz file; a directory '
         f'that TFDS prepared is read by data.data_dir and data.name={", ".join(TFDS)}',
     )
-    with explained(f'data.path: cannot read {path}'):
+    with errors_as(f'data.path: cannot read {path}'):
         files.check_is_file(file)
-        # Whole, since a zip file is read in many small pieces, each a request where it is remote.
+        # Read it whole: a zip file is read in many small pieces, each a request if it is remote.
         content = io.BytesIO(file.read_bytes())
-    with explained(f'{path}: cannot be read', 'not an .npz file, or damaged'):
+    with errors_as(f'{path}: cannot be read', 'not an .npz file, or damaged'):
         file = np.load(content, allow_pickle=False)
     require(isinstance(file, Mapping), f'{path}: found one array, allowed is an .npz file')
     missing = ', '.join(field for field in ARRAYS if field not in file)
     require(not missing, f'{path}: no {missing}; found {", ".join(file) or "no arrays"}')
     arrays = []
     for field in ARRAYS:
-        with explained(
+        with errors_as(
             f'{path}: {field}: cannot be read',
             'damaged, or Python objects, which are never unpickled',
         ):
@@ -209,7 +209,7 @@ def check_images(images: np.ndarray, where: str) -> None:
 
 
 def _as_uint8(images: np.ndarray) -> tuple[str, str]:
-    """Returns what pixels of another type are, and how they become uint8, as far as is known."""
+    """Returns a description of pixels of another type, and advice on making them uint8, or ''."""
     kind = str(images.dtype)
     if images.dtype.kind not in 'iuf' or not images.size:
         return kind, ''
@@ -224,7 +224,7 @@ def _as_uint8(images: np.ndarray) -> tuple[str, str]:
 
 
 def check_labels(labels: np.ndarray, images: np.ndarray, where: str) -> None:
-    integer = labels.dtype.kind in 'iu'  # to issubdtype time spans would be integers, too
+    integer = labels.dtype.kind in 'iu'  # np.issubdtype counts time spans as integers, too
     require(integer, f'{where}: found {labels.dtype}, allowed are integers')
     allowed = f'allowed is ({len(images)},), one label for each image of {images.shape}'
     require(labels.shape == (len(images),), f'{where}: found shape {labels.shape}, {allowed}')

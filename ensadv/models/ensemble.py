@@ -74,6 +74,12 @@ def combine(member_logits: Array, how: str) -> Array:
 
     Raises:
       ValueError: for any other `how`.
+
+    >>> logits = jnp.log(jnp.array([[[0.1, 0.9]], [[0.5, 0.5]]]))  # of two members, one image
+    >>> [f'{p:.2f}' for p in jnp.exp(combine(logits, 'probs'))[0]]
+    ['0.30', '0.70']
+    >>> [f'{p:.2f}' for p in jnp.exp(combine(logits, 'logits'))[0]]
+    ['0.25', '0.75']
     """
     if how == 'probs':
         k = member_logits.shape[0]
