@@ -37,7 +37,7 @@ def each_member(function: Callable[[Any, Array], Any], members: Any, x: Array) -
 def each_learner(function: Callable[..., Any], *trees: Any) -> Any:
     """Returns function(*trees) of every place on the trees' first axis, stacked.
 
-    On a CPU it is a loop, since whole training steps beside each other would take long to compile.
+    On a CPU it is a loop, which compiles the function once.
     """
     if not backend.is_cpu():
         return jax.vmap(function)(*trees)
