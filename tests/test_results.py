@@ -8,7 +8,7 @@ import pytest
 from test_follow import config_for, fake, ledgers, make_run
 
 from ensadv.evaluation import evaluate
-from ensadv.storage import files, leases, metrics
+from ensadv.storage import checkpoints, files, leases, metrics
 from ensadv.storage import selection as selection_lib
 from ensadv.storage import workdir as workdir_lib
 
@@ -38,6 +38,58 @@ def changed(config, **changes):
 
 def results_at(path, step):
     return workdir_lib.read_evaluations(path)[step]['attacks']
+
+
+class Snapshots:
+    """In the place of `checkpoints.Checkpoints`: snapshots without weights."""
+
+    def __init__(self, steps):
+        self._steps = list(steps)
+
+    def steps(self):
+        return list(self._steps)
+
+    def save(self, step):
+        self._steps.append(step)
+
+    def delete(self, step):
+        self._steps.remove(step)
+
+    def restore(self, step, variables):
+        return variables
+
+    def close(self):
+        pass
+
+
+def count_reads(monkeypatch, workdir, snapshots, inline):
+    """Returns how many files an evaluation of so many snapshots reads."""
+    config = config_for(train__steps=snapshots, eval__long_attacks=('pgd3',))
+    make_run(config, workdir, steps=())
+    steps = range(1, snapshots + 1)
+    made = Snapshots(() if inline else steps)
+    reads = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, 'open_snapshots', lambda path: made)
+        for name in ('read_json', 'read_arrays'):
+            read = getattr(files, name)
+            patch.setattr(files, name, lambda path, read=read: reads.append(path) or read(path))
+        job = evaluate.Job(config, workdir)
+        for step in steps if inline else ():
+            made.save(step)
+            job.evaluate_pending()
+        job.evaluate_pending(wait=True)
+        job.close()
+    assert len(workdir_lib.read_evaluations(workdir)) == snapshots
+    assert len(made.steps()) == 2  # all accuracies are equal: the first is the best
+    return len(reads)
+
+
+@pytest.mark.parametrize('inline', [False, True])
+def test_reads_grow_with_snapshots_and_not_with_their_square(workdir, fake, monkeypatch, inline):
+    few, many = (count_reads(monkeypatch, workdir / str(n), n, inline) for n in (5, 20))
+    assert few > 5
+    assert many < 4 * few
 
 
 def write_as_an_older_version(path, step, **settings):
