@@ -17,7 +17,7 @@ from report_runs import (
     write_run,
 )
 
-from ensadv.report import findings, paper
+from ensadv.report import findings, page, paper
 from ensadv.report.collect import collect
 from ensadv.storage import files, workdir
 
@@ -53,7 +53,7 @@ def write_paper(root, system: str, *counts: int, dataset=CIFAR10, **changes) -> 
         write_run(root / f'{system}{seed}', config, {step: outcomes}, dataset=dataset)
 
 
-def verdicts(root) -> list[findings.Verdict]:
+def verdicts(root) -> list[page.Claim]:
     return findings.judge_claims(outcomes_of(root))
 
 

@@ -420,7 +420,7 @@ def cost(parameters, seconds=1.0, machine='A', forward=1e9, training=1e18):
 def test_the_pareto_front_of_each_measure():
     # B costs as C and is less robust; D costs more than C and is less robust.
     costs = {'A': cost(1e6), 'B': cost(2e6), 'C': cost(2e6), 'D': cost(4e6, forward=None)}
-    accuracy = {'A': 0.4, 'B': 0.45, 'C': 0.5, 'D': 0.48}
+    accuracy = {'A': 3 * (0.4,), 'B': 3 * (0.45,), 'C': 3 * (0.5,), 'D': 3 * (0.48,)}
     panels = computation.panels(costs, accuracy)
     parameters, forward, training, seconds = panels
     assert parameters.label == 'parameters (millions)'
@@ -434,7 +434,7 @@ def test_the_pareto_front_of_each_measure():
 
 def test_times_of_different_machines_are_no_panel_and_are_told_apart():
     costs = {'A': cost(1, 1.0, 'cpu'), 'B': cost(2, 0.1, 'H100')}
-    panels = computation.panels(costs, {'A': 0.4, 'B': 0.5})
+    panels = computation.panels(costs, {'A': 3 * (0.4,), 'B': 3 * (0.5,)})
     assert [panel.label.split(' (')[0] for panel in panels] == [
         'parameters', 'operations per prediction', 'operations of training',
     ]  # fmt: skip
@@ -445,7 +445,7 @@ def test_times_of_different_machines_are_no_panel_and_are_told_apart():
 def test_the_table_of_costs():
     costs = {'A': cost(36_479_194, 0.25, 'cpu', 9.999e11, 1.83e18), 'B': cost(1, None, '', None)}
     accuracy = {'A': (0.4, 0.35, 0.4444), 'B': (0.5, 0.4, 0.6)}
-    panels = computation.panels(costs, {'A': 0.4, 'B': 0.5})
+    panels = computation.panels(costs, {'A': 3 * (0.4,), 'B': 3 * (0.5,)})
     table = computation.table(costs, accuracy, 'pgd20', panels)
     assert table.header[5:] == ('PGD20', 'on the front of')
     assert table.rows[0].cells == (

@@ -12,6 +12,8 @@ from ensadv.report.collect import Collection
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
 
+TITLE, APART_TITLE = 'How these numbers were made', 'Not in this report'
+
 
 def class_names(run: Run) -> Sequence[str]:
     """Returns what to call the classes of a run's data."""
@@ -27,6 +29,11 @@ def all_of_it(collection: Collection) -> list[str]:
         *machines(collection),
         *paper.left_out(collection.systems),
     ]
+
+
+def apart(collection: Collection) -> list[str]:
+    """Returns which runs are not in the report, and why."""
+    return [f'{name}: {reason}.' for name, reason in collection.apart]
 
 
 _TOLD_ELSEWHERE = ('attack', 'steps', 'combine', 'iterate_examples')

@@ -93,14 +93,15 @@ def labels(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
             having.setdefault(name, {}).setdefault(settings, []).append(run)
     found = {}
     for name, by_settings in having.items():
-        shown = [text for text in by_settings if not _tells_nothing_more(text, by_settings)]
-        settings = {text: json.loads(text) for text in shown}
+        settings = {text: json.loads(text) for text in by_settings}
+        shown = [text for text in settings if not _tells_nothing_more(text, settings, by_settings)]
         own = {
             text: [_as_configured(name, settings[text], run) for run in by_settings[text]]
             for text in shown
         }
+        others = [settings[text] for text in shown]
         for text in sorted(shown, key=lambda text: settings[text] not in own[text]):
-            differences = selection.differences(settings[text], [*settings.values(), *own[text]])
+            differences = selection.differences(settings[text], [*others, *own[text]])
             found[name, text] = ' '.join([name, ', '.join(differences)]).strip()
     return found
 
@@ -108,22 +109,22 @@ def labels(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
 def _as_configured(name: str, settings: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Returns an attack's settings as the run's config has them, but for how many examples stay."""
     wanted = selection.as_configured(name, settings, run.config)
-    return {field: wanted[field] for field in settings if field != _STAYING} | _staying(settings)
+    wanted[_STAYING] = settings.get(_STAYING)
+    return {field: wanted[field] for field in settings}
 
 
-def _staying(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in settings.items() if field == _STAYING}
-
-
-def _tells_nothing_more(text: str, by_settings: Mapping[str, Sequence[Run]]) -> bool:
+def _tells_nothing_more(
+    text: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    by_settings: Mapping[str, Sequence[Run]],
+) -> bool:
     """Returns whether all its runs have the attack with more examples that stay to the end too."""
-    settings = json.loads(text)
-    others = {other: json.loads(other) for other in by_settings}
-    return any(
-        others[other] | _staying(settings) == settings
-        and others[other].get(_STAYING, 0) > settings.get(_STAYING, 0)
-        and set(by_settings[text]) <= set(by_settings[other])
-        for other in by_settings
+    mine = settings[text]
+    return _STAYING in mine and any(
+        other.get(_STAYING, 0) > mine[_STAYING]
+        and {**other, _STAYING: mine[_STAYING]} == mine
+        and set(by_settings[text]) <= set(by_settings[place])
+        for place, other in settings.items()
     )
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -318,10 +318,8 @@ def _write_names(
     """
     pixel = 72 / axes.figure.dpi  # in points
     at = {s: axes.transData.transform((panel.cost[s], 100 * accuracy[s][0])) for s in accuracy}
-    obstacles = _obstacles(axes, panel, accuracy)
-    texts, places = {}, {}
-    for system in at:
-        texts[system] = axes.annotate(
+    texts = {
+        system: axes.annotate(
             system,
             (panel.cost[system], 100 * accuracy[system][0]),
             xytext=(0, 0),
@@ -330,20 +328,35 @@ def _write_names(
             zorder=4,
             path_effects=[withStroke(linewidth=1.5, foreground='white')],
         )
-    for system, xy in [*at.items(), *at.items()]:
+        for system in at
+    }
+    lines = _lines(axes, panel, accuracy)
+    places: dict[str, Bbox] = {}
+    for system in [*at, *at]:
         size = texts[system].get_window_extent().size
         # Names side by side are a space apart.
         names = [box.padded(4 / pixel, 0) for name, box in places.items() if name != system]
-        others = [*obstacles, *names]
+        # The text's nearest edge or corner is so far from the point.
         tried = [
-            # The text's nearest edge or corner is so far from the point.
-            Bbox.from_bounds(*(xy + away * way / pixel + size * (way - 1) / 2), *size)
+            Bbox.from_bounds(*(at[system] + away * way / pixel + size * (way - 1) / 2), *size)
             for away in (5, 10, 16)
             for way in _WAYS
         ]
+
+        def badness(box: Bbox, system=system, names=names) -> float:
+            own, *others = (
+                np.hypot(*(np.clip(at[s], box.p0, box.p1) - at[s]))
+                for s in (system, *(set(at) - {system}))
+            )
+            is_nearer_another = own > 1.5 * min(others, default=np.inf)
+            is_outside = not (axes.bbox.contains(*box.p0) and axes.bbox.contains(*box.p1))
+            shared = [Bbox.intersection(box, name) for name in names]
+            covered = sum(each.width * each.height for each in shared if each is not None)
+            wrong = 3 * box.width * box.height * (is_nearer_another + 3 * is_outside)
+            return covered + wrong + 5 * box.count_contains(lines) + 5 * own
+
         # The first of the least bad: the nearest, and to the right where that is free.
-        rivals = [place for name, place in at.items() if name != system]
-        places[system] = min(tried, key=lambda box: _badness(box, others, axes.bbox, xy, rivals))
+        places[system] = min(tried, key=badness)
     for system, text in texts.items():
         text.set_position((places[system].p0 - at[system]) * pixel)
 
@@ -351,51 +364,17 @@ def _write_names(
 _WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)])
 
 
-def _badness(
-    box: Bbox,
-    others: Iterable[Bbox],
-    inside: Bbox,
-    point: np.ndarray,
-    rivals: Iterable[np.ndarray],
-) -> float:
-    """Returns how bad a place for a name is, as an area in pixels.
-
-    That is the area that it covers of others, ten times the area that is outside of the axes, and
-    three times its own where it is much nearer to another point than to its own; and a little for
-    its distance from its point.
-    """
-    covered = sum(_area(Bbox.intersection(box, other)) for other in others)
-    outside = _area(box) - _area(Bbox.intersection(box, inside))
-    own, *theirs = (np.hypot(*(np.clip(xy, box.p0, box.p1) - xy)) for xy in (point, *rivals))
-    elsewhere = 3 * _area(box) if own > 1.5 * min(theirs, default=np.inf) else 0
-    return covered + 10 * outside + elsewhere + 5 * own
-
-
-def _area(box: Bbox | None) -> float:
-    return 0.0 if box is None else box.width * box.height
-
-
-def _obstacles(
+def _lines(
     axes: Axes, panel: Panel, accuracy: Mapping[str, tuple[float, float, float]]
-) -> list[Bbox]:
-    """Returns what names should not cover: points, error bars and the front, in pixels."""
-
-    def around(first: Sequence[float], second: Sequence[float], points: float) -> Bbox:
-        ends = axes.transData.transform([first, second])
-        pad = points * axes.figure.dpi / 72
-        return Bbox([ends.min(axis=0) - pad, ends.max(axis=0) + pad])
-
-    found = []
-    for system, (mean, low, high) in accuracy.items():
-        cost = panel.cost[system]
-        found.append(around((cost, 100 * mean), (cost, 100 * mean), 3.5))
-        found.append(around((cost, 100 * low), (cost, 100 * high), 1))
+) -> np.ndarray:
+    """Returns points on what names should not cover: error bars and the front, [n, 2] in pixels."""
+    found = [[(panel.cost[s], 100 * end) for end in ends] for s, (_, *ends) in accuracy.items()]
     front = _front(panel, accuracy, list(accuracy))
-    end = [(axes.get_xlim()[1], y) for _, y in front[-1:]]
-    for (x, y), (next_x, next_y) in itertools.pairwise([*front, *end]):
-        found.append(around((x, y), (next_x, y), 0.5))
-        found.append(around((next_x, y), (next_x, next_y), 0.5))
-    return found
+    front += [(axes.get_xlim()[1], y) for _, y in front[-1:]]
+    for (x, y), (next_x, next_y) in itertools.pairwise(front):
+        found += [[(x, y), (next_x, y)], [(next_x, y), (next_x, next_y)]]
+    ends = (axes.transData.transform(line) for line in found)
+    return np.concatenate([np.linspace(start, end, 50) for start, end in ends])
 
 
 @in_style

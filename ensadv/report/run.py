@@ -11,7 +11,7 @@ from etils import epath
 
 from ensadv.attacks import registry
 from ensadv.errors import UserError
-from ensadv.report import significance
+from ensadv.report import comparison
 from ensadv.storage import files, records, selection, workdir
 
 
@@ -124,7 +124,7 @@ class Run:
         """
         path = workdir.evaluation_path(self.path, step, '.npz')
         ledger = workdir.read_ledger(path)
-        if reason := significance.malformed(ledger):
+        if reason := comparison.malformed(ledger):
             raise UserError(f'{path}: {reason}')
         return ledger
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ensadv.errors import UserError
-from ensadv.report import significance
+from ensadv.report import comparison
 from ensadv.report.run import Run, name_of
 from ensadv.storage import selection
 
@@ -109,6 +109,6 @@ def check(result: Mapping[str, Any], ledger: Mapping[str, np.ndarray]) -> None:
     found = ledger.get(f'{key}_correct')
     counts = (result['n'], result['correct'])
     fits = found is not None and (len(found), int(np.sum(found))) == counts
-    fits &= significance.settings_of(ledger, key) in (None, result['settings'])
+    fits &= comparison.settings_of(ledger, key) in (None, result['settings'])
     if not fits or len(found) != len(ledger['label']):
         raise UserError(f'its ledger and its results differ in {key}')
