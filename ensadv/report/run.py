@@ -85,11 +85,21 @@ class Run:
         """Returns all results at a step; of an attack as many as it was made with settings."""
         return self.evaluations[step]['attacks']
 
-    def attacks(self, step: int) -> dict[str, Mapping[str, Any]]:
+    def attacks(self, step: int) -> Mapping[str, Mapping[str, Any]]:
         """Returns the results at a step that have a label, by it, and those of the worst case."""
-        found = ((self.labels.get(made(result)), result) for result in self.results(step))
-        named = {label: result for label, result in found if label is not None}
-        return named | self.worst.get(step, {})
+        return self._labelled[step]
+
+    @functools.cached_property
+    def _labelled(self) -> Mapping[int, Mapping[str, Mapping[str, Any]]]:
+        named = {
+            step: {self.labels.get(made(result)): result for result in self.results(step)}
+            for step in self.evaluations
+        }
+        return {
+            step: {label: result for label, result in found.items() if label is not None}
+            | self.worst.get(step, {})
+            for step, found in named.items()
+        }
 
     def series(self, attack: str, key: str = 'accuracy') -> tuple[np.ndarray, np.ndarray]:
         """Returns steps and values, float64 [m], of every evaluation that has this attack.
