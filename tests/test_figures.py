@@ -402,7 +402,7 @@ def test_of_unusual_channels_the_mean_is_drawn_and_said_to_be(channels, planes):
     figure = pictures.examples(clean, np.array([1]), {'A': column}, **arguments)
     for axes in figure.axes[:2]:
         np.testing.assert_allclose(axes.images[0].get_array(), 40 / 255, atol=1e-6)
-    said = f'Images have {channels} channels: the mean of these is drawn, in grey.'
+    said = f'Images have {channels} channels; their mean is drawn in grey.'
     (text,) = figure.texts
     assert text.get_text().replace('\n', ' ') == said
     box = text.get_window_extent()

@@ -127,7 +127,7 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
             ('Training steps', ', '.join(f'{s:,}' for s in sorted({run.steps for run in runs}))),
         ]
     if collection.apart:
-        facts.append(('Listed apart', f'{len(collection.apart)} runs, at the end'))
+        facts.append(('Not in this report', f'{len(collection.apart)} runs, listed at the end'))
     return [*facts, ('Made by', ' '.join([epath.Path(sys.argv[0]).name, *sys.argv[1:]]))]
 
 

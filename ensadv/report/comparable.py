@@ -201,7 +201,9 @@ def twice(runs: Sequence[Run]) -> dict[Run, str]:
         seeds = ' '.join(sorted(run.seed.split('+')))
         other = first.setdefault((run.system, seeds), run)
         if other is not run:
-            reasons[run] = f'{run.system} with seed {run.seed} is there already, as {other.name}'
+            reasons[run] = (
+                f'{run.system} with seed {run.seed} is in the report already, as {other.name}'
+            )
     return reasons
 
 
@@ -219,7 +221,7 @@ def notes_on(runs: Sequence[Run], over_training: Sequence[str]) -> list[str]:
         usual = _most_frequent(value for _, value in values)
         others = {system: value for system, value in values if value != usual}
         notes += [
-            f'{system} was trained with {field} {value}, not {usual} as most others.'
+            f'{system} was trained with {field} {value}, most others with {usual}.'
             for system, value in others.items()
         ]
     notes += _notes_on_members(runs)
@@ -231,8 +233,8 @@ def notes_on(runs: Sequence[Run], over_training: Sequence[str]) -> list[str]:
             left = there - len(run.series(label)[0])
             if left:
                 notes.append(
-                    f'{run.name}: {left} of {there} evaluations of {label} were made with '
-                    'other settings than the last one, and are left out of averages over training.'
+                    f'{run.name}: {left} of {there} evaluations of {label} were made with other '
+                    'settings than the last one. Averages over training leave them out.'
                 )
     return notes
 
@@ -250,8 +252,8 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
         found = {run: dict.fromkeys(map(_switches, by_run[run])) for run in runs}
         usual = _most_frequent(one for each in found.values() for one in each)
         notes += [
-            f'{run.name} was {done} with {" and with ".join(others)}; most others with {usual}. '
-            'Its numbers differ by rounding at least.'
+            f'{run.name} was {done} with {" and with ".join(others)}, most others with {usual}. '
+            'Its numbers differ at least by rounding.'
             for run, each in found.items()
             if (others := [one for one in each if one != usual])
         ]
@@ -270,14 +272,14 @@ def _notes_on_members(runs: Sequence[Run]) -> list[str]:
         if run.of_selected:
             splits = {member['config']['eval']['select_on'] for member in run.members}
             notes[run.system, 'selected'] = (
-                f"{run.system} is of its members' best snapshots, selected on the "
+                f"{run.system} combines its members' best snapshots, selected on the "
                 f'{" and ".join(sorted(splits))} split, in every table.'
             )
         mine = {(run.system, member['workdir']) for member in run.members}
         if mine & used:
             notes[run.system, 'shared'] = (
-                f'Runs of {run.system} share members: its seeds are not independent, and differ '
-                'less than others.'
+                f'Runs of {run.system} share members: its seeds are not independent. They differ '
+                'less than independent ones.'
             )
         used |= mine
     return list(notes.values())

@@ -143,12 +143,12 @@ def table(
         rows.append(Row(cells))
     name = attack_name(attack)
     notes = [
-        f'Accuracy under {name} of the last snapshots in %, with its 95 % bootstrap interval. Per '
-        'prediction, training: floating-point operations of all members, of one prediction and of '
-        'all steps of training, attacks included, counted from the programs before optimization; '
-        'a multiply-add counts as 2.',
-        'On the Pareto front: no other system costs less, or as much, and is as robust or more so. '
-        'Means are compared, whatever their intervals.',
+        f'Accuracy under {name} of the last snapshots in %, with its 95 % bootstrap interval. '
+        'The columns per prediction and training count floating-point operations of all '
+        'members: of one prediction, and of all training steps, attacks included. They are counted '
+        'in the programs before optimization; a multiply-add counts as 2.',
+        'On the Pareto front: no other system is at least as robust at no higher cost, and better '
+        'in one of the two. Means are compared, whatever their intervals.',
     ]
     machines = {system: cost.machine for system, cost in costs.items() if cost.machine}
     if machines:

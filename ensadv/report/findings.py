@@ -123,7 +123,7 @@ def read_outcomes(collection: Collection) -> Outcomes:
         try:
             _check_ledger(run, labels)
         except UserError as error:
-            notes.append(f'{run.name} is not in the comparisons: {error}.')
+            notes.append(f'{run.name} is left out of the comparisons: {error}.')
             continue
         kept.setdefault(run.system, []).append(run)
     runs = [run for mine in kept.values() for run in mine]
@@ -200,22 +200,21 @@ def _differences_notes(found: Sequence[Difference]) -> list[str]:
         'of S). With three seeds each it may cover 86 % instead of 95 %, where most of the spread '
         'is between seeds.',
         "p: McNemar's test of these networks on these examples, exact with one seed each, else "
-        'with examples as clusters. It does not account for how networks from other seeds would '
-        'do.',
+        'with examples as clusters. It says nothing about networks from other seeds.',
     ]
     if any(a != b for a, b in (d.seeds for d in found)):
-        notes.append('p, where one system has more seeds: of as many of them as the other has.')
+        notes.append('Where one system has more seeds, p uses as many of them as the other has.')
     if len(found) > 1:
         notes.append(
-            f'{len(found)} pairs: of as many equal ones about {0.05 * len(found):.1f} would have '
-            'p < 0.05.'
+            f'Of {len(found)} pairs of equal systems about {0.05 * len(found):.1f} would have p < '
+            '0.05 by chance.'
         )
     if fewest == 1:
         which = 'One seed each' if most == 1 else 'Where a system has one seed'
         notes.append(f'{which}: the interval does not account for the choice of seed.')
     if any('Separate2Adv' in (d.first, d.second) for d in found):
         notes.append(
-            "Separate2Adv's members may be SingleAdv runs of this table: then the two are not "
+            "Separate2Adv's members may be SingleAdv runs of this table. Then the two are not "
             'independent.'
         )
     return notes

@@ -47,7 +47,7 @@ def in_grey(channels: int) -> str:
     """Returns a sentence that says how images of so many channels are drawn; '' if as they are."""
     if channels in (1, 3):
         return ''
-    return f'Images have {channels} channels: the mean of these is drawn, in grey.'
+    return f'Images have {channels} channels; their mean is drawn in grey.'
 
 
 class ExampleColumn(NamedTuple):

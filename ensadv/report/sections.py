@@ -134,7 +134,7 @@ def over_attack_steps(collection: Collection, writer: Writer) -> page.Section:
         sizes = sorted({c.iterate_n for c in curves[attack].values() if c.iterate_n})
         on = f', on the first {" or ".join(f"{n:,}" for n in sizes)} examples' if sizes else ''
         restarts = _restarts(collection, attack)
-        alone = f' Of the first of {restarts} restarts alone.' if restarts > 1 else ''
+        alone = f' Only the first of {restarts} restarts is shown.' if restarts > 1 else ''
         caption = (
             f'Figure 2c. Accuracy over the steps of {attack_name(attack)}, on the snapshots of '
             f'Table 1b. The worst iterate so far cannot rise; the current iterate{on}, can.{alone}'
@@ -150,7 +150,7 @@ def _partial(collection: Collection, seeds: Mapping[str, int]) -> str:
     """Returns which systems are drawn by fewer seeds than there are, as a sentence."""
     runs = {system: len(found) for system, found in collection.systems.items()}
     texts = [f'{s} ({seeds.get(s, 0)} of {n})' for s, n in runs.items() if seeds.get(s, 0) < n]
-    return f' Not by all seeds: {", ".join(texts)}.' if texts else ''
+    return f' Not all seeds have it: {", ".join(texts)}.' if texts else ''
 
 
 def _restarts(collection: Collection, attack: str) -> int:
@@ -255,13 +255,14 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
     caption = (
         f'The first test images, the worst point that {attack}{f" ({others})" if others else ""} '
         'found for each system at its last '
-        f'snapshot, and the perturbation (magnified). Not chosen: the first of the test split.'
+        f'snapshot, and the perturbation (magnified). The images were not chosen: they are the '
+        f'first of the test split.'
         f'{_in_grey(found["image"])}'
     )
     alt = 'Test images, adversarial images and perturbations, with predictions before and after'
     blocks: list[Any] = [writer.figure('figure_examples', figure, caption, alt)]
     if left_out:
-        text = f'Without stored examples, or with others: {", ".join(left_out)}.'
+        text = f'No examples, or others, are stored for {", ".join(left_out)}.'
         blocks.append(page.Text(text))
     return page.Section('Examples', 'examples', blocks)
 

@@ -210,7 +210,7 @@ def _last_iterate_notes(values: Sequence[Value], cells: Sequence[str]) -> list[s
     sizes = [value.last_n for value in values if 0 < value.last_n < value.n]
     if not sizes or not any('†' in cell for cell in cells):
         return []
-    return [f'† On the first {_span(sizes)} examples alone, those that stay to the last iterate.']
+    return [f'† On the first {_span(sizes)} examples only, those that stay to the last iterate.']
 
 
 def _settings_notes(collection: Collection, attacks: Sequence[str]) -> list[str]:
@@ -221,22 +221,24 @@ def _settings_notes(collection: Collection, attacks: Sequence[str]) -> list[str]
         mine = collection.of_all([a for a in attacks if name_of(a) == name])
         if not (chosen := strongest(mine, collection.runs)):
             continue
-        which = (
-            f'What counts is {attack_name(chosen)}, which fooled the most of what all runs have.'
-        )
+        text = f'{attack_name(name)} was made with several settings.'
         if worst_case.is_worst(chosen):
             several = [attack_name(a) for a in mine if a != chosen]
-            which = (
-                f'What counts is the {worst_case.WORST}: an example only if none of what all runs '
-                f'have fooled it, {" and ".join(several)}.'
+            notes.append(
+                f'{text} The {worst_case.WORST} counts: an example is correct only if none of '
+                f'those that all runs have, {" and ".join(several)}, fooled it.'
             )
-        notes.append(f'{attack_name(name)} was made with several settings. {which}')
+        else:
+            notes.append(
+                f'{text} {attack_name(chosen)} counts: of those that all runs have, it fooled the '
+                'most examples.'
+            )
     return notes
 
 
 _MARK = (
-    '* Some examples stood without having been attacked, their gradients being zero or NaN; they '
-    'are not counted as correct.'
+    '* Some examples were never attacked, since their gradients are zero or NaN. They do not count '
+    'as correct.'
 )
 
 
@@ -315,13 +317,13 @@ def _paper_notes(collection: Collection, rows: Sequence[Row]) -> list[str]:
     if not any(row.kind == 'paper' for row in rows):
         return []
     notes = [
-        "paper: the paper's own numbers, by the last iterate of one start that climbs the "
+        "paper: the paper's own numbers, at the last iterate of one start, which climbs the "
         'cross-entropy.'
     ]
     its = [runs for runs in collection.systems.values() if not paper.unlike(runs)]
     others = dict.fromkeys(text for runs in its for text in paper.trained_otherwise(runs))
     if others:
-        notes.append(f"Ours were not trained as the paper's: {'; '.join(others)}.")
+        notes.append(f"Ours were not trained like the paper's: {'; '.join(others)}.")
     return notes
 
 
@@ -337,7 +339,7 @@ def _sizes(runs: Sequence[Run]) -> str:
 
 def _but_for(runs: Sequence[Run]) -> str:
     systems = dict.fromkeys(run.system for run in runs if run.of_selected)
-    return f', but for the members of {" and ".join(systems)}' if systems else ''
+    return f', except for the members of {" and ".join(systems)}' if systems else ''
 
 
 def _averaged_notes(runs: Sequence[Run], averaged: Values) -> list[str]:
@@ -358,9 +360,9 @@ def _averaged_notes(runs: Sequence[Run], averaged: Values) -> list[str]:
             lengths.append(len(values))
             replaced += int(np.sum(analysis.replace_outliers(values, WINDOW)[1]))
     notes.append(
-        f'Outliers (over three standard deviations off the mean distance to the rolling median, '
-        f'window {WINDOW}) are replaced by the median: {replaced} of {sum(lengths):,} '
-        f'accuracies.'
+        'Outliers (more than three standard deviations off the mean distance to the rolling '
+        f'median, window {WINDOW}) are replaced by the median: {replaced} of {sum(lengths):,} '
+        'accuracies.'
     )
     if min(lengths) < WINDOW:
         notes.append(
