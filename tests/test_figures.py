@@ -31,8 +31,12 @@ def lines(figure: Figure) -> dict[str, matplotlib.lines.Line2D]:
     return {line.get_label(): line for line in figure.axes[0].lines}
 
 
+def legends(figure: Figure) -> list[matplotlib.legend.Legend]:
+    return [legend for part in (figure, *figure.subfigs) for legend in part.legends]
+
+
 def legend_texts(figure: Figure) -> list[str]:
-    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return [text.get_text() for legend in legends(figure) for text in legend.get_texts()]
 
 
 def axes_texts(figure: Figure) -> list[str]:
@@ -439,7 +443,7 @@ def planes() -> Planes:
 def test_planes_show_classes_with_y_upwards(planes):
     figure = pictures.planes(planes)
     assert len(figure.axes) == 4  # per image: the image, and one model's panel
-    thumbnail, panel = figure.axes[:2]
+    thumbnail, _, panel, _ = figure.axes
     assert thumbnail.get_title() == 'test image 7\nclass 0'
     np.testing.assert_array_equal(thumbnail.images[0].get_array(), 1)
     image = panel.images[0]
@@ -448,7 +452,7 @@ def test_planes_show_classes_with_y_upwards(planes):
     patches = {
         text.get_text(): to_rgb(patch.get_facecolor())
         for text, patch in zip(
-            figure.legends[0].get_texts(), figure.legends[0].get_patches(), strict=True
+            legends(figure)[0].get_texts(), legends(figure)[0].get_patches(), strict=True
         )
     }
     # Those that occur: class 3, which only a point has, too.
@@ -464,7 +468,7 @@ def test_planes_show_classes_with_y_upwards(planes):
 
 def test_planes_show_points_arrows_and_the_region(planes):
     figure = pictures.planes(planes)
-    panel, other = figure.axes[1], figure.axes[3]
+    panel, other = figure.axes[2:]
     first, second, image = ([float(v) for v in line.get_xydata()[0]] for line in panel.lines)
     assert (image, first, second) == ([0, 0], [1, 0], [0.5, 1])
     ends = [(a.xyann, tuple(map(float, a.xy))) for a in panel.texts if a.arrow_patch]
@@ -479,14 +483,14 @@ def test_planes_show_points_arrows_and_the_region(planes):
         '1: adversarial example of SingleAdv, seed 0',
         '2: adversarial example of Ensemble2Adv, seed 1',
     ]
-    texts = [text.get_text() for text in figure.texts]
-    assert texts[-1] == 'Test image 12: both adversarial examples are the same'
+    (notes,) = figure.texts
+    assert notes.get_text() == 'Test image 12: both adversarial examples\nare the same'
 
 
 def test_planes_of_attacks_that_found_one_point_or_none(planes):
     points = np.array([[(0, 0), (1, 0), (1, 0)], [(0, 0), (0, 0), (0, 0.5)]], np.float32)
     figure = pictures.planes(planes._replace(points=points))
-    texts = [[text.get_text() for text in figure.axes[i].texts] for i in (1, 3)]
+    texts = [[text.get_text() for text in figure.axes[i].texts] for i in (2, 3)]
     assert texts == [['', '1, 2'], ['1', '', '2']]  # '' is an arrow
     assert drawing.png(figure)
 
@@ -496,7 +500,7 @@ def test_classes_of_planes_have_names_and_more_than_ten_have_colors_of_their_own
     many = many._replace(record={'class_names': [f'name {i}' for i in range(32)]})
     figure = pictures.planes(many)
     assert figure.axes[0].get_title() == 'test image 7\nname 0'
-    legend = figure.legends[0]
+    legend = legends(figure)[0]
     assert [text.get_text() for text in legend.get_texts()] == many.record['class_names']
     assert len({to_rgb(patch.get_facecolor()) for patch in legend.get_patches()}) == 32
 
@@ -520,7 +524,7 @@ def test_legends_stay_within_the_figure(planes, training):
         figures.over_training(bands, points, attack='PGD20'),
     ):
         figure.draw_without_rendering()
-        for legend in figure.legends:
+        for legend in legends(figure):
             box = legend.get_window_extent()
             assert figure.bbox.x0 <= box.x0
             assert box.x1 <= figure.bbox.x1
