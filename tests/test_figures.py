@@ -484,7 +484,7 @@ def test_planes_show_points_arrows_and_the_region(planes):
         '2: adversarial example of Ensemble2Adv, seed 1',
     ]
     (notes,) = figure.texts
-    assert notes.get_text() == 'Test image 12: both adversarial examples\nare the same'
+    assert notes.get_text() == 'Test image 12: both adversarial examples are the same'
 
 
 def test_planes_of_attacks_that_found_one_point_or_none(planes):
