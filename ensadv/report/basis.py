@@ -31,11 +31,6 @@ def all_of_it(collection: Collection) -> list[str]:
     ]
 
 
-def apart(collection: Collection) -> list[str]:
-    """Returns which runs are not in the report, and why."""
-    return [f'{name}: {reason}.' for name, reason in collection.apart]
-
-
 _TOLD_ELSEWHERE = ('attack', 'steps', 'combine', 'iterate_examples')
 
 
@@ -106,6 +101,11 @@ def _environments(sessions: Sequence[Mapping[str, Any]]) -> str:
             for s in sessions
         )
     )
+
+
+def apart(collection: Collection) -> list[str]:
+    """Returns which runs are not in the report, and why."""
+    return [f'{name}: {reason}.' for name, reason in collection.apart]
 
 
 def facts(collection: Collection) -> list[tuple[str, str]]:
