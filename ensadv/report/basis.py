@@ -38,7 +38,7 @@ def settings(collection: Collection) -> list[str]:
     """Returns the settings of each attack, which are the same for all runs."""
     found = {}
     for run in collection.runs:
-        for step in (run.steps, run.best):
+        for step in run.judged_steps:
             for name, result in run.attacks(step).items():
                 found.setdefault(name, result)
     lines = []

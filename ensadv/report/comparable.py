@@ -75,8 +75,8 @@ def other_attacks(runs: Sequence[Run]) -> dict[Run, str]:
 
 def _made(run: Run) -> list[tuple[str, str]]:
     """Returns how the attacks at a run's last and best step were made, each once."""
-    steps = [step for step in (run.steps, run.best) if step is not None]
-    return list(dict.fromkeys(made(result) for step in steps for result in run.results(step)))
+    results = [result for step in run.judged_steps for result in run.results(step)]
+    return list(dict.fromkeys(map(made, results)))
 
 
 def labels(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
@@ -245,7 +245,7 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
     records = {
         'trained': {run: [] if run.members else run.record['sessions'] for run in runs},
         'evaluated': {
-            run: [r for step in (run.steps, run.best) for r in run.results(step)] for run in runs
+            run: [r for step in run.judged_steps for r in run.results(step)] for run in runs
         },
     }
     for done, by_run in records.items():

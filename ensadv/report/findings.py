@@ -12,7 +12,7 @@ import numpy as np
 from ensadv.errors import UserError
 from ensadv.report import paper, significance, worst_case
 from ensadv.report.collect import Collection, strongest
-from ensadv.report.page import Claim
+from ensadv.report.page import VERDICTS, Claim
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
 from ensadv.report.tables import Row, Table
@@ -33,7 +33,7 @@ CLAIMS = {
         ('Ensemble4Adv', 'Ensemble2Adv'),
     ],
 }
-SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = 'supported', 'not supported', 'too little data'
+SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = VERDICTS
 
 DIFFERENCES_HEADER = (
     'attack', 'first', 'second', 'difference_points', 'low', 'high', 'p_mcnemar', 'seeds_first',

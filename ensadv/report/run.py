@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,11 @@ class Run:
         """The step of the best snapshot."""
         return selection.best_step(self.evaluations, self.judge, self.config)
 
+    @property
+    def judged_steps(self) -> list[int]:
+        """The last step and, if there is a best one, that."""
+        return list(dict.fromkeys(step for step in (self.steps, self.best) if step is not None))
+
     def results(self, step: int) -> Sequence[Mapping[str, Any]]:
         """Returns all results at a step; of an attack as many as it was made with settings."""
         return self.evaluations[step]['attacks']
@@ -152,6 +157,14 @@ def made(result: Mapping[str, Any]) -> tuple[str, str]:
 def name_of(label: str) -> str:
     """Returns the name of a label's attack: 'pgd20' of 'pgd20 loss=margin'."""
     return label.partition(' ')[0]
+
+
+def by_name(labels: Iterable[str]) -> dict[str, list[str]]:
+    """Returns labels by the name of their attack, in their order."""
+    found: dict[str, list[str]] = {}
+    for label in labels:
+        found.setdefault(name_of(label), []).append(label)
+    return found
 
 
 def find(root: epath.Path) -> Iterator[epath.Path]:

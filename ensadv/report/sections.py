@@ -24,7 +24,7 @@ from ensadv.report import (
     tables,
 )
 from ensadv.report.collect import Collection, strongest
-from ensadv.report.run import Run, name_of
+from ensadv.report.run import Run, by_name, name_of
 from ensadv.report.table1 import attack_name
 from ensadv.storage import files, plane_files, records, selection, workdir
 
@@ -92,11 +92,10 @@ def over_training(collection: Collection, writer: Writer) -> page.Section:
     """Figures 2a and 2b, of whatever attacks are there; of one evaluation each there is no line."""
     runs = collection.runs
     short = [a for a in collection.over_training if any(name_of(a) in r.wanted for r in runs)]
-    names = list(dict.fromkeys(map(name_of, short)))
-    attacks = []
-    if most := selection.strongest(names):
-        chosen = (selection.selection_attack(names), 'pgd20' if 'pgd20' in names else most)
-        attacks = [strongest([a for a in short if name_of(a) == name], runs) for name in chosen]
+    named, attacks = by_name(short), []
+    if most := selection.strongest(list(named)):
+        chosen = selection.selection_attack(list(named)), 'pgd20' if 'pgd20' in named else most
+        attacks = [strongest(named[name], runs) for name in chosen]
     blocks = []
     # One figure where both are the same attack.
     for name, attack in zip(('figure2a', 'figure2b'), dict.fromkeys(attacks), strict=False):

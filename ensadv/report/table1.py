@@ -10,7 +10,7 @@ import numpy as np
 from ensadv.attacks import registry
 from ensadv.report import analysis, paper, worst_case
 from ensadv.report.collect import Collection, strongest
-from ensadv.report.run import Run, name_of
+from ensadv.report.run import Run, by_name, name_of
 from ensadv.report.tables import Row, Table
 
 LAST_EVALUATIONS = 10  # that Table 1a averages
@@ -215,11 +215,11 @@ def _last_iterate_notes(values: Sequence[Value], cells: Sequence[str]) -> list[s
 
 def _settings_notes(collection: Collection, attacks: Sequence[str]) -> list[str]:
     """Returns, for each attack of which a table has several settings, which of them count."""
-    names = [name_of(attack) for attack in attacks]
     notes = []
-    for name in (name for name in dict.fromkeys(names) if names.count(name) > 1):
-        mine = collection.of_all([a for a in attacks if name_of(a) == name])
-        if not (chosen := strongest(mine, collection.runs)):
+    for name, labels in by_name(attacks).items():
+        mine = collection.of_all(labels)
+        chosen = strongest(mine, collection.runs)
+        if len(labels) == 1 or chosen is None:
             continue
         text = f'{attack_name(name)} was made with several settings.'
         if worst_case.is_worst(chosen):
@@ -265,11 +265,11 @@ def _of_paper(
     """Returns the paper's numbers of a system, by attack, where ours can stand beside them."""
     if paper.unlike(runs):
         return {}
-    steps = [(run, step) for run in runs for step in (run.steps, run.best) if step is not None]
-    results = [found for run, step in steps for found in run.attacks(step).items()]
     others = {
         label
-        for label, result in results
+        for run in runs
+        for step in run.judged_steps
+        for label, result in run.attacks(step).items()
         if not paper.is_its_attack(result['settings']) or worst_case.is_worst(label)
     }
     return {a: numbers[name_of(a)] for a in attacks if name_of(a) in numbers and a not in others}
