@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+_COVERAGE = 0.95  # of the intervals, nominally
 # Elements of a bootstrap's weights at a time: 16 MB.
 _CHUNK = 1 << 22
 
@@ -130,20 +131,19 @@ def draw_seeds(resampled: np.ndarray, runs: Sequence[int], rng: np.random.Genera
 
 
 def accuracy_interval(
-    resampled: np.ndarray, runs: Sequence[int], seed: int = 0, level: float = 0.95
+    resampled: np.ndarray, runs: Sequence[int], seed: int = 0
 ) -> tuple[float, float]:
-    """Returns a percentile interval of a system's mean accuracy over seeds.
+    """Returns a 95 % percentile interval of a system's mean accuracy over seeds.
 
     Args:
       resampled: float64 [num, runs], from `resample`.
       runs: which of them are the system's seeds; see `draw_seeds`.
       seed: of the draws of seeds.
-      level: its nominal coverage.
 
     Returns:
       Low and high, in [0, 1].
     """
-    return _percentiles(draw_seeds(resampled, runs, np.random.default_rng(seed)), level)
+    return _interval(draw_seeds(resampled, runs, np.random.default_rng(seed)))
 
 
 def difference_interval(
@@ -151,9 +151,8 @@ def difference_interval(
     first: Sequence[int],
     second: Sequence[int],
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Returns a percentile interval of the difference between two systems' mean accuracies.
+    """Returns a 95 % percentile interval of the difference between two systems' mean accuracies.
 
     What chance decides for one network on one example counts three times over S seeds, for it is in
     the examples' draws, in the seeds' draws and in both at once (Owen 2007, "The pigeonhole
@@ -167,17 +166,15 @@ def difference_interval(
       first, second: which of the runs are the first and the second system's seeds; they are drawn
         independently of each other, see `draw_seeds`.
       seed: of the draws of seeds.
-      level: its nominal coverage.
 
     Returns:
       Low and high of the first minus the second, in points (hundredths).
     """
     rng = np.random.default_rng(seed)
     difference = draw_seeds(resampled, first, rng) - draw_seeds(resampled, second, rng)
-    low, high = _percentiles(100 * difference, level)
-    return low, high
+    return _interval(100 * difference)
 
 
-def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2])
     return float(low), float(high)
