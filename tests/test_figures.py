@@ -31,12 +31,8 @@ def lines(figure: Figure) -> dict[str, matplotlib.lines.Line2D]:
     return {line.get_label(): line for line in figure.axes[0].lines}
 
 
-def legends(figure: Figure) -> list[matplotlib.legend.Legend]:
-    return [legend for part in (figure, *figure.subfigs) for legend in part.legends]
-
-
 def legend_texts(figure: Figure) -> list[str]:
-    return [text.get_text() for legend in legends(figure) for text in legend.get_texts()]
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 def axes_texts(figure: Figure) -> list[str]:
@@ -452,7 +448,7 @@ def test_planes_show_classes_with_y_upwards(planes):
     patches = {
         text.get_text(): to_rgb(patch.get_facecolor())
         for text, patch in zip(
-            legends(figure)[0].get_texts(), legends(figure)[0].get_patches(), strict=True
+            figure.legends[0].get_texts(), figure.legends[0].get_patches(), strict=True
         )
     }
     # Those that occur: class 3, which only a point has, too.
@@ -483,7 +479,7 @@ def test_planes_show_points_arrows_and_the_region(planes):
         '1: adversarial example of SingleAdv, seed 0',
         '2: adversarial example of Ensemble2Adv, seed 1',
     ]
-    (notes,) = figure.texts
+    notes, _ = figure.texts
     assert notes.get_text() == 'Test image 12: both adversarial examples are the same'
 
 
@@ -500,7 +496,7 @@ def test_classes_of_planes_have_names_and_more_than_ten_have_colors_of_their_own
     many = many._replace(record={'class_names': [f'name {i}' for i in range(32)]})
     figure = pictures.planes(many)
     assert figure.axes[0].get_title() == 'test image 7\nname 0'
-    legend = legends(figure)[0]
+    legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == many.record['class_names']
     assert len({to_rgb(patch.get_facecolor()) for patch in legend.get_patches()}) == 32
 
@@ -524,7 +520,7 @@ def test_legends_stay_within_the_figure(planes, training):
         figures.over_training(bands, points, attack='PGD20'),
     ):
         figure.draw_without_rendering()
-        for legend in legends(figure):
+        for legend in figure.legends:
             box = legend.get_window_extent()
             assert figure.bbox.x0 <= box.x0
             assert box.x1 <= figure.bbox.x1

@@ -236,16 +236,21 @@ def planes(planes: plane_files.Planes) -> Figure:
     notes = [in_grey(planes.images.shape[-1])]
     notes += [f'Test image {place}: {note}' for place, note in noted if note]
     lines = [line for note in notes for line in textwrap.wrap(note, int(width / LETTER))]
-    heights = [1.15 + rows * (side + 0.36)]
-    heights += [0.1 + 0.15 * math.ceil(len(handles) / columns) for handles, columns in legends]
-    heights.append(0.05 + _LINE * len(lines))
-    figure = new_figure(width, sum(heights))
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-    for part, (handles, columns) in zip(parts[1:3], legends, strict=True):
-        part.legend(handles=handles, ncols=columns, loc='center')
-    figure.text(0.1 / width, 0.03 / sum(heights), '\n'.join(lines), va='bottom')
-    panels = parts[0].subplots(1 + rows, m, squeeze=False, height_ratios=[0.55, *[side] * rows])
-    parts[0].supxlabel('both axes: L₂ distance from the image (pixel values in [0, 1])', size=7)
+    # From the bottom, in inches: the notes, the legends, the axes' label, the panels.
+    tall = [0.1 + 0.15 * math.ceil(len(handles) / columns) for handles, columns in legends]
+    place = 0.05 + _LINE * len(lines) + sum(tall)
+    height = place + 1.2 + rows * (side + 0.36)
+    figure = new_figure(width, height)
+    bottom = (place + 0.17) / height
+    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
+    figure.text(0.1 / width, 0.03 / height, '\n'.join(lines), va='bottom')
+    text = 'both axes: L₂ distance from the image (pixel values in [0, 1])'
+    figure.text(0.5, (place + 0.03) / height, text, va='bottom', ha='center')
+    for (handles, columns), each in zip(legends, tall, strict=True):
+        at = (0.5, place / height)
+        figure.legend(handles=handles, ncols=columns, loc='upper center', bbox_to_anchor=at)
+        place -= each
+    panels = figure.subplots(1 + rows, m, squeeze=False, height_ratios=[0.55, *[side] * rows])
     for i, (thumbnail, *models) in enumerate(panels.T):
         _draw_image(thumbnail, planes.images[i])
         name = shortened(_class_label(planes.labels[i], names), side + 0.3)
