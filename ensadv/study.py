@@ -78,6 +78,7 @@ def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
     report = None
     if distributed.is_main():
         try:
+            from ensadv.report import sections  # noqa: F401  Matplotlib is needed at the end
             from ensadv.report import write as report
         except ImportError as error:  # training and evaluation need none of it
             logging.warning(

@@ -402,7 +402,7 @@ def test_of_unusual_channels_the_mean_is_drawn_and_said_to_be(channels, planes):
     figure = pictures.examples(clean, np.array([1]), {'A': column}, **arguments)
     for axes in figure.axes[:2]:
         np.testing.assert_allclose(axes.images[0].get_array(), 40 / 255, atol=1e-6)
-    said = f'Images have {channels} channels: the mean of these is drawn, in grey.'
+    said = f'Images have {channels} channels; their mean is drawn in grey.'
     (text,) = figure.texts
     assert text.get_text().replace('\n', ' ') == said
     box = text.get_window_extent()
@@ -439,7 +439,7 @@ def planes() -> Planes:
 def test_planes_show_classes_with_y_upwards(planes):
     figure = pictures.planes(planes)
     assert len(figure.axes) == 4  # per image: the image, and one model's panel
-    thumbnail, panel = figure.axes[:2]
+    thumbnail, _, panel, _ = figure.axes
     assert thumbnail.get_title() == 'test image 7\nclass 0'
     np.testing.assert_array_equal(thumbnail.images[0].get_array(), 1)
     image = panel.images[0]
@@ -464,7 +464,7 @@ def test_planes_show_classes_with_y_upwards(planes):
 
 def test_planes_show_points_arrows_and_the_region(planes):
     figure = pictures.planes(planes)
-    panel, other = figure.axes[1], figure.axes[3]
+    panel, other = figure.axes[2:]
     first, second, image = ([float(v) for v in line.get_xydata()[0]] for line in panel.lines)
     assert (image, first, second) == ([0, 0], [1, 0], [0.5, 1])
     ends = [(a.xyann, tuple(map(float, a.xy))) for a in panel.texts if a.arrow_patch]
@@ -479,14 +479,14 @@ def test_planes_show_points_arrows_and_the_region(planes):
         '1: adversarial example of SingleAdv, seed 0',
         '2: adversarial example of Ensemble2Adv, seed 1',
     ]
-    texts = [text.get_text() for text in figure.texts]
-    assert texts[-1] == 'Test image 12: both adversarial examples are the same'
+    notes, _ = figure.texts
+    assert notes.get_text() == 'Test image 12: both adversarial examples are the same'
 
 
 def test_planes_of_attacks_that_found_one_point_or_none(planes):
     points = np.array([[(0, 0), (1, 0), (1, 0)], [(0, 0), (0, 0), (0, 0.5)]], np.float32)
     figure = pictures.planes(planes._replace(points=points))
-    texts = [[text.get_text() for text in figure.axes[i].texts] for i in (1, 3)]
+    texts = [[text.get_text() for text in figure.axes[i].texts] for i in (2, 3)]
     assert texts == [['', '1, 2'], ['1', '', '2']]  # '' is an arrow
     assert drawing.png(figure)
 

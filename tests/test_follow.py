@@ -430,10 +430,10 @@ def test_a_snapshot_that_appears_while_others_are_deleted_stays(workdir, fake, m
     make_run(config, workdir, steps=(2,))
     prune = evaluate.Job._prune
 
-    def late(self, snapshots):
+    def late(self, snapshots, view):
         for step in (4, 6):
             write_snapshot(config, workdir, step)
-        prune(self, snapshots)
+        prune(self, snapshots, view)
 
     monkeypatch.setattr(evaluate.Job, '_prune', late)
     job = evaluate.Job(config, workdir)

@@ -147,11 +147,6 @@ def test_a_claim_says_its_verdict(verdict):
     assert parsed.texts('li')[-1] == '+3 points'
 
 
-def test_another_verdict_is_refused():
-    with pytest.raises(ValueError, match="found 'perhaps'"):
-        Claim('Ensembles help.', 'perhaps', [])
-
-
 @pytest.fixture(scope='module')
 def full() -> str:
     """A page with every kind of block, and markup in every text."""

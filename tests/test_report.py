@@ -131,9 +131,9 @@ def quick(monkeypatch) -> None:
 
 @pytest.fixture(scope='module')
 def paper_study(tmp_path_factory) -> pathlib.Path:
-    """A study as large as the paper's, and its report, written where there is no JAX."""
+    """All systems of the paper, and their report, written where there is no JAX."""
     root = tmp_path_factory.mktemp('study')
-    study(root, ALL, seeds=3, evaluations=50, like_paper=True)
+    study(root, ALL, seeds=3, evaluations=10, like_paper=True)
     for run, name in (('singleadv_seed0', 'singleadv_seed0-doubleadv_seed0'),
                       ('ensemble2adv_seed0', 'members'),
                       ('ensemble2adv_seed1', 'members')):  # fmt: skip
@@ -154,7 +154,7 @@ def paper_study(tmp_path_factory) -> pathlib.Path:
     return root
 
 
-def test_a_study_as_large_as_the_papers_gets_every_file(paper_study):
+def test_a_study_of_all_systems_gets_every_file(paper_study):
     expected = figure('2a', '2b', '2c', '_examples', '4_singleadv_seed0-doubleadv_seed0',
                       '4_ensemble2adv_seed0_members', '4_ensemble2adv_seed1_members')  # fmt: skip
     assert written(paper_study) == TABLES | COMPARISONS | expected
@@ -233,7 +233,7 @@ def test_a_quick_study(tmp_path):
     # its own does.
     for text in ('too little data', "The paper's claims", '<span class="tag">paper</span>'):
         assert text not in page
-    assert "Without the paper's numbers and claims for Baseline, SingleAdv, " in page
+    assert "The paper's numbers and claims are left out for Baseline, SingleAdv, " in page
     assert 'data.name digits, not cifar10; epsilon 0.15, not 0.03137; ' in page
     assert 'paper' not in {row['reading'] for row in csv_rows(tmp_path, 'table1')}
     assert {row['first'] for row in csv_rows(tmp_path, 'differences')} >= {'Ensemble2Adv'}
@@ -304,7 +304,7 @@ def test_examples_other_than_the_first_systems_are_left_out(tmp_path):
     for name, system in (('a', 'baseline'), ('b', 'singleadv')):
         run = one_run(tmp_path, name, system=system)
         report_runs.write_examples(run, run_config(system), 40, count=3 if name == 'b' else 2)
-    assert 'Without stored examples, or with others: SingleAdv.' in write_report(tmp_path)
+    assert 'No examples, or others, are stored for SingleAdv.' in write_report(tmp_path)
     # The seed that has the same images is the one that is shown.
     run = one_run(tmp_path, 'd', system='singleadv', seed=1)
     report_runs.write_examples(run, run_config(seed=1), 40)
@@ -318,7 +318,7 @@ def test_images_of_unusual_channels_are_said_to_be_drawn_in_grey(tmp_path, chann
     report_runs.write_examples(run, run_config(), 40, channels=channels)
     images = np.full((1, 8, 8, channels), 99, np.uint8)
     plane_files.write(epath.Path(run) / 'planes' / 'members.npz', planes()._replace(images=images))
-    sentence = f'Images have {channels} channels: the mean of these is drawn, in grey.'
+    sentence = f'Images have {channels} channels; their mean is drawn in grey.'
     # Below the examples, and below the planes.
     assert write_report(tmp_path).count(sentence) == (2 if said else 0)
 
@@ -339,7 +339,7 @@ def test_damaged_examples_are_left_out(tmp_path, content):
 @pytest.mark.usefixtures('quick')
 def test_curves_of_several_restarts_are_said_to_be_of_the_first(tmp_path):
     one_run(tmp_path, eval__pgd__restarts=3)
-    assert 'Of the first of 3 restarts alone.' in write_report(tmp_path)
+    assert 'Only the first of 3 restarts is shown.' in write_report(tmp_path)
 
 
 @pytest.mark.usefixtures('quick')
@@ -366,7 +366,7 @@ def test_a_curve_of_fewer_seeds_than_the_table_says_so(tmp_path):
     without = {attack: accuracy for attack, accuracy in LAST.items() if attack != 'pgd500'}
     write_run(tmp_path / 'b', run_config(seed=1), {40: without})
     write_run(tmp_path / 'c', run_config('baseline'), {40: without})
-    assert 'Not by all seeds: Baseline (0 of 1), SingleAdv (1 of 2).' in write_report(tmp_path)
+    assert 'Not all seeds have it: Baseline (0 of 1), SingleAdv (1 of 2).' in write_report(tmp_path)
 
 
 @pytest.mark.usefixtures('quick')

@@ -224,7 +224,7 @@ def test_the_same_seed_twice(tmp_path):
     write(tmp_path, name='b')
     found = collected(tmp_path)
     assert names(found) == ['a']
-    assert found.apart == [('b', 'SingleAdv with seed 0 is there already, as a')]
+    assert found.apart == [('b', 'SingleAdv with seed 0 is in the report already, as a')]
 
 
 def test_sources_of_a_transfer_set_are_no_systems(tmp_path):
@@ -340,7 +340,7 @@ def test_members_in_another_order_are_the_same_ensemble(tmp_path):
     runs = members(tmp_path, 0, 1)
     write_ensemble(tmp_path / 'a', runs, LAST)
     write_ensemble(tmp_path / 'b', runs[::-1], LAST)
-    assert only_reason(tmp_path) == 'Separate2Adv with seed 1+0 is there already, as a'
+    assert only_reason(tmp_path) == 'Separate2Adv with seed 1+0 is in the report already, as a'
 
 
 def test_ensembles_that_share_a_member_are_said_to(tmp_path):
@@ -379,10 +379,10 @@ def test_systems_trained_differently_are_told(tmp_path):
     # Of an ensemble of runs the members' training counts.
     write_ensemble(root / 'e', members(tmp_path, 4, 5, train__learning_rate=0.2), LAST)
     assert collected(root).notes == [
-        'DoubleAdv was trained with model.depth 16, not 10 as most others.',
-        'Baseline was trained with train.batch_size 16, not 8 as most others.',
-        'Separate2Adv was trained with train.learning_rate 0.2, not 0.1 as most others.',
-        'Ensemble2Adv was trained with train.steps 50, not 40 as most others.',
+        'DoubleAdv was trained with model.depth 16, most others with 10.',
+        'Baseline was trained with train.batch_size 16, most others with 8.',
+        'Separate2Adv was trained with train.learning_rate 0.2, most others with 0.1.',
+        'Ensemble2Adv was trained with train.steps 50, most others with 40.',
     ]
 
 
@@ -397,10 +397,10 @@ def test_runs_made_with_other_switches_of_xla_and_jax_are_told(tmp_path):
     switch = {'correct': 0.5, 'switches': {'JAX_OPTIMIZATION_LEVEL': 'O1'}}
     write(tmp_path, 'ensemble2adv', evaluations={40: LAST | {'pgd20': switch}})
     assert collected(tmp_path).notes == [
-        'singleadv was trained with XLA_FLAGS=--xla_a --xla_b; most others with no switch set. '
-        'Its numbers differ by rounding at least.',
-        'ensemble2adv0 was evaluated with JAX_OPTIMIZATION_LEVEL=O1; most others with no switch '
-        'set. Its numbers differ by rounding at least.',
+        'singleadv was trained with XLA_FLAGS=--xla_a --xla_b, most others with no switch set. '
+        'Its numbers differ at least by rounding.',
+        'ensemble2adv0 was evaluated with JAX_OPTIMIZATION_LEVEL=O1, most others with no switch '
+        'set. Its numbers differ at least by rounding.',
     ]
 
 
@@ -412,8 +412,8 @@ def test_evaluations_with_other_settings_than_the_last_are_left_out_of_series(tm
     np.testing.assert_array_equal(steps, [30, 40])
     np.testing.assert_array_equal(values, [0.5, 0.5])
     assert found.notes == [
-        'singleadv0: 2 of 4 evaluations of pgd20 were made with other settings than the last one, '
-        'and are left out of averages over training.'
+        'singleadv0: 2 of 4 evaluations of pgd20 were made with other settings than the last one. '
+        'Averages over training leave them out.'
     ]
 
 

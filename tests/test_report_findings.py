@@ -17,7 +17,7 @@ from report_runs import (
     write_run,
 )
 
-from ensadv.report import findings, paper
+from ensadv.report import findings, page, paper
 from ensadv.report.collect import collect
 from ensadv.storage import files, workdir
 
@@ -53,7 +53,7 @@ def write_paper(root, system: str, *counts: int, dataset=CIFAR10, **changes) -> 
         write_run(root / f'{system}{seed}', config, {step: outcomes}, dataset=dataset)
 
 
-def verdicts(root) -> list[findings.Verdict]:
+def verdicts(root) -> list[page.Claim]:
     return findings.judge_claims(outcomes_of(root))
 
 
@@ -151,9 +151,9 @@ def test_of_other_systems_no_claim_is_judged(tmp_path, changes, reason):
     (sentence,) = left_out(tmp_path)
     claims_alone = (changes, reason) in SHORTER
     assert sentence.startswith(
-        "Without the paper's claims for SingleAdv, Ensemble2Adv, which were not trained as the"
+        "The paper's claims are left out for SingleAdv, Ensemble2Adv, which were not trained like"
         if claims_alone
-        else "Without the paper's numbers and claims for SingleAdv, Ensemble2Adv, which are not the"
+        else "The paper's numbers and claims are left out for SingleAdv, Ensemble2Adv, which are "
     )
     assert reason in sentence
     # What a study of one's own wants is there.
@@ -187,7 +187,7 @@ def test_a_claim_about_a_system_that_is_not_the_papers_is_not_judged(tmp_path):
     assert claims[1].details == ["Ensemble2Adv − DoubleAdv: no run of the paper's DoubleAdv."]
     (sentence,) = left_out(tmp_path)
     assert sentence == (
-        "Without the paper's numbers and claims for DoubleAdv, which are not the paper's: "
+        "The paper's numbers and claims are left out for DoubleAdv, which are not the paper's: "
         'model.width 20, not 15.'
     )
 
@@ -221,7 +221,7 @@ def test_differences_by_hand(tmp_path):
     table = findings.differences_table([d])
     assert table.rows[0].cells[:2] == ('Ensemble2Adv − SingleAdv', '+20.0')
     assert table.rows[0].cells[3:] == ('< 0.0001', '2, 3')
-    assert any('of as many of them as the other has' in note for note in table.notes)
+    assert any('as many of them as the other has' in note for note in table.notes)
 
 
 def test_one_seed_each_is_tested_exactly(tmp_path):
@@ -258,7 +258,7 @@ def test_every_pair_is_compared_once_the_claims_first(tmp_path):
         ('Ensemble2Adv', 'Baseline'),
     ]
     notes = findings.differences_table(found).notes
-    assert any(note.startswith('6 pairs: of as many equal ones about 0.3') for note in notes)
+    assert any(note.startswith('Of 6 pairs of equal systems about 0.3') for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_ledger_that_contradicts_its_results_is_left_out(tmp_path, odd):
     write_ledger(tmp_path / odd, config, 40, {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.51})
     found = outcomes_of(tmp_path)
     assert found.notes == [
-        f'{odd} is not in the comparisons: its ledger and its results differ in pgd20.'
+        f'{odd} is left out of the comparisons: its ledger and its results differ in pgd20.'
     ]
     assert len(found.systems) == 2
 
@@ -284,7 +284,9 @@ def test_a_ledger_of_other_examples_is_left_out_wherever_it_stands(tmp_path, odd
     ledger = workdir.read_ledger(path)
     files.write_arrays(path, ledger | {'label': ledger['label'][::-1].copy()})
     found = outcomes_of(tmp_path)
-    assert found.notes == [f'{odd} is not in the comparisons: its ledger is of other examples.']
+    assert found.notes == [
+        f'{odd} is left out of the comparisons: its ledger is of other examples.'
+    ]
     assert found.correct.shape == (3, 2, N)
 
 
@@ -295,7 +297,7 @@ def test_a_run_without_a_ledger_is_left_out(tmp_path, content):
     path.unlink() if content is None else path.write_bytes(content)
     found = outcomes_of(tmp_path)
     (note,) = found.notes
-    assert note.startswith('singleadv1 is not in the comparisons: ')
+    assert note.startswith('singleadv1 is left out of the comparisons: ')
     assert found.accuracy('SingleAdv', 'pgd20')[0] == 0.5
 
 

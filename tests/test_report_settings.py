@@ -61,8 +61,8 @@ def test_a_column_for_each_settings_and_the_worst_case_counts(tmp_path):
     assert found.cell('last_snapshot', WORST) == '15.0 ± 7.1'
     assert found.cell('last_snapshot', WORST, 'Baseline') == '0.0'
     assert (
-        'PGD20 was made with several settings. What counts is the worst case: an example only if '
-        f'none of what all runs have fooled it, {" and ".join(BOTH)}.'
+        'PGD20 was made with several settings. The worst case counts: an example is correct only '
+        f'if none of those that all runs have, {" and ".join(BOTH)}, fooled it.'
     ) in found.numbers['last_snapshot'].table.notes
     (row,) = found.csv('last_snapshot', system='Baseline', attack='pgd20 loss=margin', seed='0',
                        reading='worst iterate')  # fmt: skip
@@ -81,7 +81,9 @@ def test_without_a_ledger_that_of_the_settings_which_fools_the_most_counts(tmp_p
     (path / 'eval' / '40.npz').write_bytes(b'damaged')
     found = Report(tmp_path)
     assert found.cell('last_snapshot', WORST) == '-'
-    assert f'What counts is {BOTH[1]}, which fooled the most' in found.notes('last_snapshot')
+    assert f'{BOTH[1]} counts: of those that all runs have, it fooled the most' in found.notes(
+        'last_snapshot'
+    )
 
 
 def test_what_only_some_runs_have_is_shown_and_does_not_count(tmp_path):
@@ -90,7 +92,9 @@ def test_what_only_some_runs_have_is_shown_and_does_not_count(tmp_path):
     found = Report(tmp_path)
     assert found.cell('last_snapshot', BOTH[1]) == '10.0 (1 of 2)'
     assert found.cell('last_snapshot', BOTH[0]) == '50.0 ± 0.0'
-    assert f'What counts is {BOTH[0]}, which fooled the most' in found.notes('last_snapshot')
+    assert f'{BOTH[0]} counts: of those that all runs have, it fooled the most' in found.notes(
+        'last_snapshot'
+    )
     assert findings.read_outcomes(found.collection).strongest == 'pgd20 loss=cross_entropy'
 
 
@@ -127,7 +131,9 @@ def test_what_no_gradient_was_found_for_makes_no_attack_strong(tmp_path):
     assert found.cell('last_snapshot', WORST) == '60.0'
     (path / 'eval' / '40.npz').unlink()
     found = Report(tmp_path)
-    assert f'What counts is {BOTH[1]}, which fooled the most' in found.notes('last_snapshot')
+    assert f'{BOTH[1]} counts: of those that all runs have, it fooled the most' in found.notes(
+        'last_snapshot'
+    )
 
 
 def test_means_over_training_are_of_what_was_evaluated_over_training(tmp_path):
@@ -200,7 +206,7 @@ def test_a_ledger_of_other_settings_is_not_that_of_the_results(tmp_path):
         ledger[f'pgd20_{suffix}'] = ledger[f'pgd20_loss=margin_{suffix}']
     files.write_arrays(file, ledger)
     assert findings.read_outcomes(collected(tmp_path)).notes == [
-        f'{path.name} is not in the comparisons: its ledger and its results differ in pgd20.'
+        f'{path.name} is left out of the comparisons: its ledger and its results differ in pgd20.'
     ]
 
 

@@ -237,7 +237,7 @@ def test_examples_that_were_not_attacked_are_marked(tmp_path):
     assert found.cell('last_snapshot', 'PGD20') == '50.0*'
     assert found.cell('last_snapshot', 'IFGSM5') == '60.0'
     for table in ('last_snapshot', 'table1a', 'table1b'):
-        assert '* Some examples stood without having been attacked' in found.notes(table)
+        assert '* Some examples were never attacked' in found.notes(table)
     (row,) = found.csv('last_snapshot', attack='pgd20', seed='0', reading='worst iterate')
     assert row['no_gradient'] == '3'
 
@@ -250,7 +250,7 @@ def test_last_iterates_are_beside_and_of_how_many_examples(tmp_path):
     # The factory's long attack ends at its accuracy, on 10 of 100 examples.
     assert found.cell('table1c', 'PGD500') == '40.0'
     assert found.cell('last_snapshot', 'PGD500', kind='secondary') == '40.0†'
-    assert '† On the first 10 examples alone' in found.notes('last_snapshot')
+    assert '† On the first 10 examples only' in found.notes('last_snapshot')
     (row,) = found.csv('last_snapshot', attack='pgd500', seed='0', reading='last iterate')
     assert (row['accuracy'], row['n']) == ('0.4', '10')
     (row,) = found.csv('last_snapshot', attack='pgd20', seed='0', reading='last iterate')
@@ -289,7 +289,7 @@ def test_the_papers_numbers_stand_beside_those_of_its_systems(tmp_path):
     assert found.cell('table1c', 'PGD500', kind='paper') == '44'
     assert found.cell('table1c', 'PGD500', 'Separate2Adv', 'paper') == '47'
     assert found.cell('table1a', 'PGD20', 'Separate2Adv', 'paper') is None
-    assert 'by the last iterate' in found.notes('table1a')
+    assert 'at the last iterate' in found.notes('table1a')
     assert 'not trained as' not in found.notes('table1a')
     (row,) = found.csv('table1c', system='SingleAdv', attack='pgd500', reading='paper')
     assert (row['accuracy'], row['seeds'], row['n']) == ('0.44', '3', '10000')
@@ -337,7 +337,7 @@ def test_other_training_is_told_beside_the_papers_numbers(tmp_path):
     write_paper(tmp_path, 'singleadv', train__steps=100_000)
     found = Report(tmp_path)
     assert found.cell('table1a', 'PGD20', kind='paper') == '43'
-    told = "Ours were not trained as the paper's: train.steps 100,000, not 500,000."
+    told = "Ours were not trained like the paper's: train.steps 100,000, not 500,000."
     assert told in found.notes('table1a')
 
 
@@ -347,7 +347,8 @@ def test_an_ensemble_of_best_snapshots_is_not_said_to_be_unselected(tmp_path):
     write_ensemble(tmp_path / 'root' / 'e', members, LAST, steps=(20, 20), **best)
     note = Report(tmp_path / 'root').numbers['last_snapshot'].table.notes[1]
     assert note == (
-        'Each run at its last step (20); nothing was selected, but for the members of Separate2Adv.'
+        'Each run at its last step (20); nothing was selected, except for the members of '
+        'Separate2Adv.'
     )
 
 
@@ -420,7 +421,7 @@ def cost(parameters, seconds=1.0, machine='A', forward=1e9, training=1e18):
 def test_the_pareto_front_of_each_measure():
     # B costs as C and is less robust; D costs more than C and is less robust.
     costs = {'A': cost(1e6), 'B': cost(2e6), 'C': cost(2e6), 'D': cost(4e6, forward=None)}
-    accuracy = {'A': 0.4, 'B': 0.45, 'C': 0.5, 'D': 0.48}
+    accuracy = {'A': 3 * (0.4,), 'B': 3 * (0.45,), 'C': 3 * (0.5,), 'D': 3 * (0.48,)}
     panels = computation.panels(costs, accuracy)
     parameters, forward, training, seconds = panels
     assert parameters.label == 'parameters (millions)'
@@ -434,7 +435,7 @@ def test_the_pareto_front_of_each_measure():
 
 def test_times_of_different_machines_are_no_panel_and_are_told_apart():
     costs = {'A': cost(1, 1.0, 'cpu'), 'B': cost(2, 0.1, 'H100')}
-    panels = computation.panels(costs, {'A': 0.4, 'B': 0.5})
+    panels = computation.panels(costs, {'A': 3 * (0.4,), 'B': 3 * (0.5,)})
     assert [panel.label.split(' (')[0] for panel in panels] == [
         'parameters', 'operations per prediction', 'operations of training',
     ]  # fmt: skip
@@ -445,7 +446,7 @@ def test_times_of_different_machines_are_no_panel_and_are_told_apart():
 def test_the_table_of_costs():
     costs = {'A': cost(36_479_194, 0.25, 'cpu', 9.999e11, 1.83e18), 'B': cost(1, None, '', None)}
     accuracy = {'A': (0.4, 0.35, 0.4444), 'B': (0.5, 0.4, 0.6)}
-    panels = computation.panels(costs, {'A': 0.4, 'B': 0.5})
+    panels = computation.panels(costs, {'A': 3 * (0.4,), 'B': 3 * (0.5,)})
     table = computation.table(costs, accuracy, 'pgd20', panels)
     assert table.header[5:] == ('PGD20', 'on the front of')
     assert table.rows[0].cells == (

@@ -8,7 +8,9 @@ import pytest
 from test_follow import config_for, fake, ledgers, make_run
 
 from ensadv.evaluation import evaluate
-from ensadv.storage import files, leases, metrics
+from ensadv.evaluation.pending import View
+from ensadv.evaluation.result_files import Evaluated, Unit
+from ensadv.storage import checkpoints, files, leases, metrics
 from ensadv.storage import selection as selection_lib
 from ensadv.storage import workdir as workdir_lib
 
@@ -38,6 +40,109 @@ def changed(config, **changes):
 
 def results_at(path, step):
     return workdir_lib.read_evaluations(path)[step]['attacks']
+
+
+class Snapshots:
+    """In the place of `checkpoints.Checkpoints`: snapshots without weights."""
+
+    def __init__(self, steps):
+        self._steps = list(steps)
+
+    def steps(self):
+        return list(self._steps)
+
+    def save(self, step):
+        self._steps.append(step)
+
+    def delete(self, step):
+        self._steps.remove(step)
+
+    def restore(self, step, variables):
+        return variables
+
+    def close(self):
+        pass
+
+
+def count_reads(monkeypatch, workdir, snapshots, inline):
+    """Returns how many files an evaluation of so many snapshots reads."""
+    config = config_for(train__steps=snapshots, eval__long_attacks=('pgd3',))
+    make_run(config, workdir, steps=())
+    steps = range(1, snapshots + 1)
+    made = Snapshots(() if inline else steps)
+    reads = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, 'open_snapshots', lambda path: made)
+        for name in ('read_json', 'read_arrays'):
+            read = getattr(files, name)
+            patch.setattr(files, name, lambda path, read=read: reads.append(path) or read(path))
+        job = evaluate.Job(config, workdir)
+        for step in steps if inline else ():
+            made.save(step)
+            job.evaluate_pending()
+        job.evaluate_pending(wait=True)
+        job.close()
+    assert len(workdir_lib.read_evaluations(workdir)) == snapshots
+    assert len(made.steps()) == 2  # all accuracies are equal: the first is the best
+    return len(reads)
+
+
+@pytest.mark.parametrize('inline', [False, True])
+def test_reads_grow_with_snapshots_and_not_with_their_square(workdir, fake, monkeypatch, inline):
+    few, many = (count_reads(monkeypatch, workdir / str(n), n, inline) for n in (5, 20))
+    assert few > 5
+    assert many < 4 * few
+
+
+def view(evaluated, asked=1):
+    """A run of ten steps that wants ifgsm5 of step size 1.
+
+    Args:
+      evaluated: by step the accuracies that are there, by step size.
+      asked: the step size that is asked for now.
+    """
+    settings = {size: {'attack': 'ifgsm', 'steps': 5, 'step_size': size} for size in (1, 2)}
+    unit = {
+        size: Unit('ifgsm5', 'test', selection_lib.identity(each))
+        for size, each in settings.items()
+    }
+
+    def results(made):
+        return {
+            unit[size]: {'name': 'ifgsm5', 'accuracy': accuracy, 'settings': settings[size]}
+            for size, accuracy in made.items()
+        }
+
+    found = {step: Evaluated(results(made), False) for step, made in evaluated.items()}
+    config = {
+        'eval': {
+            'attacks': ['ifgsm5'], 'blackbox_path': '', 'select_on': 'test',
+            'ifgsm': {'step_size': 1}, 'seed': 0,
+        }
+    }  # fmt: skip
+    examples = Unit('ifgsm5', 'examples', '')
+    return View(config, found, [unit[asked]], [examples], last_step=10)
+
+
+def test_what_is_left_to_do():
+    assert view({}).pending([2, 10]) == ([2, 10], False)
+    assert view({2: {1: 0.5}}).pending([2, 10]) == ([10], False)
+    # Until the last one is evaluated nobody knows the best.
+    assert view({2: {1: 0.5}}).pending([2]) == ([], False)
+    everything = {2: {1: 0.3}, 4: {1: 0.5}, 10: {1: 0.4}}
+    assert view(everything).pending([2, 4, 10]) == ([4, 10], True)
+    assert view(everything | {4: {2: 0.9}}).pending([2, 4, 10]) == ([4], False)
+
+
+def test_what_is_kept_and_what_is_done():
+    everything = {2: {1: 0.3}, 4: {1: 0.5, 2: 0.1}, 6: {2: 0.9}, 10: {1: 0.4}}
+    found = view(everything)
+    assert found.worth_keeping == {4, 10}
+    assert [step for step in (2, 4, 6, 8, 10) if found.is_done(step)] == [2, 4, 10]
+    # Another attack than the run's own is asked for: the run still needs step 6.
+    other = view(everything, asked=2)
+    assert [step for step in everything if other.is_done(step)] == [4]
+    assert view({}).worth_keeping == set()
 
 
 def write_as_an_older_version(path, step, **settings):

@@ -133,7 +133,7 @@ def test_a_study_without_matplotlib_trains_and_says_what_is_missing(
     study.run(config, epath.Path(tmp_path), CONFIGS)
     assert 'the report needs a package that is missing' in caplog.text
     with pytest.raises(SystemExit), command_line.error_exits():
-        importlib.import_module('ensadv.report.write')
+        importlib.import_module('ensadv.report.sections')
     assert re.search(
         r'error: .*matplotlib.*pip install -r requirements\.txt', capfd.readouterr().err
     )

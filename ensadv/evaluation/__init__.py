@@ -7,7 +7,9 @@ __all__ = [
     'evaluate',
     'evaluator',
     'finished_runs',
+    'pending',
     'planes',
+    'result_files',
     'results',
     'transfer_sets',
 ]

@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 
 from ensadv import build
 from ensadv import config as config_lib
-from ensadv.attacks import registry
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.evaluation import finished_runs
-from ensadv.evaluation.results import Results, Unit
+from ensadv.evaluation.pending import View
+from ensadv.evaluation.result_files import Evaluated, Unit
+from ensadv.evaluation.results import Results
 from ensadv.runtime import distributed
 from ensadv.storage import checkpoints, files, leases, selection, workdir
 
@@ -26,9 +27,9 @@ class Job:
     """Evaluates a run's snapshots, each once, and keeps those worth keeping.
 
     Any number of commands may do this in one workdir: each takes a lease on what it is at. The
-    processes of one command do it together, and process 0 takes the lease for them. Methods that
-    say "by this process's view" read the workdir, whose files others may see later: what comes of
-    it is agreed on before it decides anything.
+    processes of one command do it together, and process 0 takes the lease for them. Each has a
+    view of its own of the workdir, whose files others may see later: what comes of it is agreed on
+    before it decides anything.
     """
 
     def __init__(self, config: ConfigDict, workdir_path: epath.Path, label: str = 'evaluate'):
@@ -40,6 +41,7 @@ class Job:
         )
         self._leases = leases.open_leases(workdir_path)
         self._looked_for_damage = False
+        self._complete: dict[int, Evaluated] = {}  # which need not be read again
         self._damaged: dict[int, checkpoints.DamagedError] = {}  # snapshots
 
     def evaluate_pending(self, wait: bool = False) -> None:
@@ -57,8 +59,12 @@ class Job:
         if not self._looked_for_damage:
             self._put_aside_damaged(snapshots.steps())
         evaluated = waited = False
-        while pending := self._pending(snapshots):
-            if any(self._evaluate(step, units, snapshots) for step, units in pending):
+        while True:
+            view = self._look()
+            if not (pending := self._pending(snapshots, view)):
+                break
+            mine = [self._evaluate(step, units, snapshots) for step, units in pending]
+            if any(mine):
                 evaluated = True
                 continue
             if not wait:
@@ -69,9 +75,8 @@ class Job:
                     logging.info('%s: waiting: %s is at step %d', self._label, holder, step)
                 waited = True
             time.sleep(POLL_SECONDS)
-        # It reads all results, too much for each look at a trainer.
         if evaluated or wait:
-            self._prune(snapshots)
+            self._prune(snapshots, view)
         snapshots.close()
         if wait and self._damaged:
             raise TrainingError(
@@ -89,19 +94,20 @@ class Job:
         seen, since = None, time.monotonic()
         while True:
             self.evaluate_pending()
-            if distributed.agree(self._has_last() or self._goal() in self._damaged):
+            view = self._look()
+            if distributed.agree(view.has_last or view.last_step in self._damaged):
                 break
             signs = self._signs_of_life()
             late = time.monotonic() - since > self._config.eval.follow_timeout
             # What is still pending is what another process is at, be it for hours.
-            if signs != seen or self._is_pending():
+            if signs != seen or self._is_pending(view):
                 seen, since = signs, time.monotonic()
             elif distributed.agree(late):
                 reached = max((step for steps in signs[:2] for step in steps), default=0)
                 raise TrainingError(
                     f'no new checkpoint or snapshot in {self._workdir} for '
                     f'{self._config.eval.follow_timeout:g} s (eval.follow_timeout): training is '
-                    f'at step {reached} of {self._goal()}, and stands still. What is there is '
+                    f'at step {reached} of {view.last_step}, and stands still. What is there is '
                     'evaluated; start training, and then this'
                 )
             time.sleep(POLL_SECONDS)
@@ -120,27 +126,45 @@ class Job:
     def _label(self) -> str:
         return self._results.label
 
-    def _pending(self, snapshots: checkpoints.Checkpoints) -> list[tuple[int, list[Unit]]]:
-        """Returns the snapshots with something to do, and what they should have."""
-        units, final = self._results.units, self._results.final_units
-        pending, is_final = distributed.agree(self._pending_by_view(snapshots.steps()))
-        return [(step, final if is_final else units) for step in pending]
+    def _look(self) -> View:
+        """Returns how the workdir is now, by this process's view: each file is read once.
 
-    def _pending_by_view(self, steps: Sequence[int]) -> tuple[list[int], bool]:
-        """Returns, by this process's view, which steps have something to do, and if the last."""
-        units, final = self._results.units, self._results.final_units
-        steps = [step for step in steps if step not in self._damaged]
-        pending = [step for step in steps if self._results.missing(step, units)]
-        if pending or not final or not self._has_last():
-            return pending, False
-        wanted = [step for step in self._worth_keeping() if step in steps]
-        return [step for step in wanted if self._results.missing(step, final)], True
+        What has all that is asked of every snapshot is not read again by later looks: results are
+        added, and never replaced.
+        """
+        record = workdir.read_record(self._workdir)
+        config = record['config'] if record else config_lib.to_dict(self._config)
+        view = View(
+            config,
+            self._results.files.read_all(self._complete),
+            self._results.units,
+            self._results.final_units,
+            # By the run's own config or by this one, whichever is later.
+            max(self._config.train.steps, config['train']['steps']),
+        )
+        self._complete = {s: found for s, found in view.evaluated.items() if view.is_done(s)}
+        return view
+
+    def _look_again(self, view: View, step: int) -> View:
+        """Returns the view with a step's files as they are now; the caller has its claim."""
+        self._complete.pop(step, None)
+        return view._replace(evaluated={**view.evaluated, step: self._results.files.read(step)})
+
+    def _pending(
+        self, snapshots: checkpoints.Checkpoints, view: View
+    ) -> list[tuple[int, list[Unit]]]:
+        """Returns the snapshots with something to do, and what they should have."""
+        steps = [step for step in snapshots.steps() if step not in self._damaged]
+        pending, is_final = distributed.agree(view.pending(steps))
+        units = view.final_units if is_final else view.units
+        return [(step, units) for step in pending]
 
     def _evaluate(
         self, step: int, units: Sequence[Unit], snapshots: checkpoints.Checkpoints
     ) -> bool:
         """Evaluates a snapshot; returns False if another process is at it."""
         with self._taken(step) as mine:
+            self._complete.pop(step, None)
             # It may have been done, and even deleted, since it was found to be pending.
             if mine and step in snapshots.steps():
                 try:
@@ -157,7 +181,7 @@ class Job:
         for step in distributed.agree(workdir.evaluated_steps(self._workdir)):
             with self._taken(step) as mine:
                 if mine and distributed.is_main():
-                    self._results.put_aside_damaged(step, again=step in snapshots)
+                    self._results.files.put_aside_damaged(step, again=step in snapshots)
         self._looked_for_damage = True
 
     @contextlib.contextmanager
@@ -167,25 +191,9 @@ class Job:
             main = distributed.is_main()
             yield distributed.agree(main and stack.enter_context(self._leases.taken(str(step))))
 
-    def _goal(self) -> int:
-        """Returns the run's last step, by its own config or by this one, whichever is later.
-
-        By this process's view.
-        """
-        record = workdir.read_record(self._workdir)
-        mine = self._config.train.steps
-        return max(mine, record['config']['train']['steps']) if record else mine
-
-    def _has_last(self) -> bool:
-        """Returns whether the snapshot of the run's last step has all attacks but the long ones.
-
-        By this process's view.
-        """
-        return not self._results.missing(self._goal(), self._results.units)
-
-    def _is_pending(self) -> bool:
+    def _is_pending(self, view: View) -> bool:
         snapshots = checkpoints.open_snapshots(self._workdir)
-        pending = self._pending(snapshots)
+        pending = self._pending(snapshots, view)
         snapshots.close()
         return bool(pending)
 
@@ -201,51 +209,16 @@ class Job:
         record = workdir.read_record(self._workdir)
         return *folders, distributed.agree(len(record['sessions']) if record else None)
 
-    def _worth_keeping(self) -> set[int]:
-        """Returns the best and the last of the steps that have all attacks as they are set now.
-
-        What has others is no rival: another process may be at it. By this process's view.
-        """
-        evaluations = {
-            step: content
-            for step, content in workdir.read_evaluations(self._workdir).items()
-            if not self._results.missing(step, self._results.units)
-        }
-        attack = selection.selection_attack(self._wanted_by_run())
-        best = selection.best_step(evaluations, attack, self._config_of_run())
-        return {step for step in (best, max(evaluations, default=None)) if step is not None}
-
-    def _config_of_run(self) -> Mapping[str, Any]:
-        """Returns the run's own config, which may ask for other attacks than this job's."""
-        record = workdir.read_record(self._workdir)
-        return record['config'] if record else config_lib.to_dict(self._config)
-
-    def _wanted_by_run(self) -> tuple[str, ...]:
-        """Returns the attacks that the run itself asks for."""
-        return registry.names(self._config_of_run()['eval'])
-
-    def _is_done(self, step: int) -> bool:
-        """Returns whether nobody needs the snapshot for an attack on every snapshot any more.
-
-        The run's own have to be there with its own settings. By this process's view.
-        """
-        config, wanted = self._config_of_run(), self._wanted_by_run()
-        units = [(name, 'test') for name in wanted]
-        if config['eval']['select_on'] == 'validation':
-            units.append((selection.selection_attack(wanted), 'validation'))
-        return not self._results.missing(step, self._results.units) and all(
-            self._results.has_configured(step, *unit, config) for unit in units
-        )
-
-    def _prune(self, snapshots: checkpoints.Checkpoints) -> None:
+    def _prune(self, snapshots: checkpoints.Checkpoints, view: View) -> None:
         """Deletes snapshots that have all attacks, the run's own too, but for the last and best."""
-        keep = distributed.agree(sorted(self._worth_keeping()))
+        keep = distributed.agree(sorted(view.worth_keeping))
         for step in snapshots.steps():
             if step in keep:
                 continue
             with self._taken(step) as mine:
                 # Another process may have finished it just now, and found it to be the best.
-                done = mine and self._is_done(step) and step not in self._worth_keeping()
+                now = self._look_again(view, step) if mine else view
+                done = mine and now.is_done(step) and step not in now.worth_keeping
                 if distributed.agree(done) and step in snapshots.steps():
                     snapshots.delete(step)
 
@@ -320,7 +293,7 @@ def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
         lease = leases.open_leases(workdir_path).taken(str(step))
         if not distributed.agree(distributed.is_main() and stack.enter_context(lease)):
             raise UserError(f'--workdir={workdir_path}: another process is evaluating this')
-        if distributed.is_main() and results.missing(step, units):
+        if distributed.is_main() and results.files.read(step).missing(units):
             session = {'step': step, **build.environment(), 'command': sys.argv}
             # As of a run that was trained, the config stays that of its beginning.
             is_new = workdir.read_record(workdir_path) is None

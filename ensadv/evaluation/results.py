@@ -1,11 +1,9 @@
-"""A workdir's eval/: results and ledgers, one pair of files for each step's weights."""
+"""What attacks do to the weights of each step: evaluated once, and kept in eval/."""
 
-import contextlib
-import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -20,27 +18,10 @@ from ensadv.data import datasets
 from ensadv.errors import UserError
 from ensadv.evaluation import attack_settings, finished_runs, transfer_sets
 from ensadv.evaluation.evaluator import Evaluator, LongVerdicts, Verdicts
+from ensadv.evaluation.result_files import ResultFiles, Unit
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
-from ensadv.storage import files, metrics, selection, workdir
-
-LEDGER_SUFFIXES = ('correct', 'margin', 'settings', 'fooled_at')  # of each attack's arrays
-
-
-class Unit(NamedTuple):
-    """An attack with its settings on a split; results have it once per snapshot.
-
-    The split 'examples' is the first few of the test split, whose images are kept to be looked at.
-
-    Attributes:
-      name: the attack's.
-      split: 'test', 'validation' or 'examples'.
-      settings: see `selection.identity`.
-    """
-
-    name: str
-    split: str
-    settings: str
+from ensadv.storage import metrics, selection, workdir
 
 
 class Results:
@@ -83,7 +64,7 @@ class Results:
         shown = selection.strongest(names)
         if config.eval.examples and shown:
             self.final_units.append(self._unit(shown, 'examples'))
-        self._keys: dict[Unit, str] | None = None  # of what other steps have
+        self.files = ResultFiles(config, workdir_path, self._settings)
         self._evaluator: Evaluator | None = None
         self._writer: metrics.Writer | None = None
         self._shown: dict[str, int] = {}  # each scalar's latest step in TensorBoard's file
@@ -95,23 +76,6 @@ class Results:
         self._settings[unit] = settings
         return unit
 
-    def missing(self, step: int, units: Sequence[Unit]) -> list[Unit]:
-        """Returns which of these units the step's files lack."""
-        done = self._read(step)
-        return [
-            unit
-            for unit in units
-            if unit not in done and not (unit.split == 'examples' and self._has_examples(step))
-        ]
-
-    def has_configured(self, step: int, name: str, split: str, config: Mapping[str, Any]) -> bool:
-        """Returns whether a step has an attack with the settings of a run's config.json."""
-        return any(
-            (unit.name, unit.split) == (name, split)
-            and selection.is_configured(name, result['settings'], config)
-            for unit, result in self._read(step).items()
-        )
-
     def evaluate(
         self, step: int, units: Sequence[Unit], restore: Callable[[ensemble.Network], Any]
     ) -> None:
@@ -122,28 +86,30 @@ class Results:
           units: what is wanted.
           restore: gives the network's weights, replicated.
         """
-        missing = self.missing(step, units)
+        found = self.files.read(step)
+        missing = found.missing(units)
         places = [place for place, unit in enumerate(units) if unit in missing]
         missing = [units[place] for place in distributed.agree(places)]
         if not missing:
             return
         self._open()
         variables = restore(self._evaluator.network)
+        done = dict(found.results)
         for unit in missing:
             if unit.split == 'examples':
                 self._write_examples(step, unit, variables)
                 continue
             start = time.monotonic()
-            key = self._key(unit, self._read(step))
+            key = self.files.key(unit, done)
             verdicts = self._verdicts(unit, variables, f'{self.label} step {step} {key}')
             result = self._result(unit, verdicts)
             self._warn_of_no_gradient(key, verdicts)
-            result['seconds'] = round(time.monotonic() - start, 3)
+            result |= {'seconds': round(time.monotonic() - start, 3), 'key': key}
             if distributed.is_main():
-                key = self._add(step, unit, result, verdicts)
-            self._show(step, {f'accuracy/{key}': result['accuracy']})
+                result = self._add(step, unit, result, verdicts)
+            done[unit] = result
+            self._show(step, _accuracies([result]))
         self._writer.flush()
-        done = self._read(step)
         shown = [
             f'{selection.ledger_key(done[unit])} {done[unit]["accuracy"]:.3f}'
             for unit in units
@@ -151,50 +117,6 @@ class Results:
         ]
         if shown:  # not so if there were only examples to be written
             logging.info('%s: step %d: %s', self.label, step, ', '.join(shown))
-
-    def put_aside_damaged(self, step: int, again: bool) -> None:
-        """Renames a step's files if one is damaged, so that they are made again.
-
-        Args:
-          step: whose; the caller has its claim.
-          again: whether its weights are there.
-        """
-        examples = workdir.evaluation_path(self._workdir, step, '_examples.npz')
-        if examples.exists() and (reason := _why_unreadable(examples)):
-            logging.warning('%s: damaged (%s)', examples, reason)
-            files.put_aside(examples)
-        if not (problem := self._problem(step)):
-            return
-        path, reason = problem
-        remedy = 'evaluating again' if again else 'its snapshot is gone, so it stays without'
-        if again and path.suffix == '.npz':
-            others = [
-                selection.ledger_key(result)
-                for unit, result in self._read(step).items()
-                if unit not in self._settings
-            ]
-            remedy += (
-                f', but for {", ".join(others)}, which this command does not ask for'
-                if others
-                else ''
-            )
-        logging.warning('%s: damaged (%s); %s', path, reason, remedy)
-        # Accuracies without a ledger are worth more than nothing.
-        if again or path.suffix == '.json':
-            for suffix in ('.json', '.npz'):
-                files.put_aside(workdir.evaluation_path(self._workdir, step, suffix))
-
-    def _problem(self, step: int) -> tuple[epath.Path, str] | None:
-        """Returns the damaged one of a step's files, and what it has; None if both are whole."""
-        path = workdir.evaluation_path(self._workdir, step, '.json')
-        try:
-            done = self._read(step)
-        except (UserError, TypeError, KeyError) as error:
-            return path, str(error)
-        path = workdir.evaluation_path(self._workdir, step, '.npz')
-        arrays = [f'{selection.ledger_key(result)}_correct' for result in done.values()]
-        reason = _why_unreadable(path, arrays)
-        return (path, reason) if reason else None
 
     def check(self) -> None:
         """Reads the data, if a run is still to be trained, and checks what evaluation needs.
@@ -238,12 +160,9 @@ class Results:
         """Opens TensorBoard's file, and writes what there is: once each, and in order."""
         self._writer = metrics.Writer(self._workdir / 'eval', first_step=0)
         self._shown, self._in_order = {}, True
-        for step in workdir.evaluated_steps(self._workdir) if distributed.is_main() else ():
-            accuracies = {
-                f'accuracy/{selection.ledger_key(result)}': result['accuracy']
-                for result in self._read(step).values()
-            }
-            self._show(step, accuracies, log=False)
+        if distributed.is_main():
+            for step, found in self.files.read_all().items():
+                self._show(step, _accuracies(found.results.values()), log=False)
 
     def _show(self, step: int, accuracies: Mapping[str, float], *, log: bool = True) -> None:
         """Writes scalars for TensorBoard, which may drop those of later steps."""
@@ -338,65 +257,6 @@ class Results:
             'iterate_n': stayed,
         }
 
-    def _ledger(
-        self, unit: Unit, key: str, verdicts: Verdicts | LongVerdicts
-    ) -> dict[str, np.ndarray]:
-        """Returns a unit's part of the ledger."""
-        prefix = '' if unit.split == 'test' else f'{unit.split}_'
-        arrays = {
-            f'{prefix}label': self._splits[unit.split][1],
-            f'{key}_correct': (verdicts.margin > 0) & verdicts.has_gradient,
-            f'{key}_margin': verdicts.margin,
-            f'{key}_settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
-        }
-        if unit.split == 'test':
-            arrays['index'] = self._places
-        if isinstance(verdicts, LongVerdicts):
-            arrays[f'{key}_fooled_at'] = verdicts.fooled_at
-        return arrays
-
-    def _key(self, unit: Unit, there: Mapping[Unit, Mapping[str, Any]]) -> str:
-        """Returns what a unit is called in the ledger and among the scalars of TensorBoard.
-
-        That is the attack's name, where its settings are those of the run's config.json, and else
-        the name and what differs. It is the same at all steps, and another for each settings.
-
-        Args:
-          unit: not of the split 'examples'.
-          there: what the step's files have already.
-        """
-        if self._keys is None:
-            self._keys = self._read_keys()
-        if unit in there:
-            return selection.ledger_key(there[unit])
-        here = {selection.ledger_key(result): other for other, result in there.items()}
-        # An older version replaced results, and so gave the name to others at other steps.
-        if (key := self._keys.get(unit)) and key not in here:
-            return key
-        name, settings = unit.name, self._settings[unit]
-        plain = name if unit.split == 'test' else f'{unit.split}_{name}'
-        config = workdir.read_record(self._workdir)['config']
-        others = [selection.as_configured(name, settings, config)]
-        holders = [*self._keys.items(), *((other, key) for key, other in here.items())]
-        others += [json.loads(other.settings) for other, key in holders if key == plain]
-        keys = ['_'.join([plain, *selection.differences(settings, [other])]) for other in others]
-        numbered = (f'{keys[-1]}_{number}' for number in itertools.count(2))
-        used = {*here, *self._keys.values()}
-        return next(key for key in itertools.chain(keys, numbered) if key not in used)
-
-    def _read_keys(self) -> dict[Unit, str]:
-        """Returns what each unit is called that some step has."""
-        keys: dict[Unit, str] = {}
-        for step in workdir.evaluated_steps(self._workdir):
-            with contextlib.suppress(UserError, TypeError, KeyError):  # damaged
-                for unit, result in self._read(step).items():
-                    keys.setdefault(unit, selection.ledger_key(result))
-        return keys
-
-    def _has_examples(self, step: int) -> bool:
-        # Whatever their settings, which they tell: nobody would gain from others in their place.
-        return workdir.evaluation_path(self._workdir, step, '_examples.npz').exists()
-
     def _write_examples(self, step: int, unit: Unit, variables: Any) -> None:
         """Writes the first test examples' worst points, to be looked at, and the predictions."""
         images, labels = self._splits['test']
@@ -425,77 +285,28 @@ class Results:
         if distributed.is_main():
             workdir.write_examples(self._workdir, step, arrays)
 
-    def _read(self, step: int) -> dict[Unit, dict[str, Any]]:
-        """Returns all of a step's results."""
-        path = workdir.evaluation_path(self._workdir, step, '.json')
-        if not path.exists():
-            return {}
-        content = files.read_json(path)
-        return {
-            Unit(result['name'], result['split'], selection.identity(result['settings'])): result
-            for result in (*content['attacks'], *content['validation'])
-        }
-
     def _add(
         self,
         step: int,
         unit: Unit,
         result: Mapping[str, Any],
         verdicts: Verdicts | LongVerdicts,
-    ) -> str:
-        """Adds a unit to a step's files, as they are by now, and returns its key.
-
-        Nothing is replaced but what is of the same settings. What is new comes to the ledger first,
-        so that the .json never has what the ledger has not.
-        """
-        done = self._read(step)
-        key = self._key(unit, done)
-        path = workdir.evaluation_path(self._workdir, step, '.npz')
-        ledger = files.read_arrays(path) if path.exists() else {}
-        kept = {'index', 'label', 'validation_label'}
-        kept |= {
-            f'{selection.ledger_key(other)}_{suffix}'
-            for other in done.values()
-            for suffix in LEDGER_SUFFIXES
+    ) -> dict[str, Any]:
+        """Adds a unit to a step's files, and returns its result as it stands there."""
+        prefix = '' if unit.split == 'test' else f'{unit.split}_'
+        examples = {f'{prefix}label': self._splits[unit.split][1]}
+        if unit.split == 'test':
+            examples['index'] = self._places
+        arrays = {
+            'correct': (verdicts.margin > 0) & verdicts.has_gradient,
+            'margin': verdicts.margin,
+            'settings': np.array(json.dumps(self._settings[unit], sort_keys=True)),
         }
-        ledger = {name: array for name, array in ledger.items() if name in kept}
-        ledger |= self._ledger(unit, key, verdicts)
-        fingerprint = workdir.read_record(self._workdir)['dataset']['fingerprint']
-        files.write_arrays(path, ledger | {'fingerprint': np.array(fingerprint)})
-        self._write(step, done | {unit: {**result, 'key': key}})
-        self._keys[unit] = key
-        return key
-
-    def _write(self, step: int, done: Mapping[Unit, Any]) -> None:
-        record = workdir.read_record(self._workdir)
-        # In the config's order; then what was asked for at another time, and stays. Of a name the
-        # first stays the first.
-        names = [unit.name for unit in self._settings]
-        names += [unit.name for unit in done]
-        ordered = sorted(done, key=lambda unit: names.index(unit.name))
-        content = {
-            'system': self._config.system,
-            'seed': self._config.seed,
-            'step': step,
-            'dataset': record['dataset']['name'],
-            'fingerprint': record['dataset']['fingerprint'],
-            'test_examples': record['dataset']['num_test'],
-            'select_on': self._config.eval.select_on,
-            'attacks': [done[unit] for unit in ordered if unit.split == 'test'],
-            'validation': [done[unit] for unit in ordered if unit.split == 'validation'],
-        }
-        files.write_json(workdir.evaluation_path(self._workdir, step, '.json'), content)
+        if isinstance(verdicts, LongVerdicts):
+            arrays['fooled_at'] = verdicts.fooled_at
+        return self.files.add(step, unit, result, arrays, examples)
 
 
-def _why_unreadable(path: epath.Path, names: Sequence[str] = ()) -> str:
-    """Returns why a file of arrays is damaged, '' if it is whole and has those of these names."""
-    try:
-        arrays = files.read_arrays(path)  # an archive has checksums
-    except FileNotFoundError:
-        return 'it is not there'
-    except OSError:  # the storage's trouble, and not the file's
-        raise
-    except Exception as error:  # whatever zipfile, zlib and NumPy raise
-        return str(error) or type(error).__name__
-    lacking = sorted(set(names) - set(arrays))
-    return f'it lacks {", ".join(lacking)}' if lacking else ''
+def _accuracies(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the scalars of results in TensorBoard."""
+    return {f'accuracy/{selection.ledger_key(result)}': result['accuracy'] for result in results}

@@ -12,6 +12,8 @@ from ensadv.report.collect import Collection
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
 
+TITLE, APART_TITLE = 'How these numbers were made', 'Not in this report'
+
 
 def class_names(run: Run) -> Sequence[str]:
     """Returns what to call the classes of a run's data."""
@@ -36,7 +38,7 @@ def settings(collection: Collection) -> list[str]:
     """Returns the settings of each attack, which are the same for all runs."""
     found = {}
     for run in collection.runs:
-        for step in (run.steps, run.best):
+        for step in run.judged_steps:
             for name, result in run.attacks(step).items():
                 found.setdefault(name, result)
     lines = []
@@ -101,6 +103,11 @@ def _environments(sessions: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def apart(collection: Collection) -> list[str]:
+    """Returns which runs are not in the report, and why."""
+    return [f'{name}: {reason}.' for name, reason in collection.apart]
+
+
 def facts(collection: Collection) -> list[tuple[str, str]]:
     """Returns what stands at the top of the page."""
     runs = collection.runs
@@ -120,7 +127,7 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
             ('Training steps', ', '.join(f'{s:,}' for s in sorted({run.steps for run in runs}))),
         ]
     if collection.apart:
-        facts.append(('Listed apart', f'{len(collection.apart)} runs, at the end'))
+        facts.append(('Not in this report', f'{len(collection.apart)} runs, listed at the end'))
     return [*facts, ('Made by', ' '.join([epath.Path(sys.argv[0]).name, *sys.argv[1:]]))]
 
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from ensadv.errors import UserError
 from ensadv.report import comparable, worst_case
-from ensadv.report.run import Run, find, name_of, read
+from ensadv.report.run import Run, by_name, find, name_of, read
 from ensadv.storage import files, selection, workdir
 
 
@@ -61,11 +61,8 @@ class Collection:
             label: sum(label in run.attacks(step) for run in self.runs for step in run.evaluations)
             for label in self.attacks
         }
-        return [
-            label
-            for label, count in counts.items()
-            if count == max(counts[other] for other in counts if name_of(other) == name_of(label))
-        ]
+        groups = by_name(counts).values()
+        return [a for mine in groups for a in mine if counts[a] == max(map(counts.get, mine))]
 
     def of_all(self, attacks: Sequence[str]) -> list[str]:
         """Returns those attacks that every run's last step has."""

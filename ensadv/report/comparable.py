@@ -75,8 +75,8 @@ def other_attacks(runs: Sequence[Run]) -> dict[Run, str]:
 
 def _made(run: Run) -> list[tuple[str, str]]:
     """Returns how the attacks at a run's last and best step were made, each once."""
-    steps = [step for step in (run.steps, run.best) if step is not None]
-    return list(dict.fromkeys(made(result) for step in steps for result in run.results(step)))
+    results = [result for step in run.judged_steps for result in run.results(step)]
+    return list(dict.fromkeys(map(made, results)))
 
 
 def labels(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
@@ -93,14 +93,15 @@ def labels(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
             having.setdefault(name, {}).setdefault(settings, []).append(run)
     found = {}
     for name, by_settings in having.items():
-        shown = [text for text in by_settings if not _tells_nothing_more(text, by_settings)]
-        settings = {text: json.loads(text) for text in shown}
+        settings = {text: json.loads(text) for text in by_settings}
+        shown = [text for text in settings if not _tells_nothing_more(text, settings, by_settings)]
         own = {
             text: [_as_configured(name, settings[text], run) for run in by_settings[text]]
             for text in shown
         }
+        others = [settings[text] for text in shown]
         for text in sorted(shown, key=lambda text: settings[text] not in own[text]):
-            differences = selection.differences(settings[text], [*settings.values(), *own[text]])
+            differences = selection.differences(settings[text], [*others, *own[text]])
             found[name, text] = ' '.join([name, ', '.join(differences)]).strip()
     return found
 
@@ -108,22 +109,22 @@ def labels(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
 def _as_configured(name: str, settings: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Returns an attack's settings as the run's config has them, but for how many examples stay."""
     wanted = selection.as_configured(name, settings, run.config)
-    return {field: wanted[field] for field in settings if field != _STAYING} | _staying(settings)
+    wanted[_STAYING] = settings.get(_STAYING)
+    return {field: wanted[field] for field in settings}
 
 
-def _staying(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in settings.items() if field == _STAYING}
-
-
-def _tells_nothing_more(text: str, by_settings: Mapping[str, Sequence[Run]]) -> bool:
+def _tells_nothing_more(
+    text: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    by_settings: Mapping[str, Sequence[Run]],
+) -> bool:
     """Returns whether all its runs have the attack with more examples that stay to the end too."""
-    settings = json.loads(text)
-    others = {other: json.loads(other) for other in by_settings}
-    return any(
-        others[other] | _staying(settings) == settings
-        and others[other].get(_STAYING, 0) > settings.get(_STAYING, 0)
-        and set(by_settings[text]) <= set(by_settings[other])
-        for other in by_settings
+    mine = settings[text]
+    return _STAYING in mine and any(
+        other.get(_STAYING, 0) > mine[_STAYING]
+        and {**other, _STAYING: mine[_STAYING]} == mine
+        and set(by_settings[text]) <= set(by_settings[place])
+        for place, other in settings.items()
     )
 
 
@@ -200,7 +201,9 @@ def twice(runs: Sequence[Run]) -> dict[Run, str]:
         seeds = ' '.join(sorted(run.seed.split('+')))
         other = first.setdefault((run.system, seeds), run)
         if other is not run:
-            reasons[run] = f'{run.system} with seed {run.seed} is there already, as {other.name}'
+            reasons[run] = (
+                f'{run.system} with seed {run.seed} is in the report already, as {other.name}'
+            )
     return reasons
 
 
@@ -218,7 +221,7 @@ def notes_on(runs: Sequence[Run], over_training: Sequence[str]) -> list[str]:
         usual = _most_frequent(value for _, value in values)
         others = {system: value for system, value in values if value != usual}
         notes += [
-            f'{system} was trained with {field} {value}, not {usual} as most others.'
+            f'{system} was trained with {field} {value}, most others with {usual}.'
             for system, value in others.items()
         ]
     notes += _notes_on_members(runs)
@@ -230,8 +233,8 @@ def notes_on(runs: Sequence[Run], over_training: Sequence[str]) -> list[str]:
             left = there - len(run.series(label)[0])
             if left:
                 notes.append(
-                    f'{run.name}: {left} of {there} evaluations of {label} were made with '
-                    'other settings than the last one, and are left out of averages over training.'
+                    f'{run.name}: {left} of {there} evaluations of {label} were made with other '
+                    'settings than the last one. Averages over training leave them out.'
                 )
     return notes
 
@@ -242,15 +245,15 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
     records = {
         'trained': {run: [] if run.members else run.record['sessions'] for run in runs},
         'evaluated': {
-            run: [r for step in (run.steps, run.best) for r in run.results(step)] for run in runs
+            run: [r for step in run.judged_steps for r in run.results(step)] for run in runs
         },
     }
     for done, by_run in records.items():
         found = {run: dict.fromkeys(map(_switches, by_run[run])) for run in runs}
         usual = _most_frequent(one for each in found.values() for one in each)
         notes += [
-            f'{run.name} was {done} with {" and with ".join(others)}; most others with {usual}. '
-            'Its numbers differ by rounding at least.'
+            f'{run.name} was {done} with {" and with ".join(others)}, most others with {usual}. '
+            'Its numbers differ at least by rounding.'
             for run, each in found.items()
             if (others := [one for one in each if one != usual])
         ]
@@ -269,14 +272,14 @@ def _notes_on_members(runs: Sequence[Run]) -> list[str]:
         if run.of_selected:
             splits = {member['config']['eval']['select_on'] for member in run.members}
             notes[run.system, 'selected'] = (
-                f"{run.system} is of its members' best snapshots, selected on the "
+                f"{run.system} combines its members' best snapshots, selected on the "
                 f'{" and ".join(sorted(splits))} split, in every table.'
             )
         mine = {(run.system, member['workdir']) for member in run.members}
         if mine & used:
             notes[run.system, 'shared'] = (
-                f'Runs of {run.system} share members: its seeds are not independent, and differ '
-                'less than others.'
+                f'Runs of {run.system} share members: its seeds are not independent. They differ '
+                'less than independent ones.'
             )
         used |= mine
     return list(notes.values())

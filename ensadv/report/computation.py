@@ -13,6 +13,8 @@ from ensadv.report.run import Run
 from ensadv.report.table1 import MISSING, attack_name
 from ensadv.report.tables import Row, Table
 
+Accuracy = tuple[float, float, float]  # mean, low and high, in 0..1
+
 
 class Costs(NamedTuple):
     """What a system costs; None where it is not known.
@@ -35,38 +37,27 @@ class Costs(NamedTuple):
 def of_system(runs: Sequence[Run]) -> Costs:
     """Returns what a system costs, by its runs: of the measured times the median."""
     first = runs[0]
+    # Of a run, or of each member of an ensemble of runs.
+    trained = [(m.get('operations'), m['config'], m['step']) for m in first.members] or [
+        (first.record.get('operations'), first.config, first.steps)
+    ]
+    forward = training = None
+    if all(operations is not None for operations, _, _ in trained):
+        forward = sum(operations['forward'] for operations, _, _ in trained)
+        training = sum(
+            operations['train_step'] * config['train']['batch_size'] * steps
+            for operations, config, steps in trained
+        )
     timed = [timing for run in runs if (timing := _timing(run))]
     machines = sorted({machine for _, machine in timed})
-    return Costs(
-        first.record['parameters'],
-        _operations(first, lambda operations, config, steps: operations['forward']),
-        _operations(
-            first,
-            lambda operations, config, steps: (
-                operations['train_step'] * config['train']['batch_size'] * steps
-            ),
-        ),
-        # Times of different machines are not to be averaged.
-        statistics.median(seconds for seconds, _ in timed) if len(machines) == 1 else None,
-        ' and '.join(machines),
-    )
-
-
-def _operations(run: Run, count: Any) -> float | None:
-    """Returns a count of a run's operations, or the sum over those of its members."""
-    trained = [(m.get('operations'), m['config'], m['step']) for m in run.members] or [
-        (run.record.get('operations'), run.config, run.steps)
-    ]
-    if any(operations is None for operations, _, _ in trained):
-        return None
-    return sum(count(*each) for each in trained)
+    # Times of different machines are not to be averaged.
+    seconds = statistics.median(time for time, _ in timed) if len(machines) == 1 else None
+    return Costs(first.record['parameters'], forward, training, seconds, ' and '.join(machines))
 
 
 def _timing(run: Run) -> tuple[float, str] | None:
     """Returns the seconds per step of the run's last timed session, and the machine."""
-    if run.members:
-        return None
-    for session in reversed(run.record['sessions']):
+    for session in reversed([] if run.members else run.record['sessions']):
         if 'seconds_per_step' in session:
             devices = session['devices']
             machine = f'{devices["count"]} x {devices["kind"]}'
@@ -105,23 +96,15 @@ class Panel(NamedTuple):
     front: Collection[str]
 
 
-def panels(costs: Mapping[str, Costs], accuracy: Mapping[str, float]) -> list[Panel]:
-    """Returns the measures that are known of two systems or more.
-
-    Args:
-      costs: by system.
-      accuracy: by system.
-    """
+def panels(costs: Mapping[str, Costs], accuracy: Mapping[str, Accuracy]) -> list[Panel]:
+    """Returns the measures that are known of two systems or more, all by system."""
     machines = {cost.machine for cost in costs.values() if cost.seconds is not None}
     found = []
     for field, (measure, label) in _MEASURES.items():
         if field == 'seconds' and len(machines) != 1:
             continue  # times of different machines do not compare
-        known = {
-            system: getattr(cost, field)
-            for system, cost in costs.items()
-            if getattr(cost, field) is not None
-        }
+        known = {system: getattr(cost, field) for system, cost in costs.items()}
+        known = {system: value for system, value in known.items() if value is not None}
         if len(known) < 2:
             continue
         exponent = 0
@@ -131,16 +114,15 @@ def panels(costs: Mapping[str, Costs], accuracy: Mapping[str, float]) -> list[Pa
             power = f'10{str(exponent).translate(_SUPERSCRIPTS)}'
             label = f'{label} ({_WORDS.get(exponent, power) if field == "parameters" else power})'
         known = {system: cost / 10**exponent for system, cost in known.items()}
-        front = analysis.pareto_front(
-            np.array(list(known.values())), np.array([accuracy[system] for system in known])
-        )
+        means = [accuracy[system][0] for system in known]
+        front = analysis.pareto_front(np.array(list(known.values())), np.array(means))
         found.append(Panel(measure, label, known, list(itertools.compress(known, front))))
     return found
 
 
 def table(
     costs: Mapping[str, Costs],
-    accuracy: Mapping[str, tuple[float, float, float]],
+    accuracy: Mapping[str, Accuracy],
     attack: str,
     found: Sequence[Panel],
 ) -> Table:
@@ -148,6 +130,7 @@ def table(
     rows = []
     for system, cost in costs.items():
         mean, low, high = (100 * value for value in accuracy[system])
+        fronts = _fronts(system, found)
         cells = (
             system,
             f'{cost.parameters:,.0f}',
@@ -155,66 +138,50 @@ def table(
             _count(cost.training),
             MISSING if cost.seconds is None else f'{cost.seconds:.3g}',
             f'{mean:.1f} ({low:.1f} to {high:.1f})',
-            _fronts(system, found),
+            'all' if len(found) == len(fronts) > 1 else ', '.join(fronts) or 'none',
         )
         rows.append(Row(cells))
-    machines = {system: cost.machine for system, cost in costs.items() if cost.machine}
-    on = '; '.join(dict.fromkeys(machines.values()))
-    if len(set(machines.values())) > 1:
-        on = '; '.join(f'{machine} ({system})' for system, machine in machines.items())
+    name = attack_name(attack)
     notes = [
-        f'Accuracy under {attack_name(attack)} of the last snapshots in %, with its 95 % bootstrap '
-        'interval. Per prediction, training: floating-point operations of all members, of one '
-        'prediction and of all steps of training, attacks included, counted from the programs '
-        'before optimization; a multiply-add counts as 2.',
-        'On the Pareto front: no other system costs less, or as much, and is as robust or more so. '
-        'Means are compared, whatever their intervals.',
+        f'Accuracy under {name} of the last snapshots in %, with its 95 % bootstrap interval. '
+        'The columns per prediction and training count floating-point operations of all '
+        'members: of one prediction, and of all training steps, attacks included. They are counted '
+        'in the programs before optimization; a multiply-add counts as 2.',
+        'On the Pareto front: no other system is at least as robust at no higher cost, and better '
+        'in one of the two. Means are compared, whatever their intervals.',
     ]
+    machines = {system: cost.machine for system, cost in costs.items() if cost.machine}
     if machines:
+        on = dict.fromkeys(machines.values())
+        if len(on) > 1:
+            on = [f'{machine} ({system})' for system, machine in machines.items()]
         notes.append(
             'Seconds per training step: the median over the intervals between two log lines, '
-            f'without compilation, on {on}.'
+            f'without compilation, on {"; ".join(on)}.'
         )
-    return Table(
-        'computation',
-        'Robustness and computation',
-        (
-            'system',
-            'parameters',
-            'per prediction',
-            'training',
-            's per step',
-            attack_name(attack),
-            'on the front of',
-        ),
-        tuple(rows),
-        tuple(notes),
-    )
+    header = (
+        'system', 'parameters', 'per prediction', 'training', 's per step', name, 'on the front of'
+    )  # fmt: skip
+    title = 'Robustness and computation'
+    return Table('computation', title, header, tuple(rows), tuple(notes))
 
 
 def csv_rows(
     costs: Mapping[str, Costs],
-    accuracy: Mapping[str, tuple[float, float, float]],
+    accuracy: Mapping[str, Accuracy],
     attack: str,
     found: Sequence[Panel],
 ) -> list[tuple[Any, ...]]:
     """Returns the numbers of the table, see `CSV_HEADER`; what is not known is None."""
     return [
-        (system, *cost, attack, *accuracy[system], '; '.join(_on(system, found)))
+        (system, *cost, attack, *accuracy[system], '; '.join(_fronts(system, found)))
         for system, cost in costs.items()
     ]
 
 
-def _on(system: str, found: Sequence[Panel]) -> list[str]:
+def _fronts(system: str, found: Sequence[Panel]) -> list[str]:
     """Returns the measures on whose front a system is."""
     return [panel.measure for panel in found if system in panel.front]
-
-
-def _fronts(system: str, found: Sequence[Panel]) -> str:
-    measures = _on(system, found)
-    if len(found) > 1 and len(measures) == len(found):
-        return 'all'
-    return ', '.join(measures) or 'none'
 
 
 def _exponent(value: float) -> int:

@@ -169,4 +169,7 @@ def fix_layout(figure: Figure) -> Figure:
     """Lays out once: every file has the same layout, and positions can be measured."""
     figure.draw_without_rendering()
     figure.set_layout_engine('none')
+    for axes in figure.axes:
+        # The last digits of a layout depend on where its parts lie in memory.
+        axes.set_position([round(value, 6) for value in axes.get_position(original=True).bounds])
     return figure

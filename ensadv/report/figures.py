@@ -3,7 +3,7 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,18 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    Locator,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-)
+from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from ensadv.report.analysis import Band
-from ensadv.report.computation import Panel
+from ensadv.report.computation import Accuracy, Panel
 from ensadv.report.drawing import (
     COLUMN,
     DOTTED,
@@ -112,10 +105,9 @@ def _training_axis(axes: Axes, steps: Sequence[float]) -> tuple[int, str]:
     first, last = min(steps, default=0), max(steps, default=0)
     thousands = last >= 1e4 and not 0 < last - first < 4e3
     unit, words = (1000, 'training steps (thousands)') if thousands else (1, 'training steps')
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    if steps and first == last:
-        axes.xaxis.set_major_locator(FixedLocator([first / unit]))
-    axes.xaxis.set_major_formatter(_PLAIN)
+    one = bool(steps) and first == last
+    whole = MaxNLocator(6, integer=True, steps=[1, 2, 5, 10])
+    _ticks(axes, FixedLocator([first / unit]) if one else whole)
     return unit, words
 
 
@@ -159,7 +151,8 @@ def over_attack_steps(curves: Mapping[str, AttackCurve], *, attack: str) -> Figu
     _label_accuracy(axes, attack)
     axes.set_xlabel(f'{attack} steps')
     last = max(int(curve.steps[-1]) for curve in curves.values())
-    _log_axis(axes, FixedLocator(_attack_ticks(last)))
+    axes.set_xscale('log')
+    _ticks(axes, FixedLocator(_attack_ticks(last)))
     axes.margins(x=0.02)
     if last == 1:
         axes.set_xlim(0.5, 2)
@@ -194,32 +187,21 @@ def _label_accuracy(axes: Axes, attack: str) -> None:
 
 
 def _limit_accuracy(axes: Axes, beyond: float) -> None:
-    """Limits the y axis to 0 to 100, and to this share of its length beyond, without ticks."""
+    """Limits the y axis to 0 to 100, and to this share of its length beyond.
+
+    Equal numbers have no range: it is 4 or more.
+    """
     low, high = axes.get_ylim()
-    low, high = _widened((max(low, 0), min(high, 100)), 4)
-    shift = max(-low, 0) - max(high - 100, 0)  # back into 0 to 100
-    low, high = low + shift, high + shift
-    axes.set_ylim(low, high)
-    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
+    middle = np.clip((low + high) / 2, 2, 98)
+    low, high = max(min(low, middle - 2), 0), min(max(high, middle + 2), 100)
     edge = beyond * (high - low)
     axes.set_ylim(low - edge * (low == 0), high + edge * (high == 100))
 
 
-def _widened(limits: tuple[float, float], least: float) -> tuple[float, float]:
-    """Returns an axis's limits, this far apart or more: equal numbers have no range."""
-    low, high = limits
-    wanting = max(least - (high - low), 0) / 2
-    return low - wanting, high + wanting
-
-
-_PLAIN = FuncFormatter(lambda value, _: f'{value:,.10g}')
-
-
-def _log_axis(axes: Axes, ticks: Locator) -> None:
-    """Makes the x axis logarithmic, with plain numbers at these ticks."""
-    axes.set_xscale('log')
+def _ticks(axes: Axes, ticks: Locator) -> None:
+    """Puts plain numbers at these ticks of the x axis, and no others."""
     axes.xaxis.set_major_locator(ticks)
-    axes.xaxis.set_major_formatter(_PLAIN)
+    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.10g}')
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -234,9 +216,7 @@ def _multiples(left: float, right: float) -> tuple[float, ...]:
 
 
 @in_style
-def computation(
-    costs: Sequence[Panel], accuracy: Mapping[str, tuple[float, float, float]]
-) -> Figure:
+def computation(costs: Sequence[Panel], accuracy: Mapping[str, Accuracy]) -> Figure:
     """Draws robust accuracy against computation, a panel for each kind, with the Pareto front.
 
     Args:
@@ -265,9 +245,7 @@ def computation(
     return figure
 
 
-def _draw_costs(
-    axes: Axes, panel: Panel, accuracy: Mapping[str, tuple[float, float, float]]
-) -> list[str]:
+def _draw_costs(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> list[str]:
     """Draws a panel but for the names; returns the systems in it."""
     known = {s: c for s, c in panel.cost.items() if math.isfinite(c) and c > 0}
     drawn = [s for s in accuracy if s in known and math.isfinite(accuracy[s][0])]
@@ -291,7 +269,8 @@ def _draw_costs(
     span = max(math.log(most / least), 0.5)
     left, right = least * math.exp(-0.15 * span), most * math.exp(0.35 * span)
     axes.set_xlim(left, right)
-    _log_axis(axes, LogLocator(subs=_multiples(left, right), numticks=50))
+    axes.set_xscale('log')
+    _ticks(axes, LogLocator(subs=_multiples(left, right), numticks=50))
     axes.margins(y=0.16)
     _limit_accuracy(axes, 0.05)
     if steps := _front(panel, accuracy, drawn):
@@ -302,15 +281,13 @@ def _draw_costs(
 
 
 def _front(
-    panel: Panel, accuracy: Mapping[str, tuple[float, float, float]], drawn: Sequence[str]
+    panel: Panel, accuracy: Mapping[str, Accuracy], drawn: Sequence[str]
 ) -> list[tuple[float, float]]:
     """Returns the Pareto front's (cost, accuracy in %), in order of cost."""
     return sorted((panel.cost[s], 100 * accuracy[s][0]) for s in drawn if s in panel.front)
 
 
-def _write_names(
-    axes: Axes, panel: Panel, accuracy: Mapping[str, tuple[float, float, float]]
-) -> None:
+def _write_names(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> None:
     """Writes the systems' names beside their points, each where it covers least.
 
     Tried are eight directions at three distances. Each name in turn takes the best place, and then
@@ -318,10 +295,8 @@ def _write_names(
     """
     pixel = 72 / axes.figure.dpi  # in points
     at = {s: axes.transData.transform((panel.cost[s], 100 * accuracy[s][0])) for s in accuracy}
-    obstacles = _obstacles(axes, panel, accuracy)
-    texts, places = {}, {}
-    for system in at:
-        texts[system] = axes.annotate(
+    texts = {
+        system: axes.annotate(
             system,
             (panel.cost[system], 100 * accuracy[system][0]),
             xytext=(0, 0),
@@ -330,20 +305,35 @@ def _write_names(
             zorder=4,
             path_effects=[withStroke(linewidth=1.5, foreground='white')],
         )
-    for system, xy in [*at.items(), *at.items()]:
+        for system in at
+    }
+    lines = _lines(axes, panel, accuracy)
+    places: dict[str, Bbox] = {}
+    for system in [*at, *at]:
         size = texts[system].get_window_extent().size
         # Names side by side are a space apart.
         names = [box.padded(4 / pixel, 0) for name, box in places.items() if name != system]
-        others = [*obstacles, *names]
+        # The text's nearest edge or corner is so far from the point.
         tried = [
-            # The text's nearest edge or corner is so far from the point.
-            Bbox.from_bounds(*(xy + away * way / pixel + size * (way - 1) / 2), *size)
+            Bbox.from_bounds(*(at[system] + away * way / pixel + size * (way - 1) / 2), *size)
             for away in (5, 10, 16)
             for way in _WAYS
         ]
+
+        def badness(box: Bbox, system=system, names=names) -> float:
+            own, *others = (
+                np.hypot(*(np.clip(at[s], box.p0, box.p1) - at[s]))
+                for s in (system, *(set(at) - {system}))
+            )
+            is_nearer_another = own > 1.5 * min(others, default=np.inf)
+            is_outside = not (axes.bbox.contains(*box.p0) and axes.bbox.contains(*box.p1))
+            shared = [Bbox.intersection(box, name) for name in names]
+            covered = sum(each.width * each.height for each in shared if each is not None)
+            wrong = 3 * box.width * box.height * (is_nearer_another + 3 * is_outside)
+            return covered + wrong + 5 * box.count_contains(lines) + 5 * own
+
         # The first of the least bad: the nearest, and to the right where that is free.
-        rivals = [place for name, place in at.items() if name != system]
-        places[system] = min(tried, key=lambda box: _badness(box, others, axes.bbox, xy, rivals))
+        places[system] = min(tried, key=badness)
     for system, text in texts.items():
         text.set_position((places[system].p0 - at[system]) * pixel)
 
@@ -351,51 +341,15 @@ def _write_names(
 _WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)])
 
 
-def _badness(
-    box: Bbox,
-    others: Iterable[Bbox],
-    inside: Bbox,
-    point: np.ndarray,
-    rivals: Iterable[np.ndarray],
-) -> float:
-    """Returns how bad a place for a name is, as an area in pixels.
-
-    That is the area that it covers of others, ten times the area that is outside of the axes, and
-    three times its own where it is much nearer to another point than to its own; and a little for
-    its distance from its point.
-    """
-    covered = sum(_area(Bbox.intersection(box, other)) for other in others)
-    outside = _area(box) - _area(Bbox.intersection(box, inside))
-    own, *theirs = (np.hypot(*(np.clip(xy, box.p0, box.p1) - xy)) for xy in (point, *rivals))
-    elsewhere = 3 * _area(box) if own > 1.5 * min(theirs, default=np.inf) else 0
-    return covered + 10 * outside + elsewhere + 5 * own
-
-
-def _area(box: Bbox | None) -> float:
-    return 0.0 if box is None else box.width * box.height
-
-
-def _obstacles(
-    axes: Axes, panel: Panel, accuracy: Mapping[str, tuple[float, float, float]]
-) -> list[Bbox]:
-    """Returns what names should not cover: points, error bars and the front, in pixels."""
-
-    def around(first: Sequence[float], second: Sequence[float], points: float) -> Bbox:
-        ends = axes.transData.transform([first, second])
-        pad = points * axes.figure.dpi / 72
-        return Bbox([ends.min(axis=0) - pad, ends.max(axis=0) + pad])
-
-    found = []
-    for system, (mean, low, high) in accuracy.items():
-        cost = panel.cost[system]
-        found.append(around((cost, 100 * mean), (cost, 100 * mean), 3.5))
-        found.append(around((cost, 100 * low), (cost, 100 * high), 1))
+def _lines(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> np.ndarray:
+    """Returns points on what names should not cover: error bars and the front, [n, 2] in pixels."""
+    found = [[(panel.cost[s], 100 * end) for end in ends] for s, (_, *ends) in accuracy.items()]
     front = _front(panel, accuracy, list(accuracy))
-    end = [(axes.get_xlim()[1], y) for _, y in front[-1:]]
-    for (x, y), (next_x, next_y) in itertools.pairwise([*front, *end]):
-        found.append(around((x, y), (next_x, y), 0.5))
-        found.append(around((next_x, y), (next_x, next_y), 0.5))
-    return found
+    front += [(axes.get_xlim()[1], y) for _, y in front[-1:]]
+    for (x, y), (next_x, next_y) in itertools.pairwise(front):
+        found += [[(x, y), (next_x, y)], [(next_x, y), (next_x, next_y)]]
+    ends = (axes.transData.transform(line) for line in found)
+    return np.concatenate([np.linspace(start, end, 50) for start, end in ends])
 
 
 @in_style
@@ -421,7 +375,8 @@ def differences(rows: Sequence[tuple[str, float, float, float]], *, attack: str)
         number = f'{value:+5.1f}'.replace(' ', '\N{FIGURE SPACE}')
         text = (number + interval).replace('-', '\N{MINUS SIGN}')
         axes.text(1.01, i, text, transform=axes.get_yaxis_transform(), va='center_baseline')
-    axes.set_xlim(_widened(axes.get_xlim(), 2))
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, (left + right) / 2 - 1), max(right, (left + right) / 2 + 1))
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis='y', length=0)

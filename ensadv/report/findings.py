@@ -12,6 +12,7 @@ import numpy as np
 from ensadv.errors import UserError
 from ensadv.report import paper, significance, worst_case
 from ensadv.report.collect import Collection, strongest
+from ensadv.report.page import VERDICTS, Claim
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
 from ensadv.report.tables import Row, Table
@@ -32,7 +33,7 @@ CLAIMS = {
         ('Ensemble4Adv', 'Ensemble2Adv'),
     ],
 }
-SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = 'supported', 'not supported', 'too little data'
+SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = VERDICTS
 
 DIFFERENCES_HEADER = (
     'attack', 'first', 'second', 'difference_points', 'low', 'high', 'p_mcnemar', 'seeds_first',
@@ -64,20 +65,6 @@ class Difference(NamedTuple):
     n: int
 
 
-class Verdict(NamedTuple):
-    """What the data say of a claim.
-
-    Attributes:
-      claim: a sentence.
-      verdict: SUPPORTED, NOT_SUPPORTED or TOO_LITTLE.
-      details: the reasons, a sentence each.
-    """
-
-    claim: str
-    verdict: str
-    details: Sequence[str]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcomes:
     """Which examples each run's last snapshot gets right, and bootstrap samples of that.
@@ -107,16 +94,14 @@ class Outcomes:
         """Compares two systems under an attack."""
         number = self.attacks.index(attack)
         a, b = self.places(first), self.places(second)
-        correct, resampled = self.correct[number], self.resampled[:, number]
-        low, high = significance.difference_interval(resampled, a, b)
+        correct = self.correct[number]
         both = min(len(a), len(b))
         return Difference(
             first,
             second,
             attack,
             100 * float(np.mean(correct[a]) - np.mean(correct[b])),
-            low,
-            high,
+            *significance.difference_interval(self.resampled[:, number], a, b),
             significance.clustered_mcnemar(correct[a[:both]], correct[b[:both]]),
             (len(a), len(b)),
             correct.shape[1],
@@ -138,7 +123,7 @@ def read_outcomes(collection: Collection) -> Outcomes:
         try:
             _check_ledger(run, labels)
         except UserError as error:
-            notes.append(f'{run.name} is not in the comparisons: {error}.')
+            notes.append(f'{run.name} is left out of the comparisons: {error}.')
             continue
         kept.setdefault(run.system, []).append(run)
     runs = [run for mine in kept.values() for run in mine]
@@ -178,25 +163,19 @@ def _check_ledger(run: Run, labels: bytes) -> None:
 def differences(outcomes: Outcomes, attack: str) -> list[Difference]:
     """Returns the comparison of every pair of systems, the claims' first."""
     claimed = [pair for pairs in CLAIMS.values() for pair in pairs]
-    there = list(outcomes.systems)
-    pairs = [pair for pair in claimed if set(pair) <= set(there)]
-    seen = set(map(frozenset, pairs))
-    pairs += [
-        (second, first)
-        for first, second in itertools.combinations(there, 2)
-        if frozenset((first, second)) not in seen
-    ]
+    pairs = [pair for pair in claimed if set(pair) <= set(outcomes.systems)]
+    others = itertools.combinations(outcomes.systems, 2)
+    pairs += [(b, a) for a, b in others if not {(a, b), (b, a)} & set(claimed)]
     return [outcomes.difference(*pair, attack) for pair in pairs]
 
 
 def differences_table(found: Sequence[Difference]) -> Table:
     """Returns the table of these comparisons, all under one attack."""
-    attack = attack_name(found[0].attack)
     rows = [
         Row(
             (
                 f'{d.first} − {d.second}',
-                f'{_signed(d.points)}',
+                _signed(d.points),
                 f'{_signed(d.low)} to {_signed(d.high)}',
                 p_value(d.p),
                 f'{d.seeds[0]}, {d.seeds[1]}',
@@ -206,7 +185,7 @@ def differences_table(found: Sequence[Difference]) -> Table:
     ]
     return Table(
         'differences',
-        f'Differences in accuracy under {attack}, last snapshots',
+        f'Differences in accuracy under {attack_name(found[0].attack)}, last snapshots',
         ('systems', 'points', '95 % interval', 'p (McNemar)', 'seeds'),
         tuple(rows),
         tuple(_differences_notes(found)),
@@ -221,22 +200,21 @@ def _differences_notes(found: Sequence[Difference]) -> list[str]:
         'of S). With three seeds each it may cover 86 % instead of 95 %, where most of the spread '
         'is between seeds.',
         "p: McNemar's test of these networks on these examples, exact with one seed each, else "
-        'with examples as clusters. It does not account for how networks from other seeds would '
-        'do.',
+        'with examples as clusters. It says nothing about networks from other seeds.',
     ]
     if any(a != b for a, b in (d.seeds for d in found)):
-        notes.append('p, where one system has more seeds: of as many of them as the other has.')
+        notes.append('Where one system has more seeds, p uses as many of them as the other has.')
     if len(found) > 1:
         notes.append(
-            f'{len(found)} pairs: of as many equal ones about {0.05 * len(found):.1f} would have '
-            'p < 0.05.'
+            f'Of {len(found)} pairs of equal systems about {0.05 * len(found):.1f} would have p < '
+            '0.05 by chance.'
         )
     if fewest == 1:
         which = 'One seed each' if most == 1 else 'Where a system has one seed'
         notes.append(f'{which}: the interval does not account for the choice of seed.')
     if any('Separate2Adv' in (d.first, d.second) for d in found):
         notes.append(
-            "Separate2Adv's members may be SingleAdv runs of this table: then the two are not "
+            "Separate2Adv's members may be SingleAdv runs of this table. Then the two are not "
             'independent.'
         )
     return notes
@@ -251,7 +229,7 @@ def _signed(points: float) -> str:
     return f'{points:+.1f}'.replace('-', '−')
 
 
-def judge_claims(outcomes: Outcomes, notes: Sequence[str] = ()) -> list[Verdict]:
+def judge_claims(outcomes: Outcomes, notes: Sequence[str] = ()) -> list[Claim]:
     """Returns what the data say of each of the paper's claims.
 
     A claim is what the paper says of its systems, and nothing else: where no two of those that it
@@ -268,44 +246,38 @@ def judge_claims(outcomes: Outcomes, notes: Sequence[str] = ()) -> list[Verdict]
     }
     if not any(its.issuperset(pair) for pairs in CLAIMS.values() for pair in pairs):
         return []
-    verdicts = []
+    claims = []
     for claim, pairs in CLAIMS.items():
-        verdict = _judge(claim, pairs, outcomes, its)
+        verdicts, details = zip(*(_judge(pair, outcomes, its) for pair in pairs), strict=True)
+        # A claim of several pairs is supported if each of them is.
+        verdict = next(v for v in (TOO_LITTLE, NOT_SUPPORTED, SUPPORTED) if v in verdicts)
         systems = {system for pair in pairs for system in pair}
         mine = [note for note in notes if note.split(' ', 1)[0] in systems]
-        verdicts.append(verdict._replace(details=[*verdict.details, *mine]))
-    return verdicts
+        claims.append(Claim(claim, verdict, [*details, *mine]))
+    return claims
 
 
-def _judge(
-    claim: str, pairs: Sequence[tuple[str, str]], outcomes: Outcomes, its: set[str]
-) -> Verdict:
-    """A claim is supported if the interval of each of its pairs, of `its`, lies above 0."""
-    details, enough, above = [], True, True
-    for first, second in pairs:
-        missing = [name for name in (first, second) if name not in its]
-        if missing or outcomes.strongest is None:
-            what = (
-                f"run of the paper's {' or '.join(missing)}"
-                if missing
-                else 'attack that all runs have'
-            )
-            details.append(f'{first} − {second}: no {what}.')
-            enough = False
-            continue
-        d = outcomes.difference(first, second, outcomes.strongest)
-        interval = f'{_signed(d.low)} to {_signed(d.high)}'
-        text = (
-            f'{first} − {second}: {_signed(d.points)} points ({interval}) under '
-            f'{attack_name(d.attack)}; seeds {d.seeds[0]} and {d.seeds[1]}, n = {d.n:,}, McNemar '
-            f'p {p_value(d.p)}'
-        )
-        if min(d.seeds) < SEEDS_NEEDED:
-            enough = False
-            text += f'; a claim needs {SEEDS_NEEDED} seeds of each'
-        elif d.high < 0:
-            text += '; the data say the opposite'
-        above = above and d.low > 0
-        details.append(f'{text}.')
-    verdict = TOO_LITTLE if not enough else SUPPORTED if above else NOT_SUPPORTED
-    return Verdict(claim, verdict, details)
+def _judge(pair: tuple[str, str], outcomes: Outcomes, its: set[str]) -> tuple[str, str]:
+    """Returns the verdict that the first is more robust than the second, and the reason.
+
+    It is supported if the whole interval lies above 0. `its` are the paper's systems among ours.
+    """
+    first, second = pair
+    lacking = ''
+    if missing := [name for name in pair if name not in its]:
+        lacking = f"run of the paper's {' or '.join(missing)}"
+    elif outcomes.strongest is None:
+        lacking = 'attack that all runs have'
+    if lacking:
+        return TOO_LITTLE, f'{first} − {second}: no {lacking}.'
+    d = outcomes.difference(first, second, outcomes.strongest)
+    text = (
+        f'{first} − {second}: {_signed(d.points)} points ({_signed(d.low)} to {_signed(d.high)}) '
+        f'under {attack_name(d.attack)}; seeds {d.seeds[0]} and {d.seeds[1]}, n = {d.n:,}, McNemar '
+        f'p {p_value(d.p)}'
+    )
+    if min(d.seeds) < SEEDS_NEEDED:
+        return TOO_LITTLE, f'{text}; a claim needs {SEEDS_NEEDED} seeds of each.'
+    if d.high < 0:
+        return NOT_SUPPORTED, f'{text}; the data say the opposite.'
+    return SUPPORTED if d.low > 0 else NOT_SUPPORTED, f'{text}.'

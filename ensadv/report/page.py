@@ -90,10 +90,6 @@ class Claim:
     verdict: str
     details: Sequence[str]
 
-    def __post_init__(self):
-        if self.verdict not in VERDICTS:
-            raise ValueError(f'verdict: expected one of {VERDICTS}, found {self.verdict!r}')
-
 
 Block = Text | Items | TableBlock | FigureBlock | Claim
 

@@ -131,10 +131,11 @@ def left_out(systems: Mapping[str, Sequence[Run]]) -> list[str]:
         if system not in others and (found := trained_otherwise(runs))
     }
     return [
-        f"Without {what} for {', '.join(reasons)}, which {why} the paper's: {_joined(reasons)}."
+        f"{what} are left out for {', '.join(reasons)}, which {why} the paper's: "
+        f'{_joined(reasons)}.'
         for what, why, reasons in (
-            ("the paper's numbers and claims", 'are not', others),
-            ("the paper's claims", 'were not trained as', shorter),
+            ("The paper's numbers and claims", 'are not', others),
+            ("The paper's claims", 'were not trained like', shorter),
         )
         if reasons
     ]

@@ -22,6 +22,7 @@ from ensadv.report.drawing import (
     PAGE,
     RIGHT,
     WRONG,
+    fix_layout,
     in_style,
     legend_columns,
     legend_width,
@@ -47,7 +48,7 @@ def in_grey(channels: int) -> str:
     """Returns a sentence that says how images of so many channels are drawn; '' if as they are."""
     if channels in (1, 3):
         return ''
-    return f'Images have {channels} channels: the mean of these is drawn, in grey.'
+    return f'Images have {channels} channels; their mean is drawn in grey.'
 
 
 class ExampleColumn(NamedTuple):
@@ -222,34 +223,43 @@ def planes(planes: plane_files.Planes) -> Figure:
       planes: its record may name the classes, in 'class_names'.
     """
     m, rows = len(planes.images), len(planes.names)
-    # In inches: labels and ticks on the left, between columns, between rows, images on top.
-    margin, gap, below, thumb = 0.65, 0.3, 0.36, 0.55
-    side = max(0.8, min(1.9, (PAGE - margin - 0.1 + gap) / m - gap))
-    models = [_model_label(name, side + below) for name in planes.names]
-    margin += 0.14 * max(max(label.count('\n') for label in models) - 1, 0)
-    needed = margin + m * (side + gap) - gap + 0.1
-    symbols = legend_width([symbol.get_label() for symbol in _plane_symbols(planes)])
-    width = max(COLUMN, needed, min(symbols, PAGE))
-    names = planes.record.get('class_names')
-    colors = _class_colors(planes)
-    head = 0.35 + thumb + 0.25
-    panels = head + rows * (side + below)
-    beneath = _Beneath(planes, colors, width)
-    figure = new_figure(width, panels + beneath.height, layout='none')
-    for i in range(m):
-        left = margin + (width - needed) / 2 + i * (side + gap)
-        axes = _add_axes(figure, left + (side - thumb) / 2, 0.35, thumb, thumb)
-        _draw_image(axes, planes.images[i])
-        name = shortened(_class_label(planes.labels[i], names), side + gap)
-        axes.set_title(f'test image {planes.places[i]}\n{name}')
-        for r in range(rows):
-            axes = _add_axes(figure, left, head + r * (side + below), side, side)
+    side = np.clip((PAGE - 0.75) / m - 0.3, 0.8, 1.9)  # of a panel, in inches
+    symbols = _plane_symbols(planes)
+    room = legend_width([symbol.get_label() for symbol in symbols])
+    width = max(COLUMN, 0.75 + m * (side + 0.3), min(room, PAGE))
+    names, colors = planes.record.get('class_names'), _class_colors(planes)
+    legends = [
+        (handles, legend_columns([handle.get_label() for handle in handles], width, most))
+        for handles, most in ((_class_patches(planes, colors), 6), (symbols, 2))
+    ]
+    noted = zip(planes.places, planes.notes, strict=True)
+    notes = [in_grey(planes.images.shape[-1])]
+    notes += [f'Test image {place}: {note}' for place, note in noted if note]
+    lines = [line for note in notes for line in textwrap.wrap(note, int(width / LETTER))]
+    # From the bottom, in inches: the notes, the legends, the axes' label, the panels.
+    tall = [0.1 + 0.15 * math.ceil(len(handles) / columns) for handles, columns in legends]
+    place = 0.05 + _LINE * len(lines) + sum(tall)
+    height = place + 1.2 + rows * (side + 0.36)
+    figure = new_figure(width, height)
+    bottom = (place + 0.17) / height
+    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
+    figure.text(0.1 / width, 0.03 / height, '\n'.join(lines), va='bottom')
+    text = 'both axes: L₂ distance from the image (pixel values in [0, 1])'
+    figure.text(0.5, (place + 0.03) / height, text, va='bottom', ha='center')
+    for (handles, columns), each in zip(legends, tall, strict=True):
+        at = (0.5, place / height)
+        figure.legend(handles=handles, ncols=columns, loc='upper center', bbox_to_anchor=at)
+        place -= each
+    panels = figure.subplots(1 + rows, m, squeeze=False, height_ratios=[0.55, *[side] * rows])
+    for i, (thumbnail, *models) in enumerate(panels.T):
+        _draw_image(thumbnail, planes.images[i])
+        name = shortened(_class_label(planes.labels[i], names), side + 0.3)
+        thumbnail.set_title(f'test image {planes.places[i]}\n{name}')
+        for r, axes in enumerate(models):
             _draw_plane(axes, planes, i, r, colors)
-            if i == 0:
-                axes.set_ylabel(models[r], weight='bold')
-                axes.yaxis.set_label_coords(-0.32 / side, 0.5)
-    beneath.write(figure, panels - 0.14)
-    return figure
+    for axes, name in zip(panels[1:, 0], planes.names, strict=True):
+        axes.set_ylabel(_model_label(name, side + 0.36), weight='bold')
+    return fix_layout(figure)
 
 
 def _model_label(name: str, width: float) -> str:
@@ -262,37 +272,6 @@ def _class_label(number: int, names: Sequence[str] | None) -> str:
     """Returns a class's name; of one that has but a number, which alone could be anything."""
     name = _class_name(number, names)
     return f'class {name}' if name == str(number) else name
-
-
-class _Beneath:
-    """What is written beneath decision planes: the axes' label, two legends and the notes."""
-
-    def __init__(self, planes: plane_files.Planes, colors: Mapping[int, str], width: float):
-        """Finds what is to be written in this width, in inches, and its height."""
-        self._legends = [
-            (handles, legend_columns([handle.get_label() for handle in handles], width, most))
-            for handles, most in ((_class_patches(planes, colors), 6), (_plane_symbols(planes), 2))
-        ]
-        noted = zip(planes.places, planes.notes, strict=True)
-        notes = [in_grey(planes.images.shape[-1])]
-        notes += [f'Test image {place}: {note}' for place, note in noted if note]
-        letters = int(width / LETTER)
-        self._notes = [line for note in notes for line in textwrap.wrap(note, letters)]
-        rows = sum(math.ceil(len(handles) / columns) for handles, columns in self._legends)
-        self.height = 0.25 + 0.15 * rows + (0.06 + _LINE * len(self._notes) if self._notes else 0)
-
-    def write(self, figure: Figure, top: float) -> None:
-        """Writes it, from so many inches below the figure's top."""
-        width, height = figure.get_size_inches()
-        text = 'both axes: L₂ distance from the image (pixel values in [0, 1])'
-        figure.text(0.5, 1 - top / height, text, va='top', ha='center')
-        top += 0.2
-        for handles, columns in self._legends:
-            place = (0.5, 1 - top / height)
-            figure.legend(handles=handles, ncols=columns, loc='upper center', bbox_to_anchor=place)
-            top += 0.15 * math.ceil(len(handles) / columns) + 0.06
-        for i, line in enumerate(self._notes):
-            figure.text(0.1 / width, 1 - (top + 0.06 + _LINE * i) / height, line, va='top')
 
 
 def _draw_plane(

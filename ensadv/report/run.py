@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from etils import epath
 
 from ensadv.attacks import registry
 from ensadv.errors import UserError
-from ensadv.report import significance
+from ensadv.report import comparison
 from ensadv.storage import files, records, selection, workdir
 
 
@@ -81,15 +81,30 @@ class Run:
         """The step of the best snapshot."""
         return selection.best_step(self.evaluations, self.judge, self.config)
 
+    @property
+    def judged_steps(self) -> list[int]:
+        """The last step and, if there is a best one, that."""
+        return list(dict.fromkeys(step for step in (self.steps, self.best) if step is not None))
+
     def results(self, step: int) -> Sequence[Mapping[str, Any]]:
         """Returns all results at a step; of an attack as many as it was made with settings."""
         return self.evaluations[step]['attacks']
 
-    def attacks(self, step: int) -> dict[str, Mapping[str, Any]]:
+    def attacks(self, step: int) -> Mapping[str, Mapping[str, Any]]:
         """Returns the results at a step that have a label, by it, and those of the worst case."""
-        found = ((self.labels.get(made(result)), result) for result in self.results(step))
-        named = {label: result for label, result in found if label is not None}
-        return named | self.worst.get(step, {})
+        return self._labelled[step]
+
+    @functools.cached_property
+    def _labelled(self) -> Mapping[int, Mapping[str, Mapping[str, Any]]]:
+        named = {
+            step: {self.labels.get(made(result)): result for result in self.results(step)}
+            for step in self.evaluations
+        }
+        return {
+            step: {label: result for label, result in found.items() if label is not None}
+            | self.worst.get(step, {})
+            for step, found in named.items()
+        }
 
     def series(self, attack: str, key: str = 'accuracy') -> tuple[np.ndarray, np.ndarray]:
         """Returns steps and values, float64 [m], of every evaluation that has this attack.
@@ -124,7 +139,7 @@ class Run:
         """
         path = workdir.evaluation_path(self.path, step, '.npz')
         ledger = workdir.read_ledger(path)
-        if reason := significance.malformed(ledger):
+        if reason := comparison.malformed(ledger):
             raise UserError(f'{path}: {reason}')
         return ledger
 
@@ -142,6 +157,14 @@ def made(result: Mapping[str, Any]) -> tuple[str, str]:
 def name_of(label: str) -> str:
     """Returns the name of a label's attack: 'pgd20' of 'pgd20 loss=margin'."""
     return label.partition(' ')[0]
+
+
+def by_name(labels: Iterable[str]) -> dict[str, list[str]]:
+    """Returns labels by the name of their attack, in their order."""
+    found: dict[str, list[str]] = {}
+    for label in labels:
+        found.setdefault(name_of(label), []).append(label)
+    return found
 
 
 def find(root: epath.Path) -> Iterator[epath.Path]:

@@ -24,11 +24,10 @@ from ensadv.report import (
     tables,
 )
 from ensadv.report.collect import Collection, strongest
-from ensadv.report.run import Run, name_of
+from ensadv.report.run import Run, by_name, name_of
 from ensadv.report.table1 import attack_name
 from ensadv.storage import files, plane_files, records, selection, workdir
 
-BASIS, APART = 'How these numbers were made', 'Not in this report'
 # What an earlier report may have written that this one does not.
 _OLD = (
     *(f'figure{of}.{kind}' for of in ('2*', '4_*', '_*') for kind in ('png', 'pdf')),
@@ -53,6 +52,14 @@ class Writer:
         self._written |= {f'{name}.png', f'{name}.pdf'}
         return page.FigureBlock(png, caption, alt, name)
 
+    def table(
+        self, table: tables.Table, header: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> page.TableBlock:
+        """Writes a table as LaTeX and its numbers as CSV; returns its place on the page."""
+        self.text(f'{table.name}.csv', tables.to_csv(header, rows))
+        self.text(f'{table.name}.tex', tables.to_latex(table))
+        return page.TableBlock(table)
+
     def remove_old(self) -> None:
         """Removes figures and tables of an earlier report that this one has not."""
         for pattern in _OLD:
@@ -63,34 +70,32 @@ class Writer:
 
 def claims(outcomes: findings.Outcomes, notes: Sequence[str]) -> page.Section:
     """The paper's claims; nothing where none can be judged."""
-    verdicts = findings.judge_claims(outcomes, notes)
-    blocks = [page.Claim(each.claim, each.verdict, each.details) for each in verdicts]
-    if blocks:
-        text = (
-            'In robust accuracy of the last snapshots, under the attack with the most steps that '
-            'all runs have. Supported: the whole 95 % interval of the difference is above 0, with '
-            f'{findings.SEEDS_NEEDED} or more seeds of each system.'
-        )
-        blocks.insert(0, page.Text(text))
-    return page.Section("The paper's claims", 'claims', blocks)
+    blocks = findings.judge_claims(outcomes, notes)
+    text = page.Text(
+        'In robust accuracy of the last snapshots, under the attack with the most steps that all '
+        'runs have. Supported: the whole 95 % interval of the difference is above 0, with '
+        f'{findings.SEEDS_NEEDED} or more seeds of each system.'
+    )
+    return page.Section("The paper's claims", 'claims', [text, *blocks] if blocks else [])
 
 
 def accuracy(numbers: Sequence[table1.Numbers], notes: Sequence[str]) -> page.Section:
     blocks = [page.TableBlock(each.table) for each in numbers]
-    if notes:
-        blocks.append(page.Items(notes))
-    return page.Section('Accuracy', 'accuracy', blocks)
+    return page.Section('Accuracy', 'accuracy', [*blocks, *_list(notes)])
+
+
+def _list(items: Sequence[str]) -> list[page.Items]:
+    return [page.Items(items)] if items else []
 
 
 def over_training(collection: Collection, writer: Writer) -> page.Section:
     """Figures 2a and 2b, of whatever attacks are there; of one evaluation each there is no line."""
     runs = collection.runs
     short = [a for a in collection.over_training if any(name_of(a) in r.wanted for r in runs)]
-    names = list(dict.fromkeys(map(name_of, short)))
-    attacks = []
-    if most := selection.strongest(names):
-        chosen = (selection.selection_attack(names), 'pgd20' if 'pgd20' in names else most)
-        attacks = [strongest([a for a in short if name_of(a) == name], runs) for name in chosen]
+    named, attacks = by_name(short), []
+    if most := selection.strongest(list(named)):
+        chosen = selection.selection_attack(list(named)), 'pgd20' if 'pgd20' in named else most
+        attacks = [strongest(named[name], runs) for name in chosen]
     blocks = []
     # One figure where both are the same attack.
     for name, attack in zip(('figure2a', 'figure2b'), dict.fromkeys(attacks), strict=False):
@@ -128,7 +133,7 @@ def over_attack_steps(collection: Collection, writer: Writer) -> page.Section:
         sizes = sorted({c.iterate_n for c in curves[attack].values() if c.iterate_n})
         on = f', on the first {" or ".join(f"{n:,}" for n in sizes)} examples' if sizes else ''
         restarts = _restarts(collection, attack)
-        alone = f' Of the first of {restarts} restarts alone.' if restarts > 1 else ''
+        alone = f' Only the first of {restarts} restarts is shown.' if restarts > 1 else ''
         caption = (
             f'Figure 2c. Accuracy over the steps of {attack_name(attack)}, on the snapshots of '
             f'Table 1b. The worst iterate so far cannot rise; the current iterate{on}, can.{alone}'
@@ -144,7 +149,7 @@ def _partial(collection: Collection, seeds: Mapping[str, int]) -> str:
     """Returns which systems are drawn by fewer seeds than there are, as a sentence."""
     runs = {system: len(found) for system, found in collection.systems.items()}
     texts = [f'{s} ({seeds.get(s, 0)} of {n})' for s, n in runs.items() if seeds.get(s, 0) < n]
-    return f' Not by all seeds: {", ".join(texts)}.' if texts else ''
+    return f' Not all seeds have it: {", ".join(texts)}.' if texts else ''
 
 
 def _restarts(collection: Collection, attack: str) -> int:
@@ -174,7 +179,7 @@ def _curves(collection: Collection, attack: str) -> dict[str, figures.AttackCurv
 
 
 def differences(outcomes: findings.Outcomes, writer: Writer) -> page.Section:
-    blocks = []
+    blocks: list[Any] = []
     if outcomes.strongest and len(outcomes.systems) > 1:
         found = {attack: findings.differences(outcomes, attack) for attack in outcomes.attacks}
         shown = found[outcomes.strongest]
@@ -183,32 +188,24 @@ def differences(outcomes: findings.Outcomes, writer: Writer) -> page.Section:
         caption = f'Differences in accuracy under {attack}, with 95 % paired-bootstrap intervals.'
         alt = f'Intervals of the differences between systems under {attack}'
         figure = figures.differences(rows, attack=attack)
-        table = findings.differences_table(shown)
-        blocks = [
-            writer.figure('figure_differences', figure, caption, alt),
-            page.TableBlock(table),
-        ]
-        csv_rows = [
+        numbers = [
             (d.attack, d.first, d.second, d.points, d.low, d.high, d.p, *d.seeds, d.n)
             for each in found.values()
             for d in each
         ]
-        writer.text('differences.csv', tables.to_csv(findings.DIFFERENCES_HEADER, csv_rows))
-        writer.text('differences.tex', tables.to_latex(table))
+        blocks = [
+            writer.figure('figure_differences', figure, caption, alt),
+            writer.table(findings.differences_table(shown), findings.DIFFERENCES_HEADER, numbers),
+        ]
     return page.Section('Are the differences real?', 'differences', blocks)
 
 
-def computation_costs(
-    collection: Collection, outcomes: findings.Outcomes, writer: Writer
-) -> page.Section:
-    blocks = []
-    attack = outcomes.strongest
-    if attack:
+def computation_costs(outcomes: findings.Outcomes, writer: Writer) -> page.Section:
+    blocks: list[Any] = []
+    if attack := outcomes.strongest:
         accuracy = {system: outcomes.accuracy(system, attack) for system in outcomes.systems}
         costs = {system: computation.of_system(runs) for system, runs in outcomes.systems.items()}
-        means = {system: mean for system, (mean, _, _) in accuracy.items()}
-        panels = computation.panels(costs, means)
-        table = computation.table(costs, accuracy, attack, panels)
+        panels = computation.panels(costs, accuracy)
         if panels:
             caption = (
                 f'Accuracy under {attack_name(attack)} against computation, with 95 % intervals. '
@@ -217,10 +214,9 @@ def computation_costs(
             alt = 'Robust accuracy of each system against measures of its computation'
             figure = figures.computation(panels, accuracy)
             blocks.append(writer.figure('figure_computation', figure, caption, alt))
-        blocks.append(page.TableBlock(table))
-        csv_rows = computation.csv_rows(costs, accuracy, attack, panels)
-        writer.text('computation.csv', tables.to_csv(computation.CSV_HEADER, csv_rows))
-        writer.text('computation.tex', tables.to_latex(table))
+        table = computation.table(costs, accuracy, attack, panels)
+        numbers = computation.csv_rows(costs, accuracy, attack, panels)
+        blocks.append(writer.table(table, computation.CSV_HEADER, numbers))
     return page.Section('Robustness and computation', 'computation', blocks)
 
 
@@ -258,13 +254,14 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
     caption = (
         f'The first test images, the worst point that {attack}{f" ({others})" if others else ""} '
         'found for each system at its last '
-        f'snapshot, and the perturbation (magnified). Not chosen: the first of the test split.'
+        f'snapshot, and the perturbation (magnified). The images were not chosen: they are the '
+        f'first of the test split.'
         f'{_in_grey(found["image"])}'
     )
     alt = 'Test images, adversarial images and perturbations, with predictions before and after'
     blocks: list[Any] = [writer.figure('figure_examples', figure, caption, alt)]
     if left_out:
-        text = f'Without stored examples, or with others: {", ".join(left_out)}.'
+        text = f'No examples, or others, are stored for {", ".join(left_out)}.'
         blocks.append(page.Text(text))
     return page.Section('Examples', 'examples', blocks)
 
@@ -341,10 +338,8 @@ def _in_grey(images: np.ndarray) -> str:
 
 
 def how_made(collection: Collection) -> page.Section:
-    items = basis.all_of_it(collection)
-    return page.Section(BASIS, 'basis', [page.Items(items)] if items else [])
+    return page.Section(basis.TITLE, 'basis', _list(basis.all_of_it(collection)))
 
 
 def apart(collection: Collection) -> page.Section:
-    items = [f'{name}: {reason}.' for name, reason in collection.apart]
-    return page.Section(APART, 'apart', [page.Items(items)] if items else [])
+    return page.Section(basis.APART_TITLE, 'apart', _list(basis.apart(collection)))

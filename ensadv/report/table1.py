@@ -10,7 +10,7 @@ import numpy as np
 from ensadv.attacks import registry
 from ensadv.report import analysis, paper, worst_case
 from ensadv.report.collect import Collection, strongest
-from ensadv.report.run import Run, name_of
+from ensadv.report.run import Run, by_name, name_of
 from ensadv.report.tables import Row, Table
 
 LAST_EVALUATIONS = 10  # that Table 1a averages
@@ -73,30 +73,24 @@ def tables(collection: Collection) -> list[Numbers]:
     A table without any number is left out.
     """
     runs = collection.runs
+    if not runs:
+        return []
     spread = (
         'Accuracy in %, mean ± standard deviation over the seeds (n - 1 in its denominator); under '
         'attack at the worst iterate: an example counts only if no step fooled it. '
         f'{_sizes(runs)} test examples.'
     )
     last = {run: _at(run, run.steps) for run in runs}
-    over_training = collection.over_training
-    averaged = {run: _averaged(run, over_training) for run in runs}
+    averaged = {run: _averaged(run, collection.over_training) for run in runs}
     best = {run: _at(run, run.best, long=False) for run in runs}
     final = {run: _at(run, run.best, long=True) for run in runs}
+    at_last = (
+        f'Each run at its last step ({_span([run.steps for run in runs])}); nothing was selected'
+        f'{_but_for(runs)}.'
+    )
     of_best = _of_best(runs)
     numbers = [
-        _numbers(
-            'last_snapshot',
-            'Last snapshot',
-            collection,
-            last,
-            {},
-            [
-                spread,
-                f'Each run at its last step{_steps(runs)}; nothing was selected{_but_for(runs)}.',
-                *_long_notes(last),
-            ],
-        ),
+        _numbers('last_snapshot', 'Last snapshot', collection, last, {}, [spread, at_last]),
         _numbers(
             'table1a',
             f'Table 1a. Mean of the last {LAST_EVALUATIONS} evaluations',
@@ -107,7 +101,7 @@ def tables(collection: Collection) -> list[Numbers]:
         ),
         _numbers(
             'table1b',
-            f'Table 1b. At the best {attack_name(runs[0].judge)} step' if runs else '',
+            f'Table 1b. At the best {attack_name(runs[0].judge)} step',
             collection,
             best,
             paper.TABLE_1B,
@@ -119,7 +113,7 @@ def tables(collection: Collection) -> list[Numbers]:
             collection,
             final,
             paper.TABLE_1C,
-            [spread, *of_best, *_long_notes(final)],
+            [spread, *of_best],
         ),
     ]
     return [each for each in numbers if each.rows]
@@ -132,7 +126,7 @@ def _at(run: Run, step: int | None, long: bool | None = None) -> dict[str, Value
     return {
         name: Value(
             result['accuracy'],
-            _number(result['last_iterate_accuracy']),
+            math.nan if (last := result['last_iterate_accuracy']) is None else last,
             result['n'],
             result.get('last_iterate_n', result['n']),
             result['no_gradient'],
@@ -144,30 +138,20 @@ def _at(run: Run, step: int | None, long: bool | None = None) -> dict[str, Value
     }
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
 def _averaged(run: Run, over_training: Sequence[str]) -> dict[str, Value]:
     """Returns the means of a run's last evaluations, outliers replaced as in the paper."""
     values = {}
     for name, result in run.attacks(run.steps).items():
         if 'curve' in result or name not in over_training:
             continue  # long attacks are made on two snapshots only
-        accuracy, count = analysis.mean_of_last(cleaned(run, name)[1], LAST_EVALUATIONS)
-        last, _ = analysis.mean_of_last(
-            cleaned(run, name, 'last_iterate_accuracy')[1], LAST_EVALUATIONS
+        (accuracy, count), (last, _) = (
+            analysis.mean_of_last(cleaned(run, name, key)[1], LAST_EVALUATIONS)
+            for key in ('accuracy', 'last_iterate_accuracy')
         )
         steps, unattacked = run.series(name, 'no_gradient')
-        values[name] = Value(
-            accuracy,
-            last,
-            result['n'],
-            result['n'],
-            int(np.nansum(unattacked[-LAST_EVALUATIONS:])),
-            count,
-            int(steps[-1]),
-        )
+        no_gradient = int(np.nansum(unattacked[-LAST_EVALUATIONS:]))
+        n = result['n']
+        values[name] = Value(accuracy, last, n, n, no_gradient, count, int(steps[-1]))
     return values
 
 
@@ -209,40 +193,52 @@ def _numbers(
             if attack in of_paper:
                 csv_rows.append(_csv_paper(name, system, attack, of_paper[attack]))
     header = ('system', 'members', 'parameters', *map(attack_name, attacks), 'seeds')
-    shown = {mark for mark in '*†' if any(mark in cell for row in rows for cell in row.cells[3:])}
-    marks = [_MARK] if '*' in shown else []
-    notes = [note for note in notes if note[0] != '†' or '†' in shown]
-    notes += _settings_notes(collection, attacks)
-    return Numbers(
-        Table(name, title, header, tuple(rows), (*notes, *marks, *_paper_notes(collection, rows))),
-        csv_rows if attacks else [],
-    )
+    cells = [cell for row in rows for cell in row.cells[3:]]
+    notes = [
+        *notes,
+        *_last_iterate_notes([v for mine in values.values() for v in mine.values()], cells),
+        *_settings_notes(collection, attacks),
+        *([_MARK] if any('*' in cell for cell in cells) else []),
+        *_paper_notes(collection, rows),
+    ]
+    table = Table(name, title, header, tuple(rows), tuple(notes))
+    return Numbers(table, csv_rows if attacks else [])
+
+
+def _last_iterate_notes(values: Sequence[Value], cells: Sequence[str]) -> list[str]:
+    """Returns on how many examples the last iterate is known, where that is not on all."""
+    sizes = [value.last_n for value in values if 0 < value.last_n < value.n]
+    if not sizes or not any('†' in cell for cell in cells):
+        return []
+    return [f'† On the first {_span(sizes)} examples only, those that stay to the last iterate.']
 
 
 def _settings_notes(collection: Collection, attacks: Sequence[str]) -> list[str]:
     """Returns, for each attack of which a table has several settings, which of them count."""
-    names = [name_of(attack) for attack in attacks]
     notes = []
-    for name in (name for name in dict.fromkeys(names) if names.count(name) > 1):
-        mine = collection.of_all([a for a in attacks if name_of(a) == name])
-        if not (chosen := strongest(mine, collection.runs)):
+    for name, labels in by_name(attacks).items():
+        mine = collection.of_all(labels)
+        chosen = strongest(mine, collection.runs)
+        if len(labels) == 1 or chosen is None:
             continue
-        which = (
-            f'What counts is {attack_name(chosen)}, which fooled the most of what all runs have.'
-        )
+        text = f'{attack_name(name)} was made with several settings.'
         if worst_case.is_worst(chosen):
             several = [attack_name(a) for a in mine if a != chosen]
-            which = (
-                f'What counts is the {worst_case.WORST}: an example only if none of what all runs '
-                f'have fooled it, {" and ".join(several)}.'
+            notes.append(
+                f'{text} The {worst_case.WORST} counts: an example is correct only if none of '
+                f'those that all runs have, {" and ".join(several)}, fooled it.'
             )
-        notes.append(f'{attack_name(name)} was made with several settings. {which}')
+        else:
+            notes.append(
+                f'{text} {attack_name(chosen)} counts: of those that all runs have, it fooled the '
+                'most examples.'
+            )
     return notes
 
 
 _MARK = (
-    '* Some examples stood without having been attacked, their gradients being zero or NaN; they '
-    'are not counted as correct.'
+    '* Some examples were never attacked, since their gradients are zero or NaN. They do not count '
+    'as correct.'
 )
 
 
@@ -269,11 +265,11 @@ def _of_paper(
     """Returns the paper's numbers of a system, by attack, where ours can stand beside them."""
     if paper.unlike(runs):
         return {}
-    steps = [(run, step) for run in runs for step in (run.steps, run.best) if step is not None]
-    results = [found for run, step in steps for found in run.attacks(step).items()]
     others = {
         label
-        for label, result in results
+        for run in runs
+        for step in run.judged_steps
+        for label, result in run.attacks(step).items()
         if not paper.is_its_attack(result['settings']) or worst_case.is_worst(label)
     }
     return {a: numbers[name_of(a)] for a in attacks if name_of(a) in numbers and a not in others}
@@ -321,13 +317,13 @@ def _paper_notes(collection: Collection, rows: Sequence[Row]) -> list[str]:
     if not any(row.kind == 'paper' for row in rows):
         return []
     notes = [
-        "paper: the paper's own numbers, by the last iterate of one start that climbs the "
+        "paper: the paper's own numbers, at the last iterate of one start, which climbs the "
         'cross-entropy.'
     ]
     its = [runs for runs in collection.systems.values() if not paper.unlike(runs)]
     others = dict.fromkeys(text for runs in its for text in paper.trained_otherwise(runs))
     if others:
-        notes.append(f"Ours were not trained as the paper's: {'; '.join(others)}.")
+        notes.append(f"Ours were not trained like the paper's: {'; '.join(others)}.")
     return notes
 
 
@@ -341,13 +337,9 @@ def _sizes(runs: Sequence[Run]) -> str:
     return f'n = {_span(sizes)}' if sizes else ''
 
 
-def _steps(runs: Sequence[Run]) -> str:
-    return f' ({_span([run.steps for run in runs])})' if runs else ''
-
-
 def _but_for(runs: Sequence[Run]) -> str:
     systems = dict.fromkeys(run.system for run in runs if run.of_selected)
-    return f', but for the members of {" and ".join(systems)}' if systems else ''
+    return f', except for the members of {" and ".join(systems)}' if systems else ''
 
 
 def _averaged_notes(runs: Sequence[Run], averaged: Values) -> list[str]:
@@ -368,9 +360,9 @@ def _averaged_notes(runs: Sequence[Run], averaged: Values) -> list[str]:
             lengths.append(len(values))
             replaced += int(np.sum(analysis.replace_outliers(values, WINDOW)[1]))
     notes.append(
-        f'Outliers (over three standard deviations off the mean distance to the rolling median, '
-        f'window {WINDOW}) are replaced by the median: {replaced} of {sum(lengths):,} '
-        f'accuracies.'
+        'Outliers (more than three standard deviations off the mean distance to the rolling '
+        f'median, window {WINDOW}) are replaced by the median: {replaced} of {sum(lengths):,} '
+        'accuracies.'
     )
     if min(lengths) < WINDOW:
         notes.append(
@@ -386,15 +378,5 @@ def _of_best(runs: Sequence[Run]) -> list[str]:
     if not steps:
         return []
     split = runs[0].config['eval']['select_on']
-    return [
-        f'Each run at its own best step ({_span(steps)}), selected on the {split} split'
-        + (', as in the paper.' if split == 'test' else '.')
-    ]
-
-
-def _long_notes(final: Values) -> list[str]:
-    """Returns on how many examples the last iterate is known, where that is not on all."""
-    sizes = [v.last_n for mine in final.values() for v in mine.values() if 0 < v.last_n < v.n]
-    if not sizes:
-        return []
-    return [f'† On the first {_span(sizes)} examples alone, those that stay to the last iterate.']
+    text = f'Each run at its own best step ({_span(steps)}), selected on the {split} split'
+    return [text + (', as in the paper.' if split == 'test' else '.')]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ensadv.errors import UserError
-from ensadv.report import significance
-from ensadv.report.run import Run, name_of
+from ensadv.report import comparison
+from ensadv.report.run import Run, by_name, name_of
 from ensadv.storage import selection
 
 WORST = 'worst case'  # in labels
@@ -35,18 +35,13 @@ def add(runs: Sequence[Run]) -> list[Run]:
     """
     labels = runs[0].labels.values() if runs else ()
     shared = [a for a in labels if all(a in run.attacks(run.steps) for run in runs)]
-    names = [name_of(label) for label in shared]
-    groups = {
-        name: [label for label in shared if name_of(label) == name]
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    }
+    groups = {name: mine for name, mine in by_name(shared).items() if len(mine) > 1}
     return [_with_worst(run, groups) for run in runs]
 
 
 def _with_worst(run: Run, groups: Mapping[str, Sequence[str]]) -> Run:
     worst: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for step in {run.steps, run.best} - {None}:
+    for step in run.judged_steps:
         there = run.attacks(step)
         for name, labels in groups.items():
             if all(label in there for label in labels):
@@ -109,6 +104,6 @@ def check(result: Mapping[str, Any], ledger: Mapping[str, np.ndarray]) -> None:
     found = ledger.get(f'{key}_correct')
     counts = (result['n'], result['correct'])
     fits = found is not None and (len(found), int(np.sum(found))) == counts
-    fits &= significance.settings_of(ledger, key) in (None, result['settings'])
+    fits &= comparison.settings_of(ledger, key) in (None, result['settings'])
     if not fits or len(found) != len(ledger['label']):
         raise UserError(f'its ledger and its results differ in {key}')

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from ensadv.report import basis, findings, page, paper, sections, table1, tables
+from ensadv.report import basis, findings, page, paper, table1, tables
 from ensadv.report.collect import Collection, collect
 
 FOLDER = 'report'
@@ -23,6 +23,8 @@ def write(root: epath.Path) -> epath.Path:
     Raises:
       UserError: if no run is there.
     """
+    from ensadv.report import sections  # Matplotlib takes its time
+
     collection = collect(root, paper.SYSTEMS)
     writer = sections.Writer(root / FOLDER)
     numbers = table1.tables(collection)
@@ -34,7 +36,7 @@ def write(root: epath.Path) -> epath.Path:
         sections.over_training(collection, writer),
         sections.over_attack_steps(collection, writer),
         sections.differences(outcomes, writer),
-        sections.computation_costs(collection, outcomes, writer),
+        sections.computation_costs(outcomes, writer),
         sections.examples(collection, writer),
         sections.decision_planes(collection, writer),
         sections.how_made(collection),
@@ -45,27 +47,31 @@ def write(root: epath.Path) -> epath.Path:
     title = f'{root.name}: adversarially trained ensembles'
     path = writer.folder / 'report.html'
     writer.text('report.html', page.render(title, basis.facts(collection), parts))
-    shown = _write_tables(collection, numbers, notes, writer)
-    print(f'\n{shown}\nThe report: {path}')
+    for name, content in _table_files(collection, numbers, notes).items():
+        writer.text(name, content)
+    apart = _part(basis.APART_TITLE, basis.apart(collection))
+    first = tables.to_markdown(numbers[0].table) if numbers else ''
+    print('\n' + '\n'.join(filter(None, [first, apart])) + f'\nThe report: {path}')
     return path
 
 
-def _write_tables(
-    collection: Collection,
-    numbers: Sequence[table1.Numbers],
-    notes: Sequence[str],
-    writer: sections.Writer,
-) -> str:
-    """Writes table1.md, .csv and .tex; returns the Markdown of the first table."""
-    parts = [tables.to_markdown(each.table) for each in numbers]
-    made = [*notes, *basis.all_of_it(collection)]
-    apart = [f'- {name}: {reason}.' for name, reason in collection.apart]
-    if made:
-        parts.append('\n'.join([f'## {sections.BASIS}', '', *(f'- {note}' for note in made), '']))
-    if apart:
-        parts.append('\n'.join([f'## {sections.APART}', '', *apart, '']))
-    writer.text('table1.md', '\n'.join(parts))
-    rows = itertools.chain.from_iterable(each.rows for each in numbers)
-    writer.text('table1.csv', tables.to_csv(table1.CSV_HEADER, rows))
-    writer.text('table1.tex', '\n'.join(tables.to_latex(each.table) for each in numbers))
-    return '\n'.join([*parts[:1], *(parts[-1:] if apart and numbers else [])])
+def _table_files(
+    collection: Collection, numbers: Sequence[table1.Numbers], notes: Sequence[str]
+) -> dict[str, str]:
+    """Returns the contents of table1.md, .csv and .tex."""
+    parts = [
+        *(tables.to_markdown(each.table) for each in numbers),
+        _part(basis.TITLE, [*notes, *basis.all_of_it(collection)]),
+        _part(basis.APART_TITLE, basis.apart(collection)),
+    ]
+    rows = list(itertools.chain.from_iterable(each.rows for each in numbers))
+    return {
+        'table1.md': '\n'.join(filter(None, parts)),
+        'table1.csv': tables.to_csv(table1.CSV_HEADER, rows),
+        'table1.tex': '\n'.join(tables.to_latex(each.table) for each in numbers),
+    }
+
+
+def _part(title: str, items: Sequence[str]) -> str:
+    """Returns a list under a heading, in Markdown; '' where there is nothing in it."""
+    return '\n'.join([f'## {title}', '', *(f'- {item}' for item in items), '']) if items else ''
