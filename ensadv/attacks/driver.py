@@ -28,6 +28,8 @@ def last_iterate(
 ) -> Array:
     """Returns where one restart of an attack ends, [B, H, W, C]: Algorithm 1's inner loop.
 
+    Of an example with a gradient that is not finite that is NaN, which training then notices.
+
     Args:
       attack: the attack.
       predict: what is attacked: images [B, H, W, C] -> logits or log-probabilities [B, classes],
@@ -43,9 +45,16 @@ def last_iterate(
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
     _check(attack, predict, rng, x, y)
-    body = lambda _, state: attack.step(predict, threat, state, x, y)[0]
+
+    def body(_, carry):
+        state, finite = carry
+        state, query = attack.step(predict, threat, state, x, y)
+        return state, finite if query.finite is None else finite & query.finite
+
     state = attack.init(predict, threat, prng.of_examples(rng), x, y)
-    return jax.lax.fori_loop(0, attack.steps, body, state).x
+    carry = state, jnp.ones(len(x), bool)
+    state, finite = jax.lax.fori_loop(0, attack.steps, body, carry)
+    return jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), state.x, jnp.nan)
 
 
 class Progress(NamedTuple):

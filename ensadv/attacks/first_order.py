@@ -86,7 +86,8 @@ class IFGSM(registry.IFGSMSettings):
         move, memory = self.move(threat, gradient, state.memory)
         point = threat.project(state.x + self._sizes(state.taken, x) * move, x)
         informed = jnp.any(jnp.abs(gradient) >= LEAST_GRADIENT, axis=axes)
-        return State(point, state.taken + 1, memory), Query(outputs, informed)
+        query = Query(outputs, informed, finite.reshape(-1))
+        return State(point, state.taken + 1, memory), query
 
     def memory(self, x: Array) -> Any:
         """Returns what `move` remembers before the first step."""
