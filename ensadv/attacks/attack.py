@@ -24,14 +24,11 @@ class Query(NamedTuple):
     Attributes:
       outputs: predict(state.x), of the state before it.
       informed: bool [B], whether it learned what to do: for a gradient step, whether the gradient
-        is finite and not zero. Where an example stands and no step of it was, nobody attacked it.
-      finite: bool [B], whether what it learned is finite; None where nothing else can be. Training
-        is not to go on as if nothing was wrong.
+        is not zero. Where an example stands and no step of it was, nobody attacked it.
     """
 
     outputs: Any
     informed: Array
-    finite: Array | None = None
 
 
 class Attack(Protocol):

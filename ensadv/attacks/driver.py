@@ -28,8 +28,6 @@ def last_iterate(
 ) -> Array:
     """Returns where one restart of an attack ends, [B, H, W, C]: Algorithm 1's inner loop.
 
-    Of an example with a gradient that is not finite that is NaN, which training then notices.
-
     Args:
       attack: the attack.
       predict: what is attacked: images [B, H, W, C] -> logits or log-probabilities [B, classes],
@@ -45,16 +43,9 @@ def last_iterate(
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
     _check(attack, predict, rng, x, y)
-
-    def body(_, carry):
-        state, finite = carry
-        state, query = attack.step(predict, threat, state, x, y)
-        return state, finite if query.finite is None else finite & query.finite
-
+    body = lambda _, state: attack.step(predict, threat, state, x, y)[0]
     state = attack.init(predict, threat, prng.of_examples(rng), x, y)
-    carry = state, jnp.ones(len(x), bool)
-    state, finite = jax.lax.fori_loop(0, attack.steps, body, carry)
-    return jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), state.x, jnp.nan)
+    return jax.lax.fori_loop(0, attack.steps, body, state).x
 
 
 class Progress(NamedTuple):
@@ -150,10 +141,14 @@ def advance(
     num_steps: int | Array,
     judge: Judge = losses.margin,
 ) -> Progress:
-    """Takes so many steps more; every point counts, the first and the last too."""
+    """Takes so many steps more; every point counts, the first and the last too.
+
+    A gradient that is not finite counts as 0, so that the points stay images.
+    """
 
     def body(_, progress):
-        state, query = attack.step(predict, threat, progress.state, x, y)
+        guarded = lambda x: predict(_with_finite_gradient(x))
+        state, query = attack.step(guarded, threat, progress.state, x, y)
         progress = _record(progress, progress.state.x, judge(query.outputs, y))
         return progress._replace(
             state=state,
@@ -163,6 +158,20 @@ def advance(
 
     progress = jax.lax.fori_loop(0, num_steps, body, progress)
     return _record(progress, progress.state.x, judge(predict(progress.state.x), y))
+
+
+@jax.custom_vjp
+def _with_finite_gradient(x: Array) -> Array:
+    """Returns x [B, ...], but examples whose gradient is not finite get one of zeros."""
+    return x
+
+
+def _finite_or_zero(_: None, gradient: Array) -> tuple[Array]:
+    axes = tuple(range(1, gradient.ndim))
+    return (jnp.where(jnp.all(jnp.isfinite(gradient), axis=axes, keepdims=True), gradient, 0),)
+
+
+_with_finite_gradient.defvjp(lambda x: (x, None), _finite_or_zero)
 
 
 class Outcome(NamedTuple):

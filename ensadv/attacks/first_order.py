@@ -78,16 +78,13 @@ class IFGSM(registry.IFGSMSettings):
     def step(
         self, predict: Predict, threat: ThreatModel, state: State, x: Array, y: Array
     ) -> tuple[State, Query]:
-        """See `attack.Attack`. A gradient that is not finite moves its example nowhere."""
+        """See `attack.Attack`."""
         gradient, outputs = self._gradient(predict, state.x, y)
-        axes = tuple(range(1, gradient.ndim))
-        finite = jnp.all(jnp.isfinite(gradient), axis=axes, keepdims=True)
-        gradient = jnp.where(finite, gradient, 0)
         move, memory = self.move(threat, gradient, state.memory)
         point = threat.project(state.x + self._sizes(state.taken, x) * move, x)
+        axes = tuple(range(1, gradient.ndim))
         informed = jnp.any(jnp.abs(gradient) >= LEAST_GRADIENT, axis=axes)
-        query = Query(outputs, informed, finite.reshape(-1))
-        return State(point, state.taken + 1, memory), query
+        return State(point, state.taken + 1, memory), Query(outputs, informed)
 
     def memory(self, x: Array) -> Any:
         """Returns what `move` remembers before the first step."""
