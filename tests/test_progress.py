@@ -106,7 +106,7 @@ def test_an_evaluator_says_it_once_for_each_thing_that_it_compiles(monkeypatch, 
     caplog.set_level(logging.INFO, logger='absl')
     compiled = lambda *args: np.ones(len(args[-1][0]), np.float32)
     monkeypatch.setattr(distributed, 'map_examples', lambda f, num_shared: compiled)
-    network = ensemble.Network(None, 'probs', None, 1)
+    network = ensemble.Network(None, 'probs', None)
     judging = evaluator.Evaluator(network, batch_size=4)
     for n in (10, 10, 3):  # in batches of 4, of 4 and of 3
         images, labels = np.zeros((n, 2, 2, 1), np.uint8), np.zeros(n, np.int32)
