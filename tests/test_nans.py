@@ -129,7 +129,7 @@ EXTREME_LOGITS = np.array([3e38] + [-3e38] * 9, np.float32)
         (
             'backward/flag', 1, 1.0,
             # Nearest to the loss of what has a gradient, and is before the fault.
-            'backward pass, member 1, norm, the gradient of its bias: '
+            'attack step 1 of 2, backward pass, member 1, norm, the gradient of its bias: '
             '4 NaN and 0 infinite of 4 values',
         ),
         # Squares of 1e25 are no float32 numbers, and neither is the norm of such a gradient.

@@ -39,6 +39,7 @@ ADVICE = (
     'A lower train.learning_rate helps most often (in a new workdir: the config of a run cannot '
     'change)'
 )
+_IMAGES = ('', 'the images')
 _STATE = 'the weights and running averages'
 
 
@@ -242,16 +243,15 @@ class Finder:
         self._settings = from_config.step_settings(config, model)
         self._attack_steps = config.attack.steps if config.train.adversarial_weight else 0
 
-        def forward(**settings):
-            compiled = distributed.run_on_devices(partial(self._count_forward, **settings), 4)
+        def on_devices(function, **settings):
+            compiled = distributed.run_on_devices(partial(function, **settings), 4)
             return lambda args, num_steps: jax.device_get(compiled(*args, np.int32(num_steps)))
 
         of_batch = config.attack.batch_norm == 'batch'
-        self._clean = forward(train=True, attacked=False)
-        self._attack = forward(train=of_batch, attacked=True)
-        self._adversarial = forward(train=True, attacked=True)
-        update = distributed.run_on_devices(self._count_in_update, 3)
-        self._update = lambda args: jax.device_get(update(*args))
+        self._clean = on_devices(self._count_forward, train=True, attacked=False)
+        self._attack = on_devices(self._count_forward, train=of_batch, attacked=True)
+        self._adversarial = on_devices(self._count_forward, train=True, attacked=True)
+        self._update = on_devices(self._count_in_update)
 
     def find(self, state: TrainState) -> str | None:
         """Names the first place in the step from a state that is not finite; None if all is.
@@ -275,15 +275,25 @@ class Finder:
         yield _STATE, jax.device_get(_count_in_state(args[0]))
         counts = self._clean(args, 0)
         yield 'clean forward pass', counts
-        order = [layer for layer, _ in counts]
-        for done in range(self._attack_steps):
-            name = f'attack step {done + 1} of {self._attack_steps}, forward pass'
-            yield name, self._attack(args, done)
+        layers = [layer for layer, _ in counts]
+        backward = lambda item: -layers.index(item[0][0])
+        passes = [
+            (f'attack step {done + 1} of {self._attack_steps}, forward pass', self._attack, done)
+            for done in range(self._attack_steps)
+        ]
         if self._attack_steps:
-            yield 'adversarial forward pass', self._adversarial(args, self._attack_steps)
-        gradient, counts = self._update(args)
-        backwards = sorted(gradient.items(), key=lambda item: -order.index(item[0][0]))
-        yield 'backward pass', Counts(backwards)
+            passes.append(('adversarial forward pass', self._adversarial, self._attack_steps))
+        for name, forward, done in passes:
+            counts = forward(args, done)
+            if _is_bad(counts[_IMAGES]):
+                # They come of a gradient at the images before, whose forward pass was finite.
+                gradient, _ = self._update(args, done - 1)
+                gradient = Counts(sorted(gradient.items(), key=backward))
+                name = f'attack step {done} of {self._attack_steps}, backward pass'
+                yield name, gradient | counts
+            yield name, counts
+        gradient, counts = self._update(args, self._attack_steps)
+        yield 'backward pass', Counts(sorted(gradient.items(), key=backward))
         yield 'update', counts
 
     def _count_forward(self, state, arrays, keys, num_steps, train, attacked) -> Counts:
@@ -301,13 +311,14 @@ class Finder:
 
         if attacked:
             images = self._settings['attack'](log_probs, rng, images, labels, num_steps=num_steps)
-        counts = Counts({('', 'the images'): _count(images)})
+        counts = Counts({_IMAGES: _count(images)})
         counts |= count_in_layers(model, variables, images, combine=combine, train=train)
         return jax.tree.map(_over_devices, counts)
 
-    def _count_in_update(self, state, arrays, keys) -> tuple[Counts, Counts]:
-        """Counts in the gradient, and in what the step gives."""
+    def _count_in_update(self, state, arrays, keys, num_steps) -> tuple[Counts, Counts]:
+        """Counts in the gradient, and in what the step gives, with so many steps of the attack."""
         replaced = {
+            'attack': partial(self._settings['attack'], num_steps=num_steps),
             'optimizer': _giving_gradient(self._settings['optimizer']),
             'mean_over_devices': distributed.mean_over_devices,
         }
