@@ -12,7 +12,7 @@ from conftest import ROOT, run_environment, tiny_config
 
 from ensadv import build
 from ensadv.data import batches
-from ensadv.evaluation import evaluator
+from ensadv.evaluation import on_device
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
 from ensadv.training import streams, train
@@ -96,14 +96,14 @@ def test_weights_are_of_the_stream_init():
 
 def test_evaluation_draws_by_its_own_seed_and_the_place_in_the_split():
     places = np.array([5, 0, 1000], np.int32)
-    found = jax.random.key_data(evaluator._keys(np.int32(7), places))
+    found = jax.random.key_data(on_device.keys(np.int32(7), places))
     expected = [jax.random.fold_in(jax.random.key(7), place) for place in places]
     np.testing.assert_array_equal(found, jax.random.key_data(jnp.stack(expected)))
 
 
 def everything():
     """Returns what training and evaluation draw on this process's devices."""
-    evaluation = lambda places: jax.random.key_data(evaluator._keys(0, places))
+    evaluation = lambda places: jax.random.key_data(on_device.keys(0, places))
     places = np.arange(12, dtype=np.int32)
     return *draw(KEYS), distributed.map_examples(evaluation, 0)(places)
 

@@ -1,12 +1,3 @@
 """What is there only because XLA's CPU backend is slow."""
 
-__all__ = [
-    'backend',
-    'conv',
-    'gradients',
-    'means',
-    'onednn',
-    'order',
-    'parts',
-    'processor',
-]
+__all__ = ['backend', 'conv', 'means', 'onednn', 'order', 'parts', 'processor']

@@ -1,15 +1,3 @@
 """Snapshots under attack: the job, its results, the transfer set and the decision planes."""
 
-__all__ = [
-    'attack_settings',
-    'blackbox',
-    'decision_planes',
-    'evaluate',
-    'evaluator',
-    'finished_runs',
-    'pending',
-    'planes',
-    'result_files',
-    'results',
-    'transfer_sets',
-]
+__all__ = ['attack_settings', 'blackbox', 'decision_planes', 'evaluate', 'evaluator']

@@ -7,14 +7,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ensadv import losses, prng
-from ensadv.attacks import driver, registry
-from ensadv.attacks.threat_model import ThreatModel
+from ensadv.attacks import driver
 from ensadv.cpu import parts
-from ensadv.data import batches
+from ensadv.evaluation import on_device
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
 from ensadv.runtime.progress import Bar
@@ -122,7 +119,7 @@ class Evaluator:
 
     def _clean_batch(self, variables, settings, n, batch) -> Verdicts:
         del settings
-        margin = self.compile(n, 'clean', {}, _clean_batch, 1)(variables, batch)
+        margin = self.compile(n, 'clean', {}, on_device.clean_batch, 1)(variables, batch)
         return Verdicts(margin, margin, np.ones(len(margin), bool))
 
     def _attack_batch(self, variables, settings, n, batch) -> Verdicts:
@@ -209,8 +206,8 @@ class Evaluator:
     ) -> np.ndarray:
         """Returns where an attack found the lowest margins, float32 [m, H, W, C].
 
-        The clean image and the start are among the points. Of a loss of `MEMBER_LOSSES`, which is
-        climbed to fool every member, the margin is the largest of the members' ones.
+        The clean image and the start are among the points. A loss of `on_device.MEMBER_LOSSES` is
+        climbed to fool every member, so there the margin is the largest of the members' ones.
 
         Args:
           variables, images, labels, label, split_places: as in `evaluate`.
@@ -238,7 +235,7 @@ class Evaluator:
           label: of the progress.
         """
         n = len(x)
-        step = self.compile(n, 'log_probs', {}, _log_probs_batch, 1)
+        step = self.compile(n, 'log_probs', {}, on_device.log_probs_batch, 1)
         results = []
         with self._progress(total=n, label=label, unit='image') as bar:
             for batch in self.batches(np.arange(n), n):
@@ -255,7 +252,7 @@ class Evaluator:
           variables, images, labels, label: as in `evaluate`.
         """
         n = len(labels)
-        step = self.compile(n, 'members', {}, _member_batch, 1)
+        step = self.compile(n, 'members', {}, on_device.member_batch, 1)
         results = []
         with self._progress(total=n, label=label, unit='image') as bar:
             for batch in self.batches(np.arange(n), n):
@@ -339,9 +336,9 @@ class _HostAttack:
         """
         self._evaluator, self._examples, self._n = evaluator, examples, n
         compile_ = lambda name, f, shared: evaluator.compile(n, name, settings, f, shared)
-        self._begin = compile_('begin', _begin_batch, 2)
-        self._restart = compile_('restart', _restart_batch, 3)
-        self._advance = compile_('advance', _advance_batch, 3)
+        self._begin = compile_('begin', on_device.begin_batch, 2)
+        self._restart = compile_('restart', on_device.restart_batch, 3)
+        self._advance = compile_('advance', on_device.advance_batch, 3)
         self._variables, self._num_steps = variables, np.int32(settings['steps'])
         self._seed = np.int32(settings['seed'])
         self.active = np.arange(len(examples[0]))
@@ -388,92 +385,5 @@ class _HostAttack:
         jax.tree.map(put_leaf, self.progress, progress)
 
 
-# What is compiled: functions of one device's share of a batch, places int32 [B] in the split,
-# images uint8 [B, H, W, C] and labels int32 [B].
-
-
-def _clean_batch(network, settings, variables, batch):
-    del settings
-    _, images, labels = batch
-    return losses.margin(network.log_probs(variables, batches.to_pixels(images)), labels)
-
-
-def _log_probs_batch(network, settings, variables, x):
-    del settings
-    return network.log_probs(variables, x)
-
-
-def _member_batch(network, settings, variables, batch):
-    del settings
-    _, images, labels = batch
-    logits = network.member_logits(variables, batches.to_pixels(images))
-    return jax.vmap(losses.margin, (0, None), 1)(logits, labels)
-
-
 def _or_all(places, n):
     return np.arange(n, dtype=np.int32) if places is None else np.asarray(places, np.int32)
-
-
-def _keys(seed, places):
-    """Returns each example's key: its place's in its split, whatever the batch."""
-    key = prng.key(seed)
-    return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
-
-
-def _attacked(network, settings, variables, num_steps):
-    """Returns an attack, what it attacks, the threat model, and who judges its points."""
-    loss, predict, judge = settings.get('loss'), network.log_probs, losses.margin
-    if loss in MEMBER_LOSSES:
-        predict, judge = network.member_logits, _best_margin
-    # The network gives log-probabilities.
-    loss = (MEMBER_LOSSES | losses.LOSSES).get(loss)
-    attack = registry.make(settings, steps=num_steps, loss=loss)
-    threat = ThreatModel.of(settings)
-    return attack, lambda x: predict(variables, x), threat, judge
-
-
-def _begin_batch(network, settings, variables, seed, batch):
-    places, images, labels = batch
-    # The first state does not depend on the number of steps.
-    attack, predict, threat, judge = _attacked(network, settings, variables, 1)
-    x, keys = batches.to_pixels(images), _keys(seed, places)
-    progress = driver.begin(attack, predict, threat, keys, x, labels, judge=judge)
-    return prng.to_words(progress)
-
-
-def _restart_batch(network, settings, variables, seed, number, batch):
-    places, images, labels, progress = prng.from_words(batch)
-    attack, predict, threat, _ = _attacked(network, settings, variables, 1)
-    x, keys = batches.to_pixels(images), _keys(seed, places)
-    progress = driver.restart(attack, predict, threat, progress, keys, x, labels, number)
-    return prng.to_words(progress)
-
-
-def _advance_batch(network, settings, variables, num_steps, count, batch):
-    _, images, labels, progress = prng.from_words(batch)
-    attack, predict, threat, judge = _attacked(network, settings, variables, num_steps)
-    x = batches.to_pixels(images)
-    progress = driver.advance(
-        attack, predict, threat, progress, x, labels, num_steps=count, judge=judge
-    )
-    return prng.to_words(progress)
-
-
-def _best_margin(member_logits, labels):
-    """Returns the margin of whichever member is the furthest from an error, float32 [B]."""
-    margins = jax.vmap(losses.margin, (0, None))(member_logits, labels)
-    # As in losses.margin: the gradient of max is not to be trusted.
-    furthest = jnp.argmax(jax.lax.stop_gradient(margins), axis=0)
-    return jnp.take_along_axis(margins, furthest[None], axis=0)[0]
-
-
-# What an attack on all members climbs, as a transfer set's does: functions of the members' logits
-# [k, B, classes] and labels [B].
-MEMBER_LOSSES = {
-    # The cross-entropy of the members' mean logits, as in the paper.
-    'mean_logits': lambda logits, labels: losses.cross_entropy(
-        ensemble.combine(logits, 'logits'), labels
-    ),
-    # The margin of the member that still stands: what is left when the mean is fooled already.
-    'best_margin': lambda logits, labels: -_best_margin(logits, labels),
-}

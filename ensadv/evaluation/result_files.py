@@ -47,12 +47,12 @@ class Evaluated(NamedTuple):
 
     def missing(self, units: Iterable[Unit]) -> list[Unit]:
         """Returns which of these units are not there."""
-
-        def is_there(unit: Unit) -> bool:
-            # Whatever the examples' settings, which they tell: nobody would gain from others.
-            return self.has_examples if unit.split == 'examples' else unit in self.results
-
-        return [unit for unit in units if not is_there(unit)]
+        # Examples count whatever their settings, which they tell: nobody would gain from others.
+        return [
+            unit
+            for unit in units
+            if not (self.has_examples if unit.split == 'examples' else unit in self.results)
+        ]
 
 
 NOTHING = Evaluated({}, False)

@@ -3,7 +3,6 @@
 __all__ = [
     'compilation_cache',
     'distributed',
-    'peers',
     'progress',
     'stopping',
     'switches',

@@ -1,0 +1,97 @@
+"""What runs on the devices in an evaluation: functions of one device's share of a batch.
+
+A batch is places int32 [B] in the split, images uint8 [B, H, W, C] and labels int32 [B]; and, of an
+attack that goes on, its progress.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ensadv import losses, prng
+from ensadv.attacks import driver, registry
+from ensadv.attacks.threat_model import ThreatModel
+from ensadv.data import batches
+from ensadv.models import ensemble
+
+
+def clean_batch(network, settings, variables, batch):
+    del settings
+    _, images, labels = batch
+    return losses.margin(network.log_probs(variables, batches.to_pixels(images)), labels)
+
+
+def log_probs_batch(network, settings, variables, x):
+    del settings
+    return network.log_probs(variables, x)
+
+
+def member_batch(network, settings, variables, batch):
+    del settings
+    _, images, labels = batch
+    logits = network.member_logits(variables, batches.to_pixels(images))
+    return jax.vmap(losses.margin, (0, None), 1)(logits, labels)
+
+
+def keys(seed, places):
+    """Returns each example's key: its place's in its split, whatever the batch."""
+    key = prng.key(seed)
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+
+
+def _attacked(network, settings, variables, num_steps):
+    """Returns an attack, what it attacks, the threat model, and who judges its points."""
+    loss, predict, judge = settings.get('loss'), network.log_probs, losses.margin
+    if loss in MEMBER_LOSSES:
+        predict, judge = network.member_logits, _best_margin
+    # The network gives log-probabilities.
+    loss = (MEMBER_LOSSES | losses.LOSSES).get(loss)
+    attack = registry.make(settings, steps=num_steps, loss=loss)
+    threat = ThreatModel.of(settings)
+    return attack, lambda x: predict(variables, x), threat, judge
+
+
+def begin_batch(network, settings, variables, seed, batch):
+    places, images, labels = batch
+    # The first state does not depend on the number of steps.
+    attack, predict, threat, judge = _attacked(network, settings, variables, 1)
+    x, rng = batches.to_pixels(images), keys(seed, places)
+    progress = driver.begin(attack, predict, threat, rng, x, labels, judge=judge)
+    return prng.to_words(progress)
+
+
+def restart_batch(network, settings, variables, seed, number, batch):
+    places, images, labels, progress = prng.from_words(batch)
+    attack, predict, threat, _ = _attacked(network, settings, variables, 1)
+    x, rng = batches.to_pixels(images), keys(seed, places)
+    progress = driver.restart(attack, predict, threat, progress, rng, x, labels, number)
+    return prng.to_words(progress)
+
+
+def advance_batch(network, settings, variables, num_steps, count, batch):
+    _, images, labels, progress = prng.from_words(batch)
+    attack, predict, threat, judge = _attacked(network, settings, variables, num_steps)
+    x = batches.to_pixels(images)
+    progress = driver.advance(
+        attack, predict, threat, progress, x, labels, num_steps=count, judge=judge
+    )
+    return prng.to_words(progress)
+
+
+def _best_margin(member_logits, labels):
+    """Returns the margin of whichever member is the furthest from an error, float32 [B]."""
+    margins = jax.vmap(losses.margin, (0, None))(member_logits, labels)
+    # As in losses.margin: the gradient of max is not to be trusted.
+    furthest = jnp.argmax(jax.lax.stop_gradient(margins), axis=0)
+    return jnp.take_along_axis(margins, furthest[None], axis=0)[0]
+
+
+# What an attack on all members climbs, as a transfer set's does: functions of the members' logits
+# [k, B, classes] and labels [B].
+MEMBER_LOSSES = {
+    # The cross-entropy of the members' mean logits, as in the paper.
+    'mean_logits': lambda logits, labels: losses.cross_entropy(
+        ensemble.combine(logits, 'logits'), labels
+    ),
+    # The margin of the member that still stands: what is left when the mean is fooled already.
+    'best_margin': lambda logits, labels: -_best_margin(logits, labels),
+}
