@@ -50,7 +50,7 @@ class _SwitchParser(flags.BooleanParser):
 
 
 class _ListParser(TupleParser):
-    """Also takes clean,pgd20 without quotes, and 1e3 as a whole number."""
+    """Also takes clean,pgd20_m(loss=margin) without quotes, and 1e3 as a whole number."""
 
     def parse(self, argument: str | tuple) -> tuple:
         if not isinstance(argument, str):
@@ -60,8 +60,9 @@ class _ListParser(TupleParser):
             text = text[1:-1].strip()
         if not text:
             return ()
-        names = [name.strip() for name in text.removesuffix(',').split(',')]
-        if all(map(str.isidentifier, names)):
+        # Between parentheses a comma is the entry's own.
+        names = re.split(r'\s*,\s*(?![^()]*\))', text.removesuffix(',').strip())
+        if all(re.fullmatch(r'[^\W\d]\w*(\([^()\'"]*\))?', name) for name in names):
             return tuple(names)
         try:
             values = super().parse(argument)

@@ -317,6 +317,11 @@ def test_restarts_that_would_be_equal_are_refused(changes, told):
         ('eval.inline', '0', False),
         ('eval.follow', 'Yes', True),
         ('eval.attacks', 'clean,pgd20', ('clean', 'pgd20')),
+        (
+            'eval.attacks',
+            'clean, pgd20_m(loss=margin, restarts=5),pgd5',
+            ('clean', 'pgd20_m(loss=margin, restarts=5)', 'pgd5'),
+        ),
         ('eval.attacks', '[clean, pgd20]', ('clean', 'pgd20')),
         ('eval.attacks', "('clean', 'pgd20')", ('clean', 'pgd20')),
         ('eval.long_attacks', '', ()),
