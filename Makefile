@@ -6,7 +6,7 @@ QUICKSTART_WORKDIR ?= runs/quickstart
 
 # The tests compile without most of XLA's optimiser, which is faster but would hide its mistakes. So
 # the core's known answers run once more, compiled as users compile them.
-FULLY_COMPILED := $(addprefix tests/test_,losses.py norm.py steps.py wiring.py) \
+FULLY_COMPILED := $(addprefix tests/test_,losses.py norm.py step.py wiring.py) \
     tests/test_reference_logits.py::test_logits_are_pytorchs
 
 .PHONY: quickstart test lint benchmark clean
