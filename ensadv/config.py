@@ -202,14 +202,20 @@ def _validate_attacks(config: ConfigDict) -> None:
 def _attack_group(config: ConfigDict, group: str, kind: str) -> None:
     """Checks the settings that a group has of a kind of attack."""
     found = _get(config, group).to_dict()
-    registry.check(kind, {f'{group}.{field}': value for field, value in found.items()}, config.norm)
-    if config.epsilon and 'step_size' in found and not found['step_size']:
-        raise ConfigError(f'{group}.step_size: 0 would be no attack; expected a number > 0')
+    registry.check(kind, f'{group}.', found, config.norm, config.epsilon)
+
+
+def _entry(config: ConfigDict, field: str, text: str) -> registry.Entry:
+    """Returns an entry of a field, whose settings are checked."""
+    entry = registry.entry(text, field)
+    found = dict(config.eval.get(entry.kind, {})) | entry.changes
+    registry.check(entry.kind, f'{field}: {entry.name}: ', found, config.norm, config.epsilon)
+    return entry
 
 
 def _validate_evaluation(config: ConfigDict) -> None:
     group = config.eval
-    for kind in registry.in_config(group):
+    for kind in (kind for kind in registry.KINDS if kind in group):
         _attack_group(config, f'eval.{kind}', kind)
     attacks, long_attacks = tuple(group.attacks), tuple(group.long_attacks)
     if not attacks:
@@ -217,15 +223,9 @@ def _validate_evaluation(config: ConfigDict) -> None:
     named = []
     for field, found in (('eval.attacks', attacks), ('eval.long_attacks', long_attacks)):
         for text in found:
-            entry = registry.entry(text, field)
+            entry = _entry(config, field, text)
             if field == 'eval.long_attacks' and not entry.steps:
                 raise ConfigError(f'{field}: {entry.name} has no steps; it belongs to eval.attacks')
-            changed = dict(group.get(entry.kind, {})) | entry.changes
-            registry.check(
-                entry.kind,
-                {f'{field}: {entry.name}: {k}': v for k, v in changed.items()},
-                config.norm,
-            )
             named.append(entry.name)
     if len(set(named)) != len(named):
         raise ConfigError(
@@ -280,7 +280,7 @@ def _validate_planes(config: ConfigDict) -> None:
             'planes.images: expected places in the test split, whole numbers >= 0, each once, as '
             f'in --config.planes.images="(0, 1, 2)", found {shown(places)}'
         )
-    if not registry.entry(group.attack, 'planes.attack').steps:
+    if not _entry(config, 'planes.attack', group.attack).steps:
         raise ConfigError(
             f'planes.attack: {group.attack} has no steps; expected one of '
             f'{", ".join(registry.KINDS)} with a number of steps, as in '

@@ -203,6 +203,8 @@ def test_entries_of_eval_attacks(text, name, kind, steps, changes):
         ('pgd20_m(steps=3)', "unknown setting 'steps'"),
         ('pgd20_m(restarts=5, start=none)', 'restarts: 5 of them would be equal'),
         ('pgd20_m(step_size=8)', 'pixels are in [0, 1]'),
+        ('pgd20_m(step_size=0)', 'step_size: 0 would be no attack'),
+        ('pgd', 'unknown attack'),
         ('pgd20 m', 'unknown attack'),
         ('clean_m', 'unknown attack'),
         ('pgd0', 'unknown attack'),
@@ -215,6 +217,14 @@ def test_entries_that_cannot_be_meant_are_refused(text, told):
         config_lib.validate(config)
     assert str(caught.value).startswith('eval.attacks')
     assert told in str(caught.value)
+
+
+def test_an_entry_may_be_long():
+    changes = (
+        'step_size=0.00784313725490196, schedule=linear, start=uniform, restarts=5, loss=margin'
+    )
+    entry = registry.entry(f'pgd20_{"long" * 10}({changes})')
+    assert (len(entry.changes), entry.changes['loss']) == (5, 'margin')
 
 
 def test_a_length_is_of_the_norm():

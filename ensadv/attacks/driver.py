@@ -204,8 +204,8 @@ def worst_case(
 ) -> Outcome:
     """Attacks for evaluation: keeps for each example the worst point seen, in one pass.
 
-    More steps or restarts can so never make a network look more robust. The clean image is one of
-    the points: it lies in the ball too.
+    So more steps or restarts never make a network look more robust. The clean image is one of the
+    points, since it lies in the ball too.
 
     Args:
       judge: (outputs, labels) -> margin [B].

@@ -162,8 +162,7 @@ def _entry(text: str, kinds: tuple[str, ...]) -> Entry | None:
     if kind in WITHOUT_SETTINGS:
         return Entry(name, kind) if text == kind else None
     fields = {field.name: field for field in dataclasses.fields(KINDS[kind].settings)}
-    needed = fields['steps'].default is dataclasses.MISSING if 'steps' in fields else False
-    if not 1 <= steps <= MAX_STEPS if digits else needed:
+    if not 1 <= steps <= MAX_STEPS:
         return None
     return Entry(name, kind, steps, suffix, _changes(text, changes, fields) if changes else {})
 
@@ -208,7 +207,8 @@ def entry(text: str, field: str = 'eval.attacks') -> Entry:
       ConfigError: for any other text.
     """
     try:
-        found = _entry(values.shown(text), tuple(KINDS))
+        # The whole text, of which a message may show less; what is no text is no entry either.
+        found = _entry(text, tuple(KINDS)) if isinstance(text, str) else None
     except ConfigError as error:
         raise ConfigError(f'{field}: {error}') from error
     if found is None:
@@ -239,11 +239,6 @@ def names(group: Mapping[str, Any]) -> tuple[str, ...]:
     """
     found = tuple(entry(text).name for text in group['attacks'])
     return (*found, 'blackbox') if group['blackbox_path'] and 'blackbox' not in found else found
-
-
-def in_config(group: Mapping[str, Any]) -> list[str]:
-    """Returns the kinds of attacks whose settings a config has."""
-    return [kind for kind in KINDS if kind in group]
 
 
 def defaults(kind: str, epsilon: Any) -> dict[str, Any]:
@@ -277,29 +272,28 @@ def settings(group: Mapping[str, Any], found: Entry, epsilon: float) -> dict[str
     return {field: known[field] for field in fields if field in known}
 
 
-def check(kind: str, found: Mapping[str, Any], norm: str) -> None:
+def check(
+    kind: str, prefix: str, found: Mapping[str, Any], norm: str, epsilon: float | None = None
+) -> None:
     """Raises ConfigError unless settings are what their declaration allows.
 
     Args:
-      kind: the attack's. Of a kind without settings nothing is checked.
-      found: values by their names in messages, whose last part is the setting's; not all need be
-        there.
-      norm: the threat model's.
+      kind: the attack's. Nothing is checked for a kind without settings.
+      prefix: what messages put before a setting's name, as 'eval.pgd.'.
+      found: values by setting; what the kind does not declare is passed over.
+      norm, epsilon: the threat model's.
     """
     if kind not in KINDS:
         return
     declared = {field.name: field for field in dataclasses.fields(KINDS[kind].settings)}
-    by_field = {}
-    for name, value in found.items():
-        field = re.split(r'[. ]', name)[-1]
-        if field in declared:
-            if declare := declared[field].metadata.get('check'):
-                declare(name, value, norm)
-            by_field[field] = value
-    if hasattr(KINDS[kind].settings, 'check') and found:
-        name = next(iter(found))
-        prefix = name.removesuffix(re.split(r'[. ]', name)[-1])
-        KINDS[kind].settings.check(prefix, by_field)
+    known = {name: value for name, value in found.items() if name in declared}
+    for name, value in known.items():
+        if check_value := declared[name].metadata.get('check'):
+            check_value(f'{prefix}{name}', value, norm)
+    if epsilon and known.get('step_size') == 0:
+        raise ConfigError(f'{prefix}step_size: 0 would be no attack; expected a number > 0')
+    if hasattr(KINDS[kind].settings, 'check'):
+        KINDS[kind].settings.check(prefix, known)
 
 
 def make(found: Mapping[str, Any], **changes: Any) -> Any:

@@ -40,7 +40,7 @@ class LongVerdicts(NamedTuple):
       margin: float32 [n], the lowest until the example left.
       has_gradient: as in `Verdicts`.
       fooled_at: int32 [n], gradient steps, over all restarts, when the example first was an error
-        (0: as the clean image or at the start); attacks.NEVER where it stood.
+        (0: as the clean image or at the start); driver.NEVER where it stood.
       steps: the numbers of steps of the curve, which is that of the first restart.
       stands: bool [len(steps), n], whether no iterate so far was an error.
       iterate_margin: float32 [len(steps), m], the current iterate's, of the m examples that stayed.
