@@ -206,8 +206,14 @@ def _attack_group(config: ConfigDict, group: str, kind: str) -> None:
 
 
 def _entry(config: ConfigDict, field: str, text: str) -> registry.Entry:
-    """Returns an entry of a field, whose settings are checked."""
+    """Returns an entry of a field, whose name and settings are checked."""
     entry = registry.entry(text, field)
+    # Under a name that does not tell, the report would show one attack's numbers as another's.
+    if bool(entry.suffix) != bool(entry.changes):
+        raise ConfigError(
+            f"{field}: '{shown(text)}': an attack with settings of its own has a name of its own, "
+            'and the other way round, as in pgd20_margin(loss=margin)'
+        )
     found = dict(config.eval.get(entry.kind, {})) | entry.changes
     registry.check(entry.kind, f'{field}: {entry.name}: ', found, config.norm, config.epsilon)
     return entry
@@ -280,7 +286,8 @@ def _validate_planes(config: ConfigDict) -> None:
             'planes.images: expected places in the test split, whole numbers >= 0, each once, as '
             f'in --config.planes.images="(0, 1, 2)", found {shown(places)}'
         )
-    if not _entry(config, 'planes.attack', group.attack).steps:
+    listed = registry.entries(config.eval).get(group.attack)
+    if not (listed or _entry(config, 'planes.attack', group.attack)).steps:
         raise ConfigError(
             f'planes.attack: {group.attack} has no steps; expected one of '
             f'{", ".join(registry.KINDS)} with a number of steps, as in '

@@ -205,6 +205,8 @@ def test_entries_of_eval_attacks(text, name, kind, steps, changes):
         ('pgd20_m(step_size=8)', 'pixels are in [0, 1]'),
         ('pgd20_m(step_size=0)', 'step_size: 0 would be no attack'),
         ('pgd', 'unknown attack'),
+        ('pgd20_margin', 'as in pgd20_margin(loss=margin)'),
+        ('pgd20(loss=margin)', 'as in pgd20_margin(loss=margin)'),
         ('pgd20 m', 'unknown attack'),
         ('clean_m', 'unknown attack'),
         ('pgd0', 'unknown attack'),

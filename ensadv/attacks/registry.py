@@ -196,8 +196,8 @@ def _value(text: str) -> Any:
 def entry(text: str, field: str = 'eval.attacks') -> Entry:
     """Parses an entry of eval.attacks, or the name of a result.
 
-    'pgd20' is PGD with 20 steps and the settings of the config's group eval.pgd. 'pgd20_margin' is
-    another name of that, and 'pgd20_margin(loss=margin)' one with a setting of its own.
+    'pgd20' is PGD with 20 steps and the settings of the config's group eval.pgd, and
+    'pgd20_margin(loss=margin)' one with a setting of its own, whose results are 'pgd20_margin'.
 
     Args:
       text: the entry.
