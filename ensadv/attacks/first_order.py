@@ -33,7 +33,7 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class IFGSM(registry.IFGSMSettings):
-    """Steps along the steepest direction (Kurakin et al., 2016): of linf the gradient's signs.
+    """Steps along the steepest direction (Kurakin et al., 2016): for linf the gradient's signs.
 
     >>> attack = IFGSM(steps=7, step_size=2 / 255, start='uniform')
     >>> attack.restarts
@@ -130,7 +130,7 @@ class PGD(registry.PGDSettings, IFGSM):
         return jax.vmap(_ADAM.init)(x)
 
     def move(self, threat: ThreatModel, gradient: Array, memory: Any) -> tuple[Array, Any]:
-        """Returns Adam's update, of l2 at length 1, and its state."""
+        """Returns Adam's update, for l2 scaled to length 1, and its state."""
         update, memory = jax.vmap(lambda g, state: _ADAM.update(g, state))(gradient, memory)
         return threat.unit(update), memory
 

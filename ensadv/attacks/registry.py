@@ -55,8 +55,8 @@ class IFGSMSettings:
 
     Attributes:
       steps: gradient steps of each restart.
-      step_size: a step's length in the threat model's norm; of linf, pixels.
-      schedule: of the step size: 'constant', or 'linear' or 'cosine' from it down to 0.
+      step_size: a step's length in the threat model's norm; for linf in pixels.
+      schedule: how the step size changes: 'constant', or 'linear' or 'cosine' down to 0.
       start: 'gaussian', 'uniform' (in the ball) or 'none' (the image itself).
       sigma: the gaussian start's size, a length; needed for it alone.
       restarts: independent starts, each with the full number of steps.

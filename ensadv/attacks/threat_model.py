@@ -23,7 +23,7 @@ class ThreatModel:
 
     Attributes:
       norm: 'linf' or 'l2', of all pixel values of an image.
-      epsilon: the radius, >= 0, for pixels in [0, 1]. Of linf it is at most 1.
+      epsilon: the radius, >= 0, for pixels in [0, 1]; at most 1 for linf.
 
     Raises:
       ValueError: for another norm or radius.
@@ -52,7 +52,7 @@ class ThreatModel:
         return cls(found.get('norm', 'linf'), found['epsilon'])
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what `of` takes; results of linf say nothing of the norm, as they never did."""
+        """Returns what `of` takes. Results for linf omit the norm, as those of old versions do."""
         return {'epsilon': self.epsilon} | ({} if self.norm == 'linf' else {'norm': self.norm})
 
     def check_length(self, name: str, value: float) -> None:
@@ -64,9 +64,9 @@ class ThreatModel:
             raise ValueError(f'{name}: expected a number in {where}, found {value}')
 
     def project(self, x_adv: Array, x: Array) -> Array:
-        """Returns points of the ball and the box near x_adv; the nearest ones of the ball of linf.
+        """Moves points into the ball and the box: for linf to the nearest point of both.
 
-        Of l2 the point goes to the ball first and then to the box, which leaves it in both.
+        For l2 a point is moved into the ball and then into the box, which leaves it in the ball.
 
         Args:
           x_adv: points [B, H, W, C].
@@ -76,7 +76,7 @@ class ThreatModel:
             low, high = jnp.maximum(x - self.epsilon, 0), jnp.minimum(x + self.epsilon, 1)
             return jnp.clip(x_adv, low, high)
         move = x_adv - x
-        # Within the ball it stays to the bit; beyond, rounding is not to leave it outside.
+        # A point in the ball keeps its bits. The factor keeps rounding from leaving others outside.
         too_long = self.distance(x_adv, x) > self.epsilon
         shorter = move * _each(self.epsilon * (1 - 1e-6) / _length(move), x)
         return jnp.clip(jnp.where(_each(too_long, x), x + shorter, x_adv), 0, 1)
@@ -87,8 +87,8 @@ class ThreatModel:
         Args:
           rng: keys [B], one per example.
           x: images [B, H, W, C] in [0, 1].
-          sigma: a length: of linf each pixel's standard deviation, of l2 that of the whole move,
-            sigma / sqrt(H W C) each pixel.
+          sigma: for linf the standard deviation of each pixel; for l2 the length of the whole
+            move (its root mean square), so sigma / sqrt(H W C) for each pixel.
         """
         shape = x.shape[1:]
         if self.norm == 'l2':
@@ -119,7 +119,7 @@ class ThreatModel:
     def steepest(self, gradient: Array) -> Array:
         """Returns the moves of length 1 along which a loss grows fastest; 0 for a gradient of 0.
 
-        Of linf they are the gradient's signs, of l2 the gradient over its length.
+        For linf these are the gradient's signs, for l2 the gradient divided by its length.
 
         Args:
           gradient: [B, H, W, C].
@@ -127,10 +127,10 @@ class ThreatModel:
         return jnp.sign(gradient) if self.norm == 'linf' else self.unit(gradient)
 
     def unit(self, moves: Array) -> Array:
-        """Returns moves [B, H, W, C] at length 1. Those of linf have it, as Adam's updates do."""
+        """Returns moves [B, H, W, C] scaled to length 1; for linf, Adam's are about that long."""
         if self.norm == 'linf':
             return moves
-        # Squares of gradients of a confident network are no float32 numbers.
+        # The squares of a confident network's gradients underflow in float32.
         largest = jnp.max(jnp.abs(moves), axis=tuple(range(1, moves.ndim)))
         scaled = moves / _each(jnp.where(largest > 0, largest, 1), moves)
         return scaled / _each(_length(scaled), moves)
