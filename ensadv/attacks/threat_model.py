@@ -127,7 +127,10 @@ class ThreatModel:
         return jnp.sign(gradient) if self.norm == 'linf' else self.unit(gradient)
 
     def unit(self, moves: Array) -> Array:
-        """Returns moves [B, H, W, C] scaled to length 1; for linf, Adam's are about that long."""
+        """Returns moves [B, H, W, C] scaled to length 1; for linf as they are.
+
+        For linf the moves are Adam's, which are about that long.
+        """
         if self.norm == 'linf':
             return moves
         # The squares of a confident network's gradients underflow in float32.
