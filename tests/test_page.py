@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ensadv.report import drawing, page
-from ensadv.report.page import Claim, FigureBlock, Items, Section, TableBlock, Text
+from ensadv.report.page import Claim, FigureBlock, Section
 from ensadv.report.tables import Row, Table
 
 EVIL = '<script>console.error("evil")</script> & "quotes"'
@@ -85,7 +85,7 @@ def test_a_page_has_a_title_facts_and_contents_that_lead_to_sections():
 
 
 def test_blocks_come_in_order():
-    parsed = render(Text('first'), Items(['second', 'third']), Text('fourth'))
+    parsed = render('first', ['second', 'third'], [], '', 'fourth')
     assert parsed.texts('section')[0].split() == ['One', 'first', 'second', 'third', 'fourth']
 
 
@@ -96,7 +96,7 @@ def test_a_table_has_a_caption_scopes_kinds_and_notes():
         Row(('the paper', '43', ''), 'paper'),
         Row(('WRN-28-10', '43', ''), 'paper'),
     )
-    parsed = render(TableBlock(table(*rows, notes=('ε = 8/255.',))))
+    parsed = render(table(*rows, notes=('ε = 8/255.',)))
     assert parsed.texts('caption') == ['Table 1a']
     heads = [(attributes['scope'], text) for attributes, text in parsed.find('th')]
     assert heads == [
@@ -122,7 +122,7 @@ def test_a_table_has_a_caption_scopes_kinds_and_notes():
     ],
 )
 def test_columns_of_numbers_are_known(cells, numeric):
-    block = TableBlock(table(*(Row(('name', cell)) for cell in cells), header=('a', 'b')))
+    block = table(*(Row(('name', cell)) for cell in cells), header=('a', 'b'))
     assert block.numeric == [False, numeric]
     classes = [attributes.get('class') for attributes, _ in render(block).find('th')[:2]]
     assert classes == [None, 'number' if numeric else None]
@@ -152,11 +152,11 @@ def full() -> str:
     """A page with every kind of block, and markup in every text."""
     rows = (Row((EVIL, '43.0', EVIL)), Row((EVIL, '1', ''), 'paper'))
     blocks = [
-        Text(EVIL),
-        Items([EVIL]),
-        TableBlock(Table('table1a', EVIL, ('a', 'b', EVIL), rows, (EVIL,))),
+        EVIL,
+        [EVIL],
+        Table('table1a', EVIL, ('a', 'b', EVIL), rows, (EVIL,)),
         # Wider than a phone's screen.
-        TableBlock(table(Row(('x' * 40,) * 9), header=('y' * 20,) * 9)),
+        table(Row(('x' * 40,) * 9), header=('y' * 20,) * 9),
         figure_block(caption=EVIL, alt=EVIL),
         Claim(EVIL, 'supported', [EVIL]),
     ]

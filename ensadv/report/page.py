@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,48 +13,11 @@ from ensadv.report.tables import Table
 VERDICTS = ('supported', 'not supported', 'too little data')
 _PIXELS_PER_INCH = 200  # of the figures
 _SHOWN_PER_INCH = 124  # CSS pixels, so that the figures' 7 points read as 9
-# A number, perhaps signed or bounded, or what stands for one that is missing.
-_NUMBER = re.compile(r'\s*([-+−±×<>≤≥~≈[(]*\s*[.\d]|([-–—?]|n/a)?\s*$)')
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    paragraph: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Items:
-    """A list."""
-
-    items: Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class TableBlock:
-    """A table; its name is its anchor."""
-
-    table: Table
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Whether a column's cells, those of the paper and missing ones among them, are numbers."""
-        columns = zip(*(row.cells for row in self.table.rows), strict=True)
-        found = [all(_NUMBER.match(cell) for cell in column) for column in columns]
-        return found or [False] * len(self.table.header)
 
 
 @dataclasses.dataclass(frozen=True)
 class FigureBlock:
-    """A figure.
-
-    Attributes:
-      png: the image, at 200 dots per inch of the printed figure.
-      caption: written beneath.
-      alt: what it shows, for those who do not see it.
-      name: its anchor.
-    """
+    """A figure: a PNG of 200 dots per inch, its caption, what it shows in words, and its anchor."""
 
     png: bytes
     caption: str
@@ -78,31 +40,20 @@ class FigureBlock:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim and what the data say of it.
-
-    Attributes:
-      statement: the claim.
-      verdict: one of VERDICTS.
-      details: the evidence, a sentence or more each.
-    """
+    """A claim, what the data say of it (one of `VERDICTS`), and the evidence in sentences."""
 
     statement: str
     verdict: str
     details: Sequence[str]
 
 
-Block = Text | Items | TableBlock | FigureBlock | Claim
+# A string is a paragraph, and a list of them a list. What is empty is not shown.
+Block = str | list[str] | Table | FigureBlock | Claim
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page, under a heading and in the contents.
-
-    Attributes:
-      title: the heading.
-      anchor: its name in links.
-      blocks: from the top.
-    """
+    """A part of the page, under a heading and in the contents; nothing if its blocks are empty."""
 
     title: str
     anchor: str
@@ -110,12 +61,9 @@ class Section:
 
 
 def render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
-    """Returns the page.
+    """Returns the page: title, (what, value) pairs as the date, and sections from the top.
 
-    Args:
-      title: its heading, and the window's.
-      facts: (what, value) pairs beneath it, as the date.
-      sections: from the top. All text is plain: what looks like markup is shown as it is.
+    All text is plain: what looks like markup is shown as it is.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -54,11 +54,11 @@ class Writer:
 
     def table(
         self, table: tables.Table, header: Sequence[str], rows: Sequence[Sequence[Any]]
-    ) -> page.TableBlock:
+    ) -> tables.Table:
         """Writes a table as LaTeX and its numbers as CSV; returns its place on the page."""
         self.text(f'{table.name}.csv', tables.to_csv(header, rows))
         self.text(f'{table.name}.tex', tables.to_latex(table))
-        return page.TableBlock(table)
+        return table
 
     def remove_old(self) -> None:
         """Removes figures and tables of an earlier report that this one has not."""
@@ -71,7 +71,7 @@ class Writer:
 def claims(outcomes: findings.Outcomes, notes: Sequence[str]) -> page.Section:
     """The paper's claims; nothing where none can be judged."""
     blocks = findings.judge_claims(outcomes, notes)
-    text = page.Text(
+    text = (
         'In robust accuracy of the last snapshots, under the attack with the most steps that all '
         'runs have. Supported: the whole 95 % interval of the difference is above 0, with '
         f'{findings.SEEDS_NEEDED} or more seeds of each system.'
@@ -80,12 +80,8 @@ def claims(outcomes: findings.Outcomes, notes: Sequence[str]) -> page.Section:
 
 
 def accuracy(numbers: Sequence[table1.Numbers], notes: Sequence[str]) -> page.Section:
-    blocks = [page.TableBlock(each.table) for each in numbers]
-    return page.Section('Accuracy', 'accuracy', [*blocks, *_list(notes)])
-
-
-def _list(items: Sequence[str]) -> list[page.Items]:
-    return [page.Items(items)] if items else []
+    blocks = [each.table for each in numbers]
+    return page.Section('Accuracy', 'accuracy', [*blocks, notes])
 
 
 def over_training(collection: Collection, writer: Writer) -> page.Section:
@@ -261,8 +257,7 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
     alt = 'Test images, adversarial images and perturbations, with predictions before and after'
     blocks: list[Any] = [writer.figure('figure_examples', figure, caption, alt)]
     if left_out:
-        text = f'No examples, or others, are stored for {", ".join(left_out)}.'
-        blocks.append(page.Text(text))
+        blocks.append(f'No examples, or others, are stored for {", ".join(left_out)}.')
     return page.Section('Examples', 'examples', blocks)
 
 
@@ -315,7 +310,7 @@ def decision_planes(collection: Collection, writer: Writer) -> page.Section:
             try:
                 planes = plane_files.read(path)
             except UserError as error:
-                blocks.append(page.Text(f'Left out: {error}.'))
+                blocks.append(f'Left out: {error}.')
                 continue
             # Two runs may have files of the same name, as 'members'.
             stem = path.stem if path.stem.startswith(run.name) else f'{run.name}_{path.stem}'
@@ -338,8 +333,8 @@ def _in_grey(images: np.ndarray) -> str:
 
 
 def how_made(collection: Collection) -> page.Section:
-    return page.Section(basis.TITLE, 'basis', _list(basis.all_of_it(collection)))
+    return page.Section(basis.TITLE, 'basis', [basis.all_of_it(collection)])
 
 
 def apart(collection: Collection) -> page.Section:
-    return page.Section(basis.APART_TITLE, 'apart', _list(basis.apart(collection)))
+    return page.Section(basis.APART_TITLE, 'apart', [basis.apart(collection)])

@@ -22,16 +22,15 @@ _LATEX = {
     **{character: f'\\{character}' for character in '{}&%$#_'},
 }
 _INDENT = '\N{NO-BREAK SPACE}' * 2  # which Markdown keeps
+# A number, perhaps signed or bounded, or what stands for one that is missing.
+_NUMBER = re.compile(r'\s*([-+−±×<>≤≥~≈[(]*\s*[.\d]|([-–—?]|n/a)?\s*$)')
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a table.
+    """A row's cells, and its kind.
 
-    Attributes:
-      cells: one for each column.
-      kind: '' for ours, 'secondary' for a second reading of the row above, 'paper' for the
-        paper's numbers.
+    That is '' for ours, 'secondary' for a second reading of the row above, 'paper' for the paper's.
     """
 
     cells: tuple[str, ...]
@@ -40,14 +39,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table: the name of its file and anchor, as 'table1a', and what is printed, from the top.
 
-    Attributes:
-      name: of its file and of its anchor, as in 'table1a'.
-      title: one line.
-      header: what the columns are.
-      rows: from the top.
-      notes: what the numbers rest on, a sentence or more each.
+    The notes say what the numbers rest on, a sentence or more each.
     """
 
     name: str
@@ -58,6 +52,13 @@ class Table:
 
     def __post_init__(self):
         _check_lengths(self.header, [row.cells for row in self.rows])
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether a column's cells, those of the paper and missing ones among them, are numbers."""
+        columns = zip(*(row.cells for row in self.rows), strict=True)
+        found = [all(_NUMBER.match(cell) for cell in column) for column in columns]
+        return found or [False] * len(self.header)
 
 
 def _check_lengths(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -104,9 +105,7 @@ def to_markdown(table: Table) -> str:
 def to_csv(header: Sequence[str], rows: Sequence[Sequence[str | float | int | None]]) -> str:
     """Returns numbers as CSV (RFC 4180, but lines end in '\\n').
 
-    Args:
-      header: the columns' names.
-      rows: None is an empty cell; floats are written so that they read back the same.
+    None is an empty cell; floats are written so that they read back the same.
     """
     _check_lengths(header, rows)
     text = io.StringIO(newline='')

@@ -42,7 +42,7 @@ def write(root: epath.Path) -> epath.Path:
         sections.how_made(collection),
         sections.apart(collection),
     ]
-    parts = [part for part in parts if part.blocks]
+    parts = [part for part in parts if any(part.blocks)]
     writer.remove_old()
     title = f'{root.name}: adversarially trained ensembles'
     path = writer.folder / 'report.html'
