@@ -158,7 +158,7 @@ def test_of_other_systems_no_claim_is_judged(tmp_path, changes, reason):
     assert reason in sentence
     # What a study of one's own wants is there.
     (difference,) = findings.differences(outcomes_of(tmp_path), 'pgd20')
-    assert (difference.first, difference.points) == ('Ensemble2Adv', pytest.approx(80))
+    assert (difference.first, difference.difference_points) == ('Ensemble2Adv', pytest.approx(80))
 
 
 def test_what_the_systems_wrote_down_is_the_papers(tmp_path):
@@ -213,11 +213,12 @@ def test_differences_by_hand(tmp_path):
     write(tmp_path, 'singleadv', 50, 40, 45)
     write(tmp_path, 'ensemble2adv', 60, 70)
     d = outcomes_of(tmp_path).difference('Ensemble2Adv', 'SingleAdv', 'pgd20')
-    assert (d.points, d.seeds, d.n) == (pytest.approx(65 - 45), (2, 3), 100)
+    assert (d.difference_points, d.n) == (pytest.approx(65 - 45), 100)
+    assert (d.seeds_first, d.seeds_second) == (2, 3)
     assert d.low < 20 < d.high
     # Of the first two seeds each: d_i is 1 for examples 40..49, 2 for 50..59, 1 for 60..69, and
     # z^2 = 40^2 / (10 + 40 + 10). Of one degree of freedom, P(chi^2 > z^2) = erfc(z / sqrt(2)).
-    assert d.p == pytest.approx(math.erfc(math.sqrt(1600 / 60 / 2)))
+    assert d.p_mcnemar == pytest.approx(math.erfc(math.sqrt(1600 / 60 / 2)))
     table = findings.differences_table([d])
     assert table.rows[0].cells[:2] == ('Ensemble2Adv − SingleAdv', '+20.0')
     assert table.rows[0].cells[3:] == ('< 0.0001', '2, 3')
@@ -230,9 +231,9 @@ def test_one_seed_each_is_tested_exactly(tmp_path):
         config = run_config(system)
         write_run(tmp_path / system, config, {40: {'clean': 1.0, 'ifgsm5': 0.5, 'pgd20': right}})
     d = outcomes_of(tmp_path).difference('Ensemble2Adv', 'SingleAdv', 'pgd20')
-    assert d.points == pytest.approx(4)
+    assert d.difference_points == pytest.approx(4)
     # Only Ensemble2Adv: 5, only SingleAdv: 1. Two-sided: 2 (1 + 6) / 2^6.
-    assert d.p == pytest.approx(14 / 64)
+    assert d.p_mcnemar == pytest.approx(14 / 64)
     notes = findings.differences_table([d]).notes
     assert any(note.startswith('One seed each: the interval does not') for note in notes)
 

@@ -70,7 +70,7 @@ def test_a_column_for_each_settings_and_the_worst_case_counts(tmp_path):
     outcomes = findings.read_outcomes(found.collection)
     assert outcomes.strongest == 'pgd20 worst case'
     # By either loss alone, or by the better of the two for each run, it would be another.
-    assert outcomes.difference('SingleAdv', 'Baseline', outcomes.strongest).points == 15
+    assert outcomes.difference('SingleAdv', 'Baseline', outcomes.strongest).difference_points == 15
     (line,) = (each for each in basis.settings(found.collection) if each.startswith(BOTH[1]))
     assert 'loss margin' in line
 

@@ -93,7 +93,7 @@ class Report:
 
     def csv(self, table: str, **wanted: str) -> list[dict[str, str]]:
         """Returns the rows of the CSV in which these columns have these values."""
-        text = to_csv(table1.CSV_HEADER, self.numbers[table].rows)
+        text = to_csv(table1.CsvRow._fields, self.numbers[table].rows)
         rows = list(csv.DictReader(io.StringIO(text)))
         assert all(row['table'] == table for row in rows)
         return [row for row in rows if wanted.items() <= row.items()]

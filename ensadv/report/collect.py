@@ -20,15 +20,17 @@ from ensadv.storage import files, selection, workdir
 class Collection:
     """Runs whose numbers can stand side by side, and those whose cannot.
 
-    Attributes:
-      runs: ordered by system and seed; systems in the order of the paper, then by name.
-      apart: (name, reason) of every other run.
-      notes: what readers should know of the runs, a sentence each.
+    The runs are ordered by system and seed, the systems as in the paper, then by name. Of every
+    other run `apart` has its name and the reason.
     """
 
     runs: Sequence[Run]
     apart: Sequence[tuple[str, str]]
-    notes: Sequence[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What readers should know of the runs, a sentence each."""
+        return comparable.notes_on(self.runs, self.over_training)
 
     @property
     def systems(self) -> dict[str, list[Run]]:
@@ -70,14 +72,9 @@ class Collection:
 
 
 def collect(root: epath.Path, order: Sequence[str]) -> Collection:
-    """Reads the runs below a directory, or the one in it.
+    """Reads the runs below a directory, or the one in it; raises UserError if none is there.
 
-    Args:
-      root: the directory.
-      order: of systems; others follow by name.
-
-    Raises:
-      UserError: if no run is there.
+    Systems are in the given order; others follow by name.
     """
     paths = list(find(root))
     if not paths:
@@ -107,9 +104,7 @@ def collect(root: epath.Path, order: Sequence[str]) -> Collection:
         runs = [run for run in runs if run not in reasons]
     labels = comparable.labels(runs)
     runs = worst_case.add([dataclasses.replace(run, labels=labels) for run in runs])
-    collection = Collection(runs, sorted(apart), [])
-    notes = comparable.notes_on(runs, collection.over_training)
-    return dataclasses.replace(collection, notes=notes)
+    return Collection(runs, sorted(apart))
 
 
 def strongest(attacks: Sequence[str], runs: Sequence[Run]) -> str | None:
@@ -118,10 +113,6 @@ def strongest(attacks: Sequence[str], runs: Sequence[Run]) -> str | None:
     That is the worst case, where there is one. Else it is by the mean over the runs that have it at
     their last step. An example without a gradient is not fooled, and so makes no attack a strong
     one.
-
-    Args:
-      attacks: labels.
-      runs: labelled.
     """
 
     def standing(label: str) -> tuple[float, bool]:

@@ -35,33 +35,23 @@ CLAIMS = {
 }
 SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = VERDICTS
 
-DIFFERENCES_HEADER = (
-    'attack', 'first', 'second', 'difference_points', 'low', 'high', 'p_mcnemar', 'seeds_first',
-    'seeds_second', 'n',
-)  # fmt: skip
-
 
 class Difference(NamedTuple):
-    """The first system's robust accuracy minus the second's.
+    """The first system's robust accuracy minus the second's under an attack; a row of the CSV.
 
-    Attributes:
-      first, second: the systems.
-      attack: its name.
-      points: the difference of the means over seeds, in points.
-      low, high: of the 95 % interval, in points.
-      p: of McNemar's test; as many seeds of each as both have.
-      seeds: of the first and of the second.
-      n: examples.
+    It is of the means over seeds, with a 95 % interval, both in points. McNemar's p is of as many
+    seeds of each as both have.
     """
 
+    attack: str
     first: str
     second: str
-    attack: str
-    points: float
+    difference_points: float
     low: float
     high: float
-    p: float
-    seeds: tuple[int, int]
+    p_mcnemar: float
+    seeds_first: int
+    seeds_second: int
     n: int
 
 
@@ -69,19 +59,14 @@ class Difference(NamedTuple):
 class Outcomes:
     """Which examples each run's last snapshot gets right, and bootstrap samples of that.
 
-    Attributes:
-      systems: the runs by system, of those whose ledgers could be read.
-      attacks: those that all of these runs have.
-      correct: bool [attacks, runs, n], runs in the order of `systems`.
-      resampled: float64 [num, attacks, runs], see `significance.resample`.
-      notes: what was left out.
-      strongest: the attack by which robustness is judged, see `collect.strongest`.
+    The runs are by system, without those whose ledgers could not be read; the attacks are those
+    that all of them have. `strongest` is the one by which robustness is judged.
     """
 
     systems: Mapping[str, Sequence[Run]]
     attacks: Sequence[str]
-    correct: np.ndarray
-    resampled: np.ndarray
+    correct: np.ndarray  # bool [attacks, runs, n], runs in the order of `systems`
+    resampled: np.ndarray  # float64 [num, attacks, runs], see `significance.resample`
     notes: Sequence[str]
     strongest: str | None
 
@@ -97,13 +82,14 @@ class Outcomes:
         correct = self.correct[number]
         both = min(len(a), len(b))
         return Difference(
+            attack,
             first,
             second,
-            attack,
             100 * float(np.mean(correct[a]) - np.mean(correct[b])),
             *significance.difference_interval(self.resampled[:, number], a, b),
             significance.clustered_mcnemar(correct[a[:both]], correct[b[:both]]),
-            (len(a), len(b)),
+            len(a),
+            len(b),
             correct.shape[1],
         )
 
@@ -175,10 +161,10 @@ def differences_table(found: Sequence[Difference]) -> Table:
         Row(
             (
                 f'{d.first} − {d.second}',
-                _signed(d.points),
+                _signed(d.difference_points),
                 f'{_signed(d.low)} to {_signed(d.high)}',
-                p_value(d.p),
-                f'{d.seeds[0]}, {d.seeds[1]}',
+                p_value(d.p_mcnemar),
+                f'{d.seeds_first}, {d.seeds_second}',
             )
         )
         for d in found
@@ -193,7 +179,8 @@ def differences_table(found: Sequence[Difference]) -> Table:
 
 
 def _differences_notes(found: Sequence[Difference]) -> list[str]:
-    fewest, most = (f(min(d.seeds) for d in found) for f in (min, max))
+    seeds = [(d.seeds_first, d.seeds_second) for d in found]
+    fewest, most = (extreme(map(min, seeds)) for extreme in (min, max))
     notes = [
         f'n = {found[0].n:,} test examples. Interval: percentile bootstrap, 10,000 draws, of the '
         'examples (the same for both systems) and, where a system has several, of its seeds (S - 1 '
@@ -202,7 +189,7 @@ def _differences_notes(found: Sequence[Difference]) -> list[str]:
         "p: McNemar's test of these networks on these examples, exact with one seed each, else "
         'with examples as clusters. It says nothing about networks from other seeds.',
     ]
-    if any(a != b for a, b in (d.seeds for d in found)):
+    if any(a != b for a, b in seeds):
         notes.append('Where one system has more seeds, p uses as many of them as the other has.')
     if len(found) > 1:
         notes.append(
@@ -272,11 +259,11 @@ def _judge(pair: tuple[str, str], outcomes: Outcomes, its: set[str]) -> tuple[st
         return TOO_LITTLE, f'{first} − {second}: no {lacking}.'
     d = outcomes.difference(first, second, outcomes.strongest)
     text = (
-        f'{first} − {second}: {_signed(d.points)} points ({_signed(d.low)} to {_signed(d.high)}) '
-        f'under {attack_name(d.attack)}; seeds {d.seeds[0]} and {d.seeds[1]}, n = {d.n:,}, McNemar '
-        f'p {p_value(d.p)}'
+        f'{first} − {second}: {_signed(d.difference_points)} points ({_signed(d.low)} to '
+        f'{_signed(d.high)}) under {attack_name(d.attack)}; seeds {d.seeds_first} and '
+        f'{d.seeds_second}, n = {d.n:,}, McNemar p {p_value(d.p_mcnemar)}'
     )
-    if min(d.seeds) < SEEDS_NEEDED:
+    if min(d.seeds_first, d.seeds_second) < SEEDS_NEEDED:
         return TOO_LITTLE, f'{text}; a claim needs {SEEDS_NEEDED} seeds of each.'
     if d.high < 0:
         return NOT_SUPPORTED, f'{text}; the data say the opposite.'

@@ -1,5 +1,6 @@
 """The report's sections: each writes its files, and returns its part of the page."""
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -180,18 +181,14 @@ def differences(outcomes: findings.Outcomes, writer: Writer) -> page.Section:
         found = {attack: findings.differences(outcomes, attack) for attack in outcomes.attacks}
         shown = found[outcomes.strongest]
         attack = attack_name(outcomes.strongest)
-        rows = [(f'{d.first} − {d.second}', d.points, d.low, d.high) for d in shown]
+        rows = [(f'{d.first} − {d.second}', d.difference_points, d.low, d.high) for d in shown]
         caption = f'Differences in accuracy under {attack}, with 95 % paired-bootstrap intervals.'
         alt = f'Intervals of the differences between systems under {attack}'
         figure = figures.differences(rows, attack=attack)
-        numbers = [
-            (d.attack, d.first, d.second, d.points, d.low, d.high, d.p, *d.seeds, d.n)
-            for each in found.values()
-            for d in each
-        ]
+        numbers = list(itertools.chain.from_iterable(found.values()))
         blocks = [
             writer.figure('figure_differences', figure, caption, alt),
-            writer.table(findings.differences_table(shown), findings.DIFFERENCES_HEADER, numbers),
+            writer.table(findings.differences_table(shown), findings.Difference._fields, numbers),
         ]
     return page.Section('Are the differences real?', 'differences', blocks)
 

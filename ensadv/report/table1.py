@@ -1,9 +1,10 @@
 """The paper's Table 1, by its rules, and a table of the last snapshots."""
 
+import collections
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,10 +17,12 @@ from ensadv.report.tables import Row, Table
 LAST_EVALUATIONS = 10  # that Table 1a averages
 WINDOW = 50  # evaluations in the rolling median, as in the paper
 MISSING = '-'
-CSV_HEADER = (
-    'table', 'system', 'seed', 'attack', 'reading', 'accuracy', 'standard_deviation', 'lowest',
-    'highest', 'seeds', 'n', 'evaluations', 'step', 'no_gradient',
-)  # fmt: skip
+CsvRow = collections.namedtuple(
+    'CsvRow',
+    'table system seed attack reading accuracy standard_deviation lowest highest seeds n '
+    'evaluations step no_gradient',
+    defaults=[None] * 8,
+)
 
 
 class Value(NamedTuple):
@@ -48,10 +51,10 @@ Values = Mapping[Run, Mapping[str, Value]]
 
 
 class Numbers(NamedTuple):
-    """A table and its numbers as CSV has them, see `CSV_HEADER`."""
+    """A table and its numbers as CSV has them."""
 
     table: Table
-    rows: list[tuple[Any, ...]]
+    rows: list[CsvRow]
 
 
 def attack_name(attack: str) -> str:
@@ -89,32 +92,28 @@ def tables(collection: Collection) -> list[Numbers]:
         f'{_but_for(runs)}.'
     )
     of_best = _of_best(runs)
-    numbers = [
-        _numbers('last_snapshot', 'Last snapshot', collection, last, {}, [spread, at_last]),
-        _numbers(
+    judge = attack_name(runs[0].judge)
+    kinds = (
+        ('last_snapshot', 'Last snapshot', last, {}, [at_last]),
+        (
             'table1a',
             f'Table 1a. Mean of the last {LAST_EVALUATIONS} evaluations',
-            collection,
             averaged,
             paper.TABLE_1A,
-            [spread, *_averaged_notes(runs, averaged)],
+            _averaged_notes(runs, averaged),
         ),
-        _numbers(
-            'table1b',
-            f'Table 1b. At the best {attack_name(runs[0].judge)} step',
-            collection,
-            best,
-            paper.TABLE_1B,
-            [spread, *of_best],
-        ),
-        _numbers(
+        ('table1b', f'Table 1b. At the best {judge} step', best, paper.TABLE_1B, of_best),
+        (
             'table1c',
             'Table 1c. Long attacks, on the snapshots of Table 1b',
-            collection,
             final,
             paper.TABLE_1C,
-            [spread, *of_best],
+            of_best,
         ),
+    )
+    numbers = [
+        _numbers(collection, name, title, values, papers, [spread, *notes])
+        for name, title, values, papers, notes in kinds
     ]
     return [each for each in numbers if each.rows]
 
@@ -162,9 +161,9 @@ def cleaned(run: Run, attack: str, key: str = 'accuracy') -> tuple[np.ndarray, n
 
 
 def _numbers(
+    collection: Collection,
     name: str,
     title: str,
-    collection: Collection,
     values: Values,
     papers: Mapping[str, Mapping[str, float]],
     notes: Sequence[str],
@@ -191,7 +190,8 @@ def _numbers(
         for attack in attacks:
             csv_rows += _csv_rows(name, system, runs, values, attack)
             if attack in of_paper:
-                csv_rows.append(_csv_paper(name, system, attack, of_paper[attack]))
+                numbers = (of_paper[attack], None, None, None, 3, 10_000)
+                csv_rows.append(CsvRow(name, system, 'all', attack, 'paper', *numbers))
     header = ('system', 'members', 'parameters', *map(attack_name, attacks), 'seeds')
     cells = [cell for row in rows for cell in row.cells[3:]]
     notes = [
@@ -281,35 +281,33 @@ def _paper(accuracy: float | None) -> str:
 
 def _csv_rows(
     table: str, system: str, runs: Sequence[Run], values: Values, attack: str
-) -> list[tuple[Any, ...]]:
-    there = {run: values[run][attack] for run in runs if attack in values[run]}
+) -> list[CsvRow]:
+    """Returns a row for each run that has the attack, and one for all of them, by reading."""
     rows = []
     for reading, get, size in (
         ('worst iterate', lambda v: v.accuracy, lambda v: v.n),
         ('last iterate', lambda v: v.last, lambda v: v.last_n),
     ):
-        known = {run: value for run, value in there.items() if not math.isnan(get(value))}
-        if not known:
-            continue
-        for run, value in known.items():
-            numbers = (get(value), None, None, None, 1, size(value), value.evaluations, value.step)
-            rows.append((table, system, run.seed, attack, reading, *numbers, value.no_gradient))
+        there = {run.seed: values[run][attack] for run in runs if attack in values[run]}
+        known = {seed: value for seed, value in there.items() if not math.isnan(get(value))}
         numbers = [get(value) for value in known.values()]
-        deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-        first = next(iter(known.values()))
-        rows.append(
-            (
-                table, system, 'all', attack, reading, statistics.mean(numbers), deviation,
-                min(numbers), max(numbers), len(numbers), size(first), None, None,
-                sum(value.no_gradient for value in known.values()),
-            )
-        )  # fmt: skip
+        for seed, v in known.items():
+            rows.append(
+                CsvRow(
+                    table, system, seed, attack, reading, get(v), seeds=1, n=size(v),
+                    evaluations=v.evaluations, step=v.step, no_gradient=v.no_gradient,
+                )
+            )  # fmt: skip
+        if numbers:
+            rows.append(
+                CsvRow(
+                    table, system, 'all', attack, reading, statistics.mean(numbers),
+                    statistics.stdev(numbers) if len(numbers) > 1 else None, min(numbers),
+                    max(numbers), len(numbers), size(next(iter(known.values()))),
+                    no_gradient=sum(value.no_gradient for value in known.values()),
+                )
+            )  # fmt: skip
     return rows
-
-
-def _csv_paper(table: str, system: str, attack: str, accuracy: float) -> tuple[Any, ...]:
-    rest = (None,) * 3
-    return (table, system, 'all', attack, 'paper', accuracy, *rest, 3, 10_000, None, None, None)
 
 
 def _paper_notes(collection: Collection, rows: Sequence[Row]) -> list[str]:

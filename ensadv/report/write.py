@@ -67,7 +67,7 @@ def _table_files(
     rows = list(itertools.chain.from_iterable(each.rows for each in numbers))
     return {
         'table1.md': '\n'.join(filter(None, parts)),
-        'table1.csv': tables.to_csv(table1.CSV_HEADER, rows),
+        'table1.csv': tables.to_csv(table1.CsvRow._fields, rows),
         'table1.tex': '\n'.join(tables.to_latex(each.table) for each in numbers),
     }
 
