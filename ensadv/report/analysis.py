@@ -11,15 +11,7 @@ import numpy as np
 
 
 class Band(NamedTuple):
-    """A mean over seeds, on common steps.
-
-    Attributes:
-      steps: float64 [m].
-      mean: float64 [m].
-      low: float64 [m], the lowest seed's.
-      high: float64 [m], the highest seed's.
-      seeds: the number of series averaged.
-    """
+    """A mean over so many seeds, and the lowest and highest seed, on common steps; float64 [m]."""
 
     steps: np.ndarray
     mean: np.ndarray

@@ -23,12 +23,12 @@ def _apart(runs: Sequence[Run], facts: Mapping[str, Callable[[Run], Any]]) -> di
     reasons: dict[Run, str] = {}
     for what, fact in facts.items():
         rest = [run for run in runs if run not in reasons]
-        usual = _most_frequent(map(fact, rest))
+        usual = most_frequent(map(fact, rest))
         reasons |= {run: f'{what} {fact(run)}, not {usual}' for run in rest if fact(run) != usual}
     return reasons
 
 
-def _most_frequent(values: Iterable[Any]) -> Any:
+def most_frequent(values: Iterable[Any]) -> Any:
     """Returns the most frequent value, of equally frequent ones the first; None of none."""
     return next((value for value, _ in collections.Counter(values).most_common(1)), None)
 
@@ -66,7 +66,7 @@ def other_attacks(runs: Sequence[Run]) -> dict[Run, str]:
             for run in runs
             if run not in reasons
         }
-        usual = _most_frequent(one for mine in settings.values() for one in mine)
+        usual = most_frequent(one for mine in settings.values() for one in mine)
         for run, mine in settings.items():
             if mine and usual not in mine:
                 reasons[run] = f'{name} {_difference(json.loads(mine[0]), json.loads(usual))}'
@@ -142,8 +142,8 @@ def other_system(runs: Sequence[Run]) -> dict[Run, str]:
     reasons: dict[Run, str] = {}
     for system in dict.fromkeys(run.system for run in runs):
         mine = [run for run in runs if run.system == system]
-        settings = {run: json.dumps(_training(run, _OF_A_SEED), sort_keys=True) for run in mine}
-        usual = _most_frequent(settings.values())
+        settings = {run: json.dumps(_training(run), sort_keys=True) for run in mine}
+        usual = most_frequent(settings.values())
         reasons |= {
             run: f'another {system}: {_difference(json.loads(found), json.loads(usual))}'
             for run, found in settings.items()
@@ -152,12 +152,9 @@ def other_system(runs: Sequence[Run]) -> dict[Run, str]:
     return reasons
 
 
-def _training(run: Run, ignore: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the settings that decide a run's weights, flat, without the fields of `ignore`.
-
-    Those of an ensemble of runs are its members'.
-    """
-    each = trained(run, ignore)
+def _training(run: Run) -> dict[str, Any]:
+    """Returns the settings that two seeds share, flat; those of an ensemble are its members'."""
+    each = trained(run, _OF_A_SEED)
     if not run.members:
         return each[0]
     group = run.config['ensemble']
@@ -208,17 +205,12 @@ def twice(runs: Sequence[Run]) -> dict[Run, str]:
 
 
 def notes_on(runs: Sequence[Run], over_training: Sequence[str]) -> list[str]:
-    """Returns in what systems differ that should be the same, and what was left out of series.
-
-    Args:
-      runs: labelled.
-      over_training: the attacks whose series are shown.
-    """
+    """Returns in what systems differ that should be the same, and what was left out of series."""
     notes = []
     settings = [(run.system, each) for run in runs for each in trained(run, _OF_A_SYSTEM)]
     for field in dict.fromkeys(field for _, found in settings for field in found):
         values = [(system, json.dumps(found.get(field))) for system, found in settings]
-        usual = _most_frequent(value for _, value in values)
+        usual = most_frequent(value for _, value in values)
         others = {system: value for system, value in values if value != usual}
         notes += [
             f'{system} was trained with {field} {value}, most others with {usual}.'
@@ -250,7 +242,7 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
     }
     for done, by_run in records.items():
         found = {run: dict.fromkeys(map(_switches, by_run[run])) for run in runs}
-        usual = _most_frequent(one for each in found.values() for one in each)
+        usual = most_frequent(one for each in found.values() for one in each)
         notes += [
             f'{run.name} was {done} with {" and with ".join(others)}, most others with {usual}. '
             'Its numbers differ at least by rounding.'

@@ -101,15 +101,11 @@ def _check_same_examples(first: Ledger, second: Ledger) -> None:
     n, other = len(first['label']), len(second['label'])
     if n != other:
         raise UserError(f'ledgers of other examples: found {n} and {other}')
-    if wrong := int(np.sum(first['label'] != second['label'])):
-        raise UserError(f'ledgers of other examples: found {wrong} of {n} labels to differ')
     # Without the array, as older ledgers are, they are the first ones.
-    places = [ledger.get('index', np.arange(n)) for ledger in (first, second)]
-    if wrong := int(np.sum(places[0] != places[1])):
-        raise UserError(
-            f'ledgers of other examples: found {wrong} of {n} places in the test split (index) to '
-            'differ'
-        )
+    numbered = [{'index': np.arange(n)} | ledger for ledger in (first, second)]
+    for key, what in (('label', 'labels'), ('index', 'places in the test split (index)')):
+        if wrong := int(np.sum(numbered[0][key] != numbered[1][key])):
+            raise UserError(f'ledgers of other examples: found {wrong} of {n} {what} to differ')
 
 
 def malformed(ledger: Ledger) -> str | None:
@@ -130,12 +126,7 @@ def malformed(ledger: Ledger) -> str | None:
 
 
 def settings_of(ledger: Ledger, key: str) -> dict[str, Any] | None:
-    """Returns an attack's settings; None if there are none.
-
-    Args:
-      ledger: the content of eval/<step>.npz.
-      key: what the names of its arrays begin with.
-    """
+    """Returns the settings of the attack whose arrays' names begin so; None if there are none."""
     try:
         settings = json.loads(str(ledger[f'{key}_settings']))
     except (KeyError, ValueError, RecursionError):

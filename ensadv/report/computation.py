@@ -17,21 +17,13 @@ Accuracy = tuple[float, float, float]  # mean, low and high, in 0..1
 
 
 class Costs(NamedTuple):
-    """What a system costs; None where it is not known.
+    """What a system costs; None where it is not known."""
 
-    Attributes:
-      parameters: weights of all members.
-      forward: operations per prediction.
-      training: operations of the whole training.
-      seconds: per training step, measured.
-      machine: on which.
-    """
-
-    parameters: float
-    forward: float | None
-    training: float | None
-    seconds: float | None
-    machine: str
+    parameters: float  # of all members
+    forward: float | None  # operations per prediction
+    training: float | None  # operations of the whole training
+    seconds: float | None  # per training step, measured
+    machine: str  # on which
 
 
 def of_system(runs: Sequence[Run]) -> Costs:
@@ -81,13 +73,10 @@ CSV_HEADER = (
 
 
 class Panel(NamedTuple):
-    """One measure of cost, and a panel of its figure.
+    """One measure of cost, by its short name, and a panel of its figure.
 
-    Attributes:
-      measure: its short name.
-      label: what it is and its unit, as 'parameters (millions)'.
-      cost: by system, in this unit; systems of which it is not known are missing.
-      front: the systems on the Pareto front of this cost and robust accuracy.
+    The label has the unit of the costs, as in 'parameters (millions)'. Systems of which the cost
+    is not known are missing. On the front: with this cost and robust accuracy.
     """
 
     measure: str

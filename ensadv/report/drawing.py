@@ -60,17 +60,11 @@ _SETTINGS = {
 
 
 class Style(NamedTuple):
-    """How a system is drawn, everywhere.
-
-    Attributes:
-      color: as matplotlib reads it.
-      line: a line style; dashed for the paper's systems that are trained cleanly.
-      marker: a marker that can be hollow.
-    """
+    """How a system is drawn, everywhere: the paper's that are trained cleanly are dashed."""
 
     color: str
     line: str | tuple
-    marker: str
+    marker: str  # one that can be hollow
 
 
 # The palette of Okabe & Ito (2008), grey in the place of its yellow, which is pale on white.
@@ -112,12 +106,7 @@ def png(figure: Figure) -> bytes:
 
 
 def save(figure: Figure, path: epath.Path) -> bytes:
-    """Writes a figure as PNG and as PDF, and returns the PNG.
-
-    Args:
-      figure: any.
-      path: without the suffix.
-    """
+    """Writes a figure as PNG and as PDF to a path without suffix, and returns the PNG."""
     content = png(figure)
     pdf = _written(figure, format='pdf', metadata={'CreationDate': None})
     files.write_bytes(path.parent / f'{path.name}.png', content)

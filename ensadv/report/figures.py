@@ -14,44 +14,28 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from ensadv.report import drawing
 from ensadv.report.analysis import Band
 from ensadv.report.computation import Accuracy, Panel
-from ensadv.report.drawing import (
-    COLUMN,
-    DOTTED,
-    GREY,
-    PAGE,
-    RIGHT,
-    fix_layout,
-    in_style,
-    legend_columns,
-    new_figure,
-    styles,
-)
 
 FEW_EVALUATIONS = 20  # a curve of no more says so
 _LONGEST_LABEL = 44  # letters in a line of a label of two systems
 
 
 class AttackCurve(NamedTuple):
-    """One system's accuracy over the number of an attack's steps.
+    """One system's accuracy in 0..1 over the number of an attack's steps.
 
-    Attributes:
-      steps: int [m], from 1.
-      worst: float [seeds, m], accuracy in 0..1 at the worst point so far.
-      iterate: float [seeds, m], accuracy in 0..1 at the current iterate; NaN where it is unknown.
-      n: examples that `worst` rests on.
-      iterate_n: examples that `iterate` rests on; 0 where it is unknown throughout.
+    The current iterate's is NaN where it is unknown.
     """
 
-    steps: np.ndarray
-    worst: np.ndarray
-    iterate: np.ndarray
-    n: int
-    iterate_n: int
+    steps: np.ndarray  # int [m], from 1
+    worst: np.ndarray  # float [seeds, m], at the worst point so far
+    iterate: np.ndarray  # float [seeds, m], at the current iterate
+    n: int  # examples of `worst`
+    iterate_n: int  # examples of `iterate`; 0 where it is unknown throughout
 
 
-@in_style
+@drawing.in_style
 def over_training(bands: Mapping[str, Band], points: Mapping[str, int], *, attack: str) -> Figure:
     """Draws accuracy over training (the paper's Figures 2a and 2b).
 
@@ -65,11 +49,11 @@ def over_training(bands: Mapping[str, Band], points: Mapping[str, int], *, attac
       attack: its name.
     """
     labels = {system: _label(system, band, points[system]) for system, band in bands.items()}
-    columns = legend_columns(labels.values(), COLUMN, 2)
-    figure = new_figure(COLUMN, 2.3 + 0.14 * math.ceil(len(bands) / columns))
+    columns = drawing.legend_columns(labels.values(), drawing.COLUMN, 2)
+    figure = drawing.new_figure(drawing.COLUMN, 2.3 + 0.14 * math.ceil(len(bands) / columns))
     axes = figure.add_subplot()
     unit, words = _training_axis(axes, [step for band in bands.values() for step in band.steps])
-    for i, (system, style) in enumerate(styles(bands).items()):
+    for i, (system, style) in enumerate(drawing.styles(bands).items()):
         band = bands[system]
         few = points[system] <= FEW_EVALUATIONS
         steps, mean, low, high = band.steps / unit, *(100 * np.array(band[1:4]))
@@ -94,7 +78,7 @@ def over_training(bands: Mapping[str, Band], points: Mapping[str, int], *, attac
     short = any(points[system] <= FEW_EVALUATIONS for system in bands)
     title = '(in brackets: number of evaluations)' if short else None
     figure.legend(loc='outside lower center', ncols=columns, title=title)
-    return fix_layout(figure)
+    return drawing.fix_layout(figure)
 
 
 def _training_axis(axes: Axes, steps: Sequence[float]) -> tuple[int, str]:
@@ -118,7 +102,7 @@ def _label(system: str, band: Band, evaluations: int) -> str:
     return f'{system} ({evaluations})' if evaluations <= FEW_EVALUATIONS else system
 
 
-@in_style
+@drawing.in_style
 def over_attack_steps(curves: Mapping[str, AttackCurve], *, attack: str) -> Figure:
     """Draws accuracy over the number of an attack's steps (the paper's Figure 2c).
 
@@ -130,13 +114,13 @@ def over_attack_steps(curves: Mapping[str, AttackCurve], *, attack: str) -> Figu
       curves: by system.
       attack: its name without the number of steps, as 'PGD'.
     """
-    columns = legend_columns(curves, COLUMN, 3)
-    figure = new_figure(COLUMN, 2.3 + 0.14 * math.ceil(len(curves) / columns))
+    columns = drawing.legend_columns(curves, drawing.COLUMN, 3)
+    figure = drawing.new_figure(drawing.COLUMN, 2.3 + 0.14 * math.ceil(len(curves) / columns))
     axes = figure.add_subplot()
-    for system, style in styles(curves).items():
+    for system, style in drawing.styles(curves).items():
         curve = curves[system]
         for values, drawn in (
-            (curve.iterate, {'ls': DOTTED, 'lw': 0.9}),
+            (curve.iterate, {'ls': drawing.DOTTED, 'lw': 0.9}),
             (curve.worst, {'ls': style.line, 'marker': style.marker, 'label': system}),
         ):
             values = 100 * np.asarray(values, np.float64)
@@ -160,14 +144,14 @@ def over_attack_steps(curves: Mapping[str, AttackCurve], *, attack: str) -> Figu
     kinds = []
     for what, field, drawn in (
         ('worst so far', 'n', {'marker': 'o'}),
-        ('current iterate', 'iterate_n', {'ls': DOTTED}),
+        ('current iterate', 'iterate_n', {'ls': drawing.DOTTED}),
     ):
         counts = sorted({getattr(curve, field) for curve in curves.values()} - {0})
         if counts:
             n = '–'.join(f'{count:,}' for count in (counts[0], *counts[1:][-1:]))
-            kinds.append(Line2D([], [], color=GREY, label=f'{what} (n = {n})', **drawn))
+            kinds.append(Line2D([], [], color=drawing.GREY, label=f'{what} (n = {n})', **drawn))
     figure.legend(handles=kinds, loc='outside upper center', ncols=2)
-    return fix_layout(figure)
+    return drawing.fix_layout(figure)
 
 
 def _attack_ticks(last: int) -> list[int]:
@@ -215,7 +199,7 @@ def _multiples(left: float, right: float) -> tuple[float, ...]:
     return (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
-@in_style
+@drawing.in_style
 def computation(costs: Sequence[Panel], accuracy: Mapping[str, Accuracy]) -> Figure:
     """Draws robust accuracy against computation, a panel for each kind, with the Pareto front.
 
@@ -225,7 +209,7 @@ def computation(costs: Sequence[Panel], accuracy: Mapping[str, Accuracy]) -> Fig
     """
     columns = min(len(costs), 2)  # three side by side have no room for the names
     rows = math.ceil(len(costs) / columns)
-    figure = new_figure(COLUMN if columns == 1 else PAGE, 2.3 * rows + 0.25)
+    figure = drawing.new_figure(drawing.COLUMN if columns == 1 else drawing.PAGE, 2.3 * rows + 0.25)
     panels = []
     for i, panel in enumerate(costs):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -234,12 +218,12 @@ def computation(costs: Sequence[Panel], accuracy: Mapping[str, Accuracy]) -> Fig
         if i % columns == 0:
             axes.set_ylabel('robust accuracy (%)')
     marks = [
-        Line2D([], [], color=GREY, marker='o', ls='', label='on the Pareto front'),
-        Line2D([], [], color=GREY, marker='o', ls='', mfc='white', label='not on it'),
-        Line2D([], [], color=GREY, lw=0.8, label='Pareto front'),
+        Line2D([], [], color=drawing.GREY, marker='o', ls='', label='on the Pareto front'),
+        Line2D([], [], color=drawing.GREY, marker='o', ls='', mfc='white', label='not on it'),
+        Line2D([], [], color=drawing.GREY, lw=0.8, label='Pareto front'),
     ]
     figure.legend(handles=marks, loc='outside lower center', ncols=3)
-    fix_layout(figure)
+    drawing.fix_layout(figure)
     for axes, panel, drawn in panels:
         _write_names(axes, panel, {system: accuracy[system] for system in drawn})
     return figure
@@ -249,7 +233,7 @@ def _draw_costs(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> l
     """Draws a panel but for the names; returns the systems in it."""
     known = {s: c for s, c in panel.cost.items() if math.isfinite(c) and c > 0}
     drawn = [s for s in accuracy if s in known and math.isfinite(accuracy[s][0])]
-    for system, style in styles(drawn).items():
+    for system, style in drawing.styles(drawn).items():
         mean, low, high = (100 * value for value in accuracy[system])
         axes.errorbar(
             known[system],
@@ -273,18 +257,18 @@ def _draw_costs(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> l
     _ticks(axes, LogLocator(subs=_multiples(left, right), numticks=50))
     axes.margins(y=0.16)
     _limit_accuracy(axes, 0.05)
-    if steps := _front(panel, accuracy, drawn):
-        # What the costliest system reaches, so does more computation.
-        x, y = zip(*steps, (axes.get_xlim()[1], steps[-1][1]), strict=True)
-        axes.step(x, y, where='post', color=GREY, lw=0.8, zorder=1)
+    if front := _front(axes, panel, accuracy, drawn):
+        axes.step(*zip(*front, strict=True), where='post', color=drawing.GREY, lw=0.8, zorder=1)
     return drawn
 
 
 def _front(
-    panel: Panel, accuracy: Mapping[str, Accuracy], drawn: Sequence[str]
+    axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy], drawn: Sequence[str]
 ) -> list[tuple[float, float]]:
-    """Returns the Pareto front's (cost, accuracy in %), in order of cost."""
-    return sorted((panel.cost[s], 100 * accuracy[s][0]) for s in drawn if s in panel.front)
+    """Returns the Pareto front's (cost, accuracy in %), in order of cost, to the right edge."""
+    front = sorted((panel.cost[s], 100 * accuracy[s][0]) for s in drawn if s in panel.front)
+    # What the costliest system reaches, so does more computation.
+    return front + [(axes.get_xlim()[1], y) for _, y in front[-1:]]
 
 
 def _write_names(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> None:
@@ -344,15 +328,14 @@ _WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-
 def _lines(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> np.ndarray:
     """Returns points on what names should not cover: error bars and the front, [n, 2] in pixels."""
     found = [[(panel.cost[s], 100 * end) for end in ends] for s, (_, *ends) in accuracy.items()]
-    front = _front(panel, accuracy, list(accuracy))
-    front += [(axes.get_xlim()[1], y) for _, y in front[-1:]]
+    front = _front(axes, panel, accuracy, list(accuracy))
     for (x, y), (next_x, next_y) in itertools.pairwise(front):
         found += [[(x, y), (next_x, y)], [(next_x, y), (next_x, next_y)]]
     ends = (axes.transData.transform(line) for line in found)
     return np.concatenate([np.linspace(start, end, 50) for start, end in ends])
 
 
-@in_style
+@drawing.in_style
 def differences(rows: Sequence[tuple[str, float, float, float]], *, attack: str) -> Figure:
     """Draws differences between systems with their intervals, and writes the numbers beside.
 
@@ -363,12 +346,12 @@ def differences(rows: Sequence[tuple[str, float, float, float]], *, attack: str)
     """
     labels = ['\n'.join(textwrap.wrap(label, _LONGEST_LABEL)) for label, *_ in rows]
     lines = max((label.count('\n') + 1 for label in labels), default=1)
-    figure = new_figure(PAGE, (0.05 + 0.12 * lines) * len(rows) + 0.55)
+    figure = drawing.new_figure(drawing.PAGE, (0.05 + 0.12 * lines) * len(rows) + 0.55)
     axes = figure.add_subplot()
     axes.axvline(0, color='black', lw=0.7)
     for i, (_, value, low, high) in enumerate(rows):
         apart = low > 0 or high < 0
-        color = RIGHT if apart else GREY
+        color = drawing.RIGHT if apart else drawing.GREY
         axes.plot([low, high], [i, i], color=color, lw=1.2)
         axes.plot(value, i, 'o', color=color, mfc=color if apart else 'white', ms=4)
         interval = f' [{low:+.1f}, {high:+.1f}]' if math.isfinite(low + high) else ''
@@ -383,4 +366,4 @@ def differences(rows: Sequence[tuple[str, float, float, float]], *, attack: str)
     axes.spines['left'].set_visible(False)
     axes.grid(axis='y', visible=False)
     axes.set_xlabel(f'difference in robust accuracy, {attack} (points)')
-    return fix_layout(figure)
+    return drawing.fix_layout(figure)

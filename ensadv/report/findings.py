@@ -1,6 +1,5 @@
 """What the ledgers say: are the systems' differences real, and do the paper's claims hold?"""
 
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ensadv.errors import UserError
-from ensadv.report import paper, significance, worst_case
+from ensadv.report import comparable, paper, significance, worst_case
 from ensadv.report.collect import Collection, strongest
 from ensadv.report.page import VERDICTS, Claim
 from ensadv.report.run import Run
@@ -125,20 +124,20 @@ def read_outcomes(collection: Collection) -> Outcomes:
     return Outcomes(kept, attacks, correct, resampled, notes, strongest(attacks, runs))
 
 
-def _usual_labels(runs: Sequence[Run]) -> bytes:
+def _usual_labels(runs: Sequence[Run]) -> bytes | None:
     """Returns the labels that most ledgers hold."""
-    found = collections.Counter()
+    found = []
     for run in runs:
         with contextlib.suppress(UserError):
-            found[_labels(run)] += 1
-    return max(found, key=found.get, default=b'')
+            found.append(_labels(run))
+    return comparable.most_frequent(found)
 
 
 def _labels(run: Run) -> bytes:
     return run.ledger['label'].astype(np.int64).tobytes()
 
 
-def _check_ledger(run: Run, labels: bytes) -> None:
+def _check_ledger(run: Run, labels: bytes | None) -> None:
     """Raises UserError if a ledger is not that of its run's results, or of other examples."""
     for result in run.results(run.steps):
         worst_case.check(result, run.ledger)

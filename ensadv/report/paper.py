@@ -115,14 +115,7 @@ def is_its_attack(settings: Mapping[str, Any]) -> bool:
 
 
 def left_out(systems: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Returns of which of the paper's systems there are runs but not its own numbers or claims.
-
-    Args:
-      systems: runs by system.
-
-    Returns:
-      Sentences that say why.
-    """
+    """Returns sentences on why numbers or claims of the paper's are left out for these systems."""
     mine = {system: runs for system, runs in systems.items() if system in SYSTEMS}
     others = {system: found for system, runs in mine.items() if (found := unlike(runs))}
     shorter = {

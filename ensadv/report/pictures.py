@@ -14,22 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
 from matplotlib.patheffects import withStroke
 
-from ensadv.report.drawing import (
-    BOLD_LETTER,
-    COLUMN,
-    GREY,
-    LETTER,
-    PAGE,
-    RIGHT,
-    WRONG,
-    fix_layout,
-    in_style,
-    legend_columns,
-    legend_width,
-    new_figure,
-    save,
-    shortened,
-)
+from ensadv.report import drawing
 from ensadv.storage import plane_files
 
 # Tol's light scheme and a purple: dots and arrows show on all of them, and none is near dark grey.
@@ -52,20 +37,14 @@ def in_grey(channels: int) -> str:
 
 
 class ExampleColumn(NamedTuple):
-    """What one system makes of the images.
+    """What one system makes of the images: probabilities before and after the attack."""
 
-    Attributes:
-      adversarial: float [m, H, W, C] in [0, 1].
-      clean_probs: float [m, classes], its probabilities before the attack.
-      adversarial_probs: float [m, classes], those after it.
-    """
-
-    adversarial: np.ndarray
-    clean_probs: np.ndarray
-    adversarial_probs: np.ndarray
+    adversarial: np.ndarray  # float [m, H, W, C] in [0, 1]
+    clean_probs: np.ndarray  # float [m, classes]
+    adversarial_probs: np.ndarray  # float [m, classes]
 
 
-@in_style
+@drawing.in_style
 def examples(
     clean: np.ndarray,
     labels: np.ndarray,
@@ -94,14 +73,15 @@ def examples(
     pair = 2 * _SIDE + _BETWEEN
     width = 0.1 + _SIDE + across * (_GAP + pair)
     headings = {
-        system: textwrap.wrap(system, int((pair + _GAP) / BOLD_LETTER)) for system in columns
+        system: textwrap.wrap(system, int((pair + _GAP) / drawing.BOLD_LETTER))
+        for system in columns
     }
     # Above the images of a block, and below each.
     head = 0.32 + _LINE * max(map(len, headings.values()))
     foot = 0.31
-    notes = textwrap.wrap(in_grey(channels), int(width / LETTER))
+    notes = textwrap.wrap(in_grey(channels), int(width / drawing.LETTER))
     height = math.ceil(len(columns) / across) * (head + m * (tall + foot)) + _LINE * len(notes)
-    figure = new_figure(width, height, layout='none')
+    figure = drawing.new_figure(width, height, layout='none')
     top = 0.0
     for start in range(0, len(columns), across):
         block = list(columns)[start : start + across]
@@ -109,7 +89,7 @@ def examples(
         for i in range(m):
             axes = _add_axes(figure, 0.05, top, _SIDE, tall)
             _draw_image(axes, clean[i])
-            name = shortened(_class_name(labels[i], class_names), _SIDE + 0.1)
+            name = drawing.shortened(_class_name(labels[i], class_names), _SIDE + 0.1)
             _write_below(axes, 0.05 + _SIDE / 2, top + tall, [(name, 'black')])
             if i == 0:
                 axes.set_title('image')
@@ -150,7 +130,7 @@ def _predictions(
         mark, color = _verdict(predicted, label)
         share = f'({100 * probs[predicted]:.0f} %)'
         # Signs, spaces and the share take the width of a dozen letters.
-        name = shortened(_class_name(predicted, names), width + _GAP - 12 * LETTER)
+        name = drawing.shortened(_class_name(predicted, names), width + _GAP - 12 * drawing.LETTER)
         lines.append((f'{arrow}{mark} {name} {share}', color))
     return lines
 
@@ -172,7 +152,7 @@ def _draw_image(axes: Axes, image: np.ndarray) -> None:
     axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)
     for spine in axes.spines.values():
-        spine.set(visible=True, linewidth=0.4, color=GREY)
+        spine.set(visible=True, linewidth=0.4, color=drawing.GREY)
 
 
 def _write_below(axes: Axes, x: float, top: float, lines: Sequence[tuple[str, str]]) -> None:
@@ -193,7 +173,7 @@ def _class_name(number: int, names: Sequence[str] | None) -> str:
 
 
 def _verdict(predicted: int, label: int) -> tuple[str, str]:
-    return ('✓', RIGHT) if predicted == label else ('✗', WRONG)
+    return ('✓', drawing.RIGHT) if predicted == label else ('✗', drawing.WRONG)
 
 
 def draw_planes(file: epath.Path) -> None:
@@ -203,7 +183,7 @@ def draw_planes(file: epath.Path) -> None:
       file: planes/<name>.npz of a run.
     """
     made = plane_files.read(file)
-    save(planes(made), file.with_suffix(''))
+    drawing.save(planes(made), file.with_suffix(''))
     for place, note in zip(made.places, made.notes, strict=True):
         if note:
             print(f'image {place}: {note}')
@@ -211,7 +191,7 @@ def draw_planes(file: epath.Path) -> None:
         print(file.with_suffix(suffix))
 
 
-@in_style
+@drawing.in_style
 def planes(planes: plane_files.Planes) -> Figure:
     """Draws decision regions around images (the paper's Figure 4).
 
@@ -223,24 +203,24 @@ def planes(planes: plane_files.Planes) -> Figure:
       planes: its record may name the classes, in 'class_names'.
     """
     m, rows = len(planes.images), len(planes.names)
-    side = np.clip((PAGE - 0.75) / m - 0.3, 0.8, 1.9)  # of a panel, in inches
+    side = np.clip((drawing.PAGE - 0.75) / m - 0.3, 0.8, 1.9)  # of a panel, in inches
     symbols = _plane_symbols(planes)
-    room = legend_width([symbol.get_label() for symbol in symbols])
-    width = max(COLUMN, 0.75 + m * (side + 0.3), min(room, PAGE))
+    room = drawing.legend_width([symbol.get_label() for symbol in symbols])
+    width = max(drawing.COLUMN, 0.75 + m * (side + 0.3), min(room, drawing.PAGE))
     names, colors = planes.record.get('class_names'), _class_colors(planes)
     legends = [
-        (handles, legend_columns([handle.get_label() for handle in handles], width, most))
+        (handles, drawing.legend_columns([handle.get_label() for handle in handles], width, most))
         for handles, most in ((_class_patches(planes, colors), 6), (symbols, 2))
     ]
     noted = zip(planes.places, planes.notes, strict=True)
     notes = [in_grey(planes.images.shape[-1])]
     notes += [f'Test image {place}: {note}' for place, note in noted if note]
-    lines = [line for note in notes for line in textwrap.wrap(note, int(width / LETTER))]
+    lines = [line for note in notes for line in textwrap.wrap(note, int(width / drawing.LETTER))]
     # From the bottom, in inches: the notes, the legends, the axes' label, the panels.
     tall = [0.1 + 0.15 * math.ceil(len(handles) / columns) for handles, columns in legends]
     place = 0.05 + _LINE * len(lines) + sum(tall)
     height = place + 1.2 + rows * (side + 0.36)
-    figure = new_figure(width, height)
+    figure = drawing.new_figure(width, height)
     bottom = (place + 0.17) / height
     figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
     figure.text(0.1 / width, 0.03 / height, '\n'.join(lines), va='bottom')
@@ -253,18 +233,18 @@ def planes(planes: plane_files.Planes) -> Figure:
     panels = figure.subplots(1 + rows, m, squeeze=False, height_ratios=[0.55, *[side] * rows])
     for i, (thumbnail, *models) in enumerate(panels.T):
         _draw_image(thumbnail, planes.images[i])
-        name = shortened(_class_label(planes.labels[i], names), side + 0.3)
+        name = drawing.shortened(_class_label(planes.labels[i], names), side + 0.3)
         thumbnail.set_title(f'test image {planes.places[i]}\n{name}')
         for r, axes in enumerate(models):
             _draw_plane(axes, planes, i, r, colors)
     for axes, name in zip(panels[1:, 0], planes.names, strict=True):
         axes.set_ylabel(_model_label(name, side + 0.36), weight='bold')
-    return fix_layout(figure)
+    return drawing.fix_layout(figure)
 
 
 def _model_label(name: str, width: float) -> str:
     """Returns a model's name in lines of this width in inches: what it is, and the seed."""
-    letters = int(width / BOLD_LETTER)
+    letters = int(width / drawing.BOLD_LETTER)
     return '\n'.join(line for part in name.split(', ') for line in textwrap.wrap(part, letters))
 
 

@@ -120,11 +120,12 @@ class Run:
         steps, values = zip(*points, strict=True)
         return np.array(steps, float), np.array(values, float)
 
-    def files(self, folder: str, suffix: str) -> list[epath.Path]:
-        """Returns the files in a folder of its workdir whose names end so, by name."""
+    @property
+    def plane_files(self) -> list[epath.Path]:
+        """Its files planes/<name>.npz, by name."""
         # Not by glob, for which a [ in the workdir's name would be a pattern.
-        found = _entries(self.path / folder) if (self.path / folder).is_dir() else []
-        return [path for path in found if path.suffix == suffix]
+        folder = self.path / 'planes'
+        return [path for path in _entries(folder) if path.suffix == '.npz']
 
     @functools.cached_property
     def ledger(self) -> Mapping[str, np.ndarray]:
@@ -183,16 +184,15 @@ def find(root: epath.Path) -> Iterator[epath.Path]:
             if isinstance(content, dict) and isinstance(content.get('config'), dict):
                 yield root
                 return
-    if root.is_dir():
-        for path in _entries(root):
-            if path.is_dir():
-                yield from find(path)
+    for path in _entries(root):
+        if path.is_dir():
+            yield from find(path)
 
 
 def _entries(folder: epath.Path) -> list[epath.Path]:
-    """Returns what a directory holds, by name; nothing where it may not be read."""
+    """Returns what a directory holds, by name; nothing where it is none or may not be read."""
     try:
-        return sorted(folder.iterdir())
+        return sorted(folder.iterdir()) if folder.is_dir() else []
     except PermissionError:
         return []
 

@@ -303,7 +303,7 @@ def decision_planes(collection: Collection, writer: Writer) -> page.Section:
     """Figure 4, from the files of --mode=planes in the runs' workdirs."""
     blocks: list[Any] = []
     for run in collection.runs:
-        for path in run.files('planes', '.npz'):
+        for path in run.plane_files:
             try:
                 planes = plane_files.read(path)
             except UserError as error:

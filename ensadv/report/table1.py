@@ -26,25 +26,15 @@ CsvRow = collections.namedtuple(
 
 
 class Value(NamedTuple):
-    """What one run brings to a cell.
+    """What one run brings to a cell."""
 
-    Attributes:
-      accuracy: at the worst iterate, in [0, 1].
-      last: at the last iterate; NaN where it is not known.
-      n: examples of `accuracy`.
-      last_n: examples of `last`.
-      no_gradient: examples that stood without having been attacked; they are not correct.
-      evaluations: how many were averaged.
-      step: of the last of them.
-    """
-
-    accuracy: float
-    last: float
-    n: int
-    last_n: int
-    no_gradient: int
-    evaluations: int
-    step: int
+    accuracy: float  # at the worst iterate, in [0, 1]
+    last: float  # at the last iterate; NaN where it is not known
+    n: int  # examples of `accuracy`
+    last_n: int  # examples of `last`
+    no_gradient: int  # examples that stood without having been attacked; they are not correct
+    evaluations: int  # how many were averaged
+    step: int  # of the last of them
 
 
 Values = Mapping[Run, Mapping[str, Value]]

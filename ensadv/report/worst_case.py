@@ -29,9 +29,6 @@ def add(runs: Sequence[Run]) -> list[Run]:
 
     It is made from the ledgers of the last and the best step, of the settings that all runs have at
     their last step. Where a ledger is not that of the results, there is none.
-
-    Args:
-      runs: labelled.
     """
     labels = runs[0].labels.values() if runs else ()
     shared = [a for a in labels if all(a in run.attacks(run.steps) for run in runs)]
