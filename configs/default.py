@@ -85,7 +85,8 @@ def get_config() -> ConfigDict:
     # Each kind of attack has its settings, in eval.ifgsm and eval.pgd: step_size (epsilon/4 and
     # epsilon/2); schedule (of the step size: constant, or linear or cosine down to 0); start, sigma
     # and loss, as in attack; restarts (independent ones, whose worst point counts). An entry of
-    # eval.attacks may have settings of its own: 'pgd20_margin(loss=margin)'.
+    # eval.attacks may have settings of its own: 'pgd20_margin(loss=margin)'. Of AutoAttack
+    # and its parts the defaults are the reference's, see docs/evaluation.md.
     for kind in registry.KINDS:
         evaluation[kind] = ConfigDict()
         for field, value in registry.defaults(kind, config.get_oneway_ref('epsilon')).items():

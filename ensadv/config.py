@@ -230,7 +230,7 @@ def _validate_evaluation(config: ConfigDict) -> None:
     for field, found in (('eval.attacks', attacks), ('eval.long_attacks', long_attacks)):
         for text in found:
             entry = _entry(config, field, text)
-            if field == 'eval.long_attacks' and not entry.steps:
+            if field == 'eval.long_attacks' and entry.kind in registry.WITHOUT_SETTINGS:
                 raise ConfigError(f'{field}: {entry.name} has no steps; it belongs to eval.attacks')
             named.append(entry.name)
     if len(set(named)) != len(named):
@@ -287,10 +287,13 @@ def _validate_planes(config: ConfigDict) -> None:
             f'in --config.planes.images="(0, 1, 2)", found {shown(places)}'
         )
     listed = registry.entries(config.eval).get(group.attack)
-    if not (listed or _entry(config, 'planes.attack', group.attack)).steps:
+    found = listed or _entry(config, 'planes.attack', group.attack)
+    if not found.steps or registry.is_staged(found.name):
+        allowed = [kind for kind, known in registry.KINDS.items() if not known.stages]
+        why = 'is one in stages' if found.steps else 'has no steps'
         raise ConfigError(
-            f'planes.attack: {group.attack} has no steps; expected one of '
-            f'{", ".join(registry.KINDS)} with a number of steps, as in '
+            f'planes.attack: {group.attack} {why}; '
+            f'expected one of {", ".join(allowed)} with a number of steps, as in '
             '--config.planes.attack=pgd20'
         )
     _integer(config, 'planes.resolution', 2, MAX_RESOLUTION)

@@ -1,3 +1,3 @@
 """What an adversary may do: the threat model, the attacks, and what runs them. Pure functions."""
 
-__all__ = ['attack', 'driver', 'first_order', 'registry', 'threat_model']
+__all__ = ['apgd', 'attack', 'driver', 'fab', 'first_order', 'registry', 'square', 'threat_model']

@@ -9,6 +9,7 @@ stand.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 from jax import Array
 
 from ensadv.attacks.threat_model import ThreatModel
@@ -17,18 +18,32 @@ from ensadv.attacks.threat_model import ThreatModel
 # whatever else the attack's loss and the driver's `judge` take.
 Predict = Callable[[Array], Any]
 
+LEAST_GRADIENT = 1e-30  # below it squares underflow, and what is made of them hardly moves
+
 
 class Query(NamedTuple):
     """What a unit of work saw.
 
     Attributes:
-      outputs: predict(state.x), of the state before it.
+      outputs: of predict.
       informed: bool [B], whether it learned what to do: for a gradient step, whether the gradient
         is not zero. Where an example stands and no step of it was, nobody attacked it.
+      x: [B, H, W, C], the points that `outputs` are of; None: state.x, of the state before it.
     """
 
     outputs: Any
     informed: Array
+    x: Array | None = None
+
+
+def each(values: Array, like: Array) -> Array:
+    """Returns values [B] with the axes that they need to go with `like`, [B, ...]."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def informs(gradient: Array) -> Array:
+    """Returns where a gradient [B, ...] tells a direction, bool [B]."""
+    return jnp.any(jnp.abs(gradient) >= LEAST_GRADIENT, axis=tuple(range(1, gradient.ndim)))
 
 
 class Attack(Protocol):
@@ -38,7 +53,8 @@ class Attack(Protocol):
     image and label alone, since examples are packed into new batches as others fall.
 
     Attributes of settings that the driver knows: `steps`, units of work of a restart; `restarts`,
-    1 where there is none.
+    1 where there is none. An attack whose points may be outside the ball has `bounded = False`:
+    only those inside count.
     """
 
     def init(self, predict: Predict, threat: ThreatModel, rng: Array, x: Array, y: Array) -> Any:
@@ -55,7 +71,9 @@ class Attack(Protocol):
     def step(
         self, predict: Predict, threat: ThreatModel, state: Any, x: Array, y: Array
     ) -> tuple[Any, Query]:
-        """Calls predict at state.x, and returns the state with the next point.
+        """Does a unit of work, and returns the state with the next point.
+
+        It calls predict at state.x; or elsewhere, if the query tells where.
 
         Args:
           state: as `init` or this gave it.

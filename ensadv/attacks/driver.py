@@ -92,13 +92,16 @@ def begin(
     y: Array,
     *,
     judge: Judge = losses.margin,
+    number: int | Array = 0,
 ) -> Progress:
     """Returns an attack at its first start, with the clean image taken into account.
 
-    But where that is the first point (the setting `start` is 'none'), that is left to `advance`.
+    But where that is the first point that is judged (the setting `start` is 'none'), that is left
+    to `advance`.
 
     Args:
       attack, predict, threat, rng, x, y, judge: as in `worst_case`.
+      number: of the start, as in `restart`.
     """
     no_margin = jnp.full(len(x), jnp.inf, jnp.float32)
     progress = Progress(
@@ -110,9 +113,9 @@ def begin(
         informed=jnp.zeros(len(x), bool),
         x_worst=x,
     )
-    if getattr(attack, 'start', None) != 'none':
+    if getattr(attack, 'start', None) != 'none' or not _is_bounded(attack):
         progress = _record(progress, x, judge(predict(x), y))
-    return restart(attack, predict, threat, progress, rng, x, y, 0)
+    return restart(attack, predict, threat, progress, rng, x, y, number)
 
 
 def restart(
@@ -146,10 +149,17 @@ def advance(
     A gradient that is not finite counts as 0, so that the points stay images.
     """
 
+    def record(progress, point, outputs):
+        margin = judge(outputs, y)
+        if not _is_bounded(attack):
+            margin = jnp.where(threat.distance(point, x) <= threat.epsilon, margin, jnp.inf)
+        return _record(progress, point, margin)
+
     def body(_, progress):
         guarded = lambda x: predict(_with_finite_gradient(x))
         state, query = attack.step(guarded, threat, progress.state, x, y)
-        progress = _record(progress, progress.state.x, judge(query.outputs, y))
+        point = progress.state.x if query.x is None else query.x
+        progress = record(progress, point, query.outputs)
         return progress._replace(
             state=state,
             steps=progress.steps + 1,
@@ -157,7 +167,11 @@ def advance(
         )
 
     progress = jax.lax.fori_loop(0, num_steps, body, progress)
-    return _record(progress, progress.state.x, judge(predict(progress.state.x), y))
+    return record(progress, progress.state.x, predict(progress.state.x))
+
+
+def _is_bounded(attack: Attack) -> bool:
+    return getattr(attack, 'bounded', True)
 
 
 @jax.custom_vjp

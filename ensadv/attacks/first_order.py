@@ -11,10 +11,8 @@ from jax import Array
 
 from ensadv import losses
 from ensadv.attacks import registry
-from ensadv.attacks.attack import Predict, Query
+from ensadv.attacks.attack import Predict, Query, informs
 from ensadv.attacks.threat_model import ThreatModel
-
-LEAST_GRADIENT = 1e-30  # below it the squares underflow in `PGD`, and the attack hardly moves
 
 
 class State(NamedTuple):
@@ -82,9 +80,7 @@ class IFGSM(registry.IFGSMSettings):
         gradient, outputs = self._gradient(predict, state.x, y)
         move, memory = self.move(threat, gradient, state.memory)
         point = threat.project(state.x + self._sizes(state.taken, x) * move, x)
-        axes = tuple(range(1, gradient.ndim))
-        informed = jnp.any(jnp.abs(gradient) >= LEAST_GRADIENT, axis=axes)
-        return State(point, state.taken + 1, memory), Query(outputs, informed)
+        return State(point, state.taken + 1, memory), Query(outputs, informs(gradient))
 
     def memory(self, x: Array) -> Any:
         """Returns what `move` remembers before the first step."""

@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ensadv import values
 from ensadv.errors import ConfigError
@@ -17,6 +17,7 @@ from ensadv.errors import ConfigError
 NORMS = {'linf': 'L-infinity', 'l2': 'L2'}
 STARTS = ('gaussian', 'uniform', 'none')
 LOSSES = ('cross_entropy', 'margin')
+APGD_LOSSES = (*LOSSES, 'dlr', 'targeted_dlr')
 SCHEDULES = ('constant', 'linear', 'cosine')
 MAX_STEPS = 10**6
 
@@ -93,29 +94,204 @@ class PGDSettings(IFGSMSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class APGDSettings:
+    """What decides the outcome of an APGD.
+
+    Attributes:
+      steps: iterations of each restart, from which the checkpoints follow.
+      restarts: independent starts.
+      loss: what is climbed, of `APGD_LOSSES`; or, in a program, a function (outputs, labels,
+        targets) -> [B], which is given the outputs as they are.
+      rank: of a targeted loss: which class is the target, by the clean image's logits; 1 is the
+        likeliest that is not the label.
+    """
+
+    steps: int = 100
+    restarts: int = 1
+    loss: str | Callable[..., Any] = 'cross_entropy'
+    rank: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FABSettings:
+    """What decides the outcome of a FAB.
+
+    Attributes:
+      steps: iterations of each restart.
+      restarts: independent ones, where `start` is 'boundary'.
+      start: 'none' (the image itself), or 'boundary': at distance epsilon / 2.
+      targeted: whether it goes for one class, or at each iteration for the nearest one.
+      rank: as `APGDSettings.rank`.
+    """
+
+    steps: int = 100
+    restarts: int = 1
+    start: str = 'none'
+    targeted: bool = False
+    rank: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareSettings:
+    """What decides the outcome of a Square.
+
+    Attributes:
+      steps: queries of each restart, but for the start's.
+      restarts: independent ones.
+    """
+
+    steps: int = 5000
+    restarts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedSettings:
+    """What decides the outcome of `apgd_ce`, `apgd_dlr` and `fab`.
+
+    Attributes:
+      steps: iterations of each restart.
+      restarts: independent starts; of `fab` all but the first are random.
+    """
+
+    steps: int = whole(1, MAX_STEPS, default=100)
+    restarts: int = whole(1, 1000, default=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueriesSettings:
+    """What decides the outcome of `square`.
+
+    Attributes:
+      steps: queries of each restart, but for the start's.
+      restarts: independent starts.
+    """
+
+    steps: int = whole(1, MAX_STEPS, default=5000)
+    restarts: int = whole(1, 1000, default=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetsSettings:
+    """What decides the outcome of `apgd_t` and `fab_t`.
+
+    Attributes:
+      steps: iterations for each target.
+      targets: classes at most that are targets, from the likeliest on.
+    """
+
+    steps: int = whole(1, MAX_STEPS, default=100)
+    targets: int = whole(1, 1000, default=9)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAttackSettings:
+    """What decides the outcome of `autoattack` and `autoattack_plus`, as the reference has it.
+
+    Attributes:
+      gradient_steps: iterations of APGD and FAB.
+      targets: classes at most that a targeted attack goes for.
+      queries: of Square.
+    """
+
+    gradient_steps: int = whole(1, MAX_STEPS, default=100)
+    targets: int = whole(1, 1000, default=9)
+    queries: int = whole(1, MAX_STEPS, default=5000)
+
+
+class Stage(NamedTuple):
+    """A part of an attack that is made of several, on the examples that still stand.
+
+    Attributes:
+      name: what it is called: 'apgd_t 3', which goes for the third target.
+      settings: its attack and that one's settings, as `make` takes them.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+def _apgd(loss, steps, restarts) -> Iterator[Stage]:
+    name = {'cross_entropy': 'apgd_ce'}.get(loss, f'apgd_{loss}')
+    yield Stage(name, {'attack': 'apgd', 'loss': loss, 'steps': steps, 'restarts': restarts})
+
+
+def _targets(attack, steps, targets, classes) -> Iterator[Stage]:
+    targeted = {'loss': 'targeted_dlr'} if attack == 'apgd' else {'targeted': True}
+    for rank in range(1, min(targets, classes - 1) + 1):
+        settings = {'attack': attack, 'steps': steps, 'rank': rank}
+        yield Stage(f'{attack}_t {rank}', settings | targeted)
+
+
+def _fab(steps, restarts) -> Iterator[Stage]:
+    yield Stage('fab', {'attack': 'fab', 'steps': steps})
+    if restarts > 1:
+        random = {'start': 'boundary', 'restarts': restarts - 1}
+        yield Stage('fab restarts', {'attack': 'fab', 'steps': steps} | random)
+
+
+def _square(steps, restarts) -> Iterator[Stage]:
+    yield Stage('square', {'attack': 'square', 'steps': steps, 'restarts': restarts})
+
+
+def _autoattack(found, classes) -> Iterator[Stage]:
+    steps, targets = found['gradient_steps'], found['targets']
+    yield from _apgd('cross_entropy', steps, 1)
+    yield from _targets('apgd', steps, targets, classes)
+    yield from _targets('fab', steps, targets, classes)
+    yield from _square(found['queries'], 1)
+
+
+def _autoattack_plus(found, classes) -> Iterator[Stage]:
+    steps, targets = found['gradient_steps'], found['targets']
+    yield from _apgd('cross_entropy', steps, 5)
+    yield from _apgd('dlr', steps, 5)
+    yield from _fab(steps, 5)
+    yield from _square(found['queries'], 1)
+    yield from _targets('apgd', steps, targets, classes)
+    yield from _targets('fab', steps, targets, classes)
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """A kind of attack.
 
     Attributes:
       settings: a frozen dataclass, whose fields `choice`, `length` and `whole` declare.
       attack: the class of its code, which has the settings' fields, see `attacks.attack.Attack`;
-        or where that is, as 'module:class'.
+        or where that is, as 'module:class'; None for an attack in stages.
+      stages: (settings, number of classes) -> stages, one after another.
     """
 
     settings: type
-    attack: type | str
-
-    def load(self) -> type:
-        """Returns the class of the attack's code, for which JAX is imported."""
-        if not isinstance(self.attack, str):
-            return self.attack
-        module, _, name = self.attack.partition(':')
-        return getattr(importlib.import_module(module), name)
+    attack: type | str | None = None
+    stages: Callable[[Mapping[str, Any], int], Iterator[Stage]] | None = None
 
 
 KINDS: dict[str, Kind] = {
     'ifgsm': Kind(IFGSMSettings, 'ensadv.attacks.first_order:IFGSM'),
     'pgd': Kind(PGDSettings, 'ensadv.attacks.first_order:PGD'),
+    'apgd_ce': Kind(
+        RepeatedSettings, stages=lambda s, _: _apgd('cross_entropy', s['steps'], s['restarts'])
+    ),
+    'apgd_dlr': Kind(RepeatedSettings, stages=lambda s, _: _apgd('dlr', s['steps'], s['restarts'])),
+    'apgd_t': Kind(
+        TargetsSettings,
+        stages=lambda s, classes: _targets('apgd', s['steps'], s['targets'], classes),
+    ),
+    'fab': Kind(RepeatedSettings, stages=lambda s, _: _fab(s['steps'], s['restarts'])),
+    'fab_t': Kind(
+        TargetsSettings,
+        stages=lambda s, classes: _targets('fab', s['steps'], s['targets'], classes),
+    ),
+    'square': Kind(QueriesSettings, stages=lambda s, _: _square(s['steps'], s['restarts'])),
+    'autoattack': Kind(AutoAttackSettings, stages=_autoattack),
+    'autoattack_plus': Kind(AutoAttackSettings, stages=_autoattack_plus),
+}
+# What stages are made of, which no config names.
+STAGE_ATTACKS: dict[str, Kind] = {
+    'apgd': Kind(APGDSettings, 'ensadv.attacks.apgd:APGD'),
+    'fab': Kind(FABSettings, 'ensadv.attacks.fab:FAB'),
+    'square': Kind(SquareSettings, 'ensadv.attacks.square:Square'),
 }
 WITHOUT_SETTINGS = ('clean', 'blackbox')  # evaluations that attack nothing
 FOR_TRAINING = ('ifgsm', 'pgd')
@@ -162,7 +338,9 @@ def _entry(text: str, kinds: tuple[str, ...]) -> Entry | None:
     if kind in WITHOUT_SETTINGS:
         return Entry(name, kind) if text == kind else None
     fields = {field.name: field for field in dataclasses.fields(KINDS[kind].settings)}
-    if not 1 <= steps <= MAX_STEPS:
+    if digits and not ('steps' in fields and 1 <= steps <= MAX_STEPS):
+        return None
+    if not digits and 'steps' in fields and fields['steps'].default is dataclasses.MISSING:
         return None
     return Entry(name, kind, steps, suffix, _changes(text, changes, fields) if changes else {})
 
@@ -217,8 +395,8 @@ def entry(text: str, field: str = 'eval.attacks') -> Entry:
         hint = values.nearest(values.shown(text).lower(), examples)
         raise ConfigError(
             f"{field}: unknown attack '{values.shown(text)}'{hint}; allowed: "
-            f'{", ".join(WITHOUT_SETTINGS)}, or one of {", ".join(kinds)} with a number of steps '
-            f'up to {MAX_STEPS}, as pgd20'
+            f'{", ".join(WITHOUT_SETTINGS)}, or one of {", ".join(kinds)}; all but autoattack may '
+            f'have a number of steps up to {MAX_STEPS}, as pgd20, and ifgsm and pgd need one'
         )
     return found
 
@@ -296,17 +474,38 @@ def check(
         KINDS[kind].settings.check(prefix, known)
 
 
+def is_staged(name: str) -> bool:
+    """Returns whether an entry's attack is one in stages."""
+    found = entry(name)
+    return found.kind in KINDS and KINDS[found.kind].stages is not None
+
+
+def stages(found: Mapping[str, Any], classes: int) -> tuple[Stage, ...]:
+    """Returns the stages of an attack in stages.
+
+    Args:
+      found: its settings as JSON has them.
+      classes: of the data.
+    """
+    return tuple(KINDS[found['attack']].stages(found, classes))
+
+
 def make(found: Mapping[str, Any], **changes: Any) -> Any:
-    """Returns the attack of settings as JSON has them.
+    """Returns the attack of settings as JSON has them, for which JAX is imported.
 
     Args:
       found: 'attack', its kind, and its settings; whatever else is there is passed over.
       **changes: settings that are to be others, as a function for the loss's name.
     """
-    kind = KINDS[found['attack']]
-    fields = {field.name for field in dataclasses.fields(kind.settings)}
+    name = found['attack']
+    kind = KINDS[name] if name in KINDS and KINDS[name].attack else STAGE_ATTACKS[name]
+    attack = kind.attack
+    if isinstance(attack, str):
+        module, _, code = attack.partition(':')
+        attack = getattr(importlib.import_module(module), code)
+    fields = {field.name for field in dataclasses.fields(attack)}
     known = {name: value for name, value in (found | changes).items() if name in fields}
-    return kind.load()(**known)
+    return attack(**known)
 
 
 def threat_model_words(norm: str, epsilon: float) -> str:

@@ -116,6 +116,27 @@ class ThreatModel:
 
         return self.project(x + self.epsilon * jax.vmap(draw)(keys), x)
 
+    def boundary_start(self, rng: Array, x: Array) -> Array:
+        """Returns points at distance epsilon from x in random directions, cut off at the box.
+
+        For linf some pixel moves by epsilon, and the others by uniform shares of it.
+
+        Args:
+          rng: keys [B], one per example.
+          x: images [B, H, W, C] in [0, 1].
+        """
+        shape = x.shape[1:]
+
+        def draw(key):
+            if self.norm == 'l2':
+                move = jax.random.normal(key, shape, x.dtype)
+                return move / jnp.linalg.norm(move)
+            move = jax.random.uniform(key, shape, x.dtype, minval=-1, maxval=1)
+            return move / jnp.max(jnp.abs(move))
+
+        moves = jax.vmap(draw)(prng.of_examples(rng))
+        return self.project(x + self.epsilon * moves, x)
+
     def steepest(self, gradient: Array) -> Array:
         """Returns the moves of length 1 along which a loss grows fastest; 0 for a gradient of 0.
 

@@ -41,7 +41,7 @@ def evaluation_settings(config: ConfigDict, name: str) -> dict[str, Any]:
         # The digest, and not the path, decides the outcome.
         return found | {'digest': record['digest'], 'share_fooled': record['share_fooled']}
     found |= registry.settings(group, entry, config.epsilon) | {'seed': group.seed}
-    if name in map(_name, group.long_attacks):
+    if name in map(_name, group.long_attacks) and not registry.is_staged(name):
         found['iterate_examples'] = group.iterate_examples
     return found
 

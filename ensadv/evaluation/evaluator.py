@@ -2,14 +2,15 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ensadv.attacks import driver
+from ensadv.attacks import driver, registry
 from ensadv.cpu import parts
 from ensadv.evaluation import on_device
 from ensadv.models import ensemble
@@ -17,6 +18,10 @@ from ensadv.runtime import distributed
 from ensadv.runtime.progress import Bar
 
 REPACK_STEPS = 25  # steps after which, at the latest, fooled examples leave a long attack
+
+
+_VARIED = ('steps', 'rank')  # settings that one compilation serves all values of
+_STARTS = 1000  # numbers of starts that each stage has to itself, so that no two draw alike
 
 
 class Verdicts(NamedTuple):
@@ -52,6 +57,46 @@ class LongVerdicts(NamedTuple):
     steps: tuple[int, ...]
     stands: np.ndarray
     iterate_margin: np.ndarray
+
+
+class StagedVerdicts(NamedTuple):
+    """What an attack in stages did to n examples, after some of its stages.
+
+    Attributes:
+      margin: float32 [n], the lowest until the example left.
+      has_gradient: as in `Verdicts`; of what no stage attacked, True.
+      felled_by: int32 [n], the number of the stage, from 1, under which the example first was an
+        error; 0: as the clean image; driver.NEVER where it stood.
+      stages: of each that ended, what a result tells of it: name, attacked (examples), felled,
+        accuracy (of all examples, so far) and seconds.
+    """
+
+    margin: np.ndarray
+    has_gradient: np.ndarray
+    felled_by: np.ndarray
+    stages: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of_lists(cls, found: Sequence[Any]) -> 'StagedVerdicts':
+        """Returns what `to_lists` was called on."""
+        margin, informed, felled_by, stages = found
+        return cls(
+            np.array(margin, np.float32),
+            np.array(informed, bool),
+            np.array(felled_by, np.int32),
+            tuple(stages),
+        )
+
+    def to_lists(self) -> list[Any]:
+        """Returns what JSON can hold, and processes can send each other."""
+        arrays = self.margin, self.has_gradient, self.felled_by
+        return [*(array.tolist() for array in arrays), list(self.stages)]
+
+
+def repack_stops(steps: int) -> list[int]:
+    """Returns after which steps of a stage fooled examples leave: ever rarer, as ever fewer do."""
+    stops = (REPACK_STEPS // 4 * 2**power for power in range(32))
+    return [*itertools.takewhile(lambda stop: stop < steps, stops), steps]
 
 
 def curve_steps(num_steps: int) -> tuple[int, ...]:
@@ -193,6 +238,89 @@ class Evaluator:
             np.stack(iterate_margin),
         )
 
+    def staged_attack(
+        self,
+        variables: Any,
+        settings: Mapping[str, Any],
+        images: np.ndarray,
+        labels: np.ndarray,
+        label: str,
+        *,
+        stages: Sequence[registry.Stage],
+        split_places: np.ndarray | None = None,
+        done: StagedVerdicts | None = None,
+        save: Callable[[StagedVerdicts], None] = lambda verdicts: None,
+    ) -> StagedVerdicts:
+        """Returns what stages, each on what still stands, do to each example.
+
+        Args:
+          variables, settings, images, labels, label, split_places: as in `evaluate`.
+          stages: in their order.
+          done: what `save` was given last, of the same arguments: its stages are not made again.
+          save: called when a stage ends.
+        """
+        n, places = len(labels), _or_all(split_places, len(labels))
+        found = done or self._before_stages(variables, images, labels, places, label)
+        for number, stage in enumerate(stages):
+            if number < len(found.stages):
+                continue
+            start = time.monotonic()
+            active = np.flatnonzero(found.margin > 0)
+            margin, informed = found.margin.copy(), found.has_gradient.copy()
+            felled_by = found.felled_by.copy()
+            if len(active):
+                examples = places[active], images[active], labels[active]
+                name = f'{label} {stage.name} ({number + 1}/{len(stages)})'
+                progress = self._stage(variables, {**settings, **stage.settings}, n, examples, name,
+                                       number)  # fmt: skip
+                margin[active] = progress.margin
+                informed[active] |= progress.informed
+                felled_by[active[progress.margin <= 0]] = number + 1
+            told = {
+                'name': stage.name,
+                'attacked': len(active),
+                'felled': int(np.sum(felled_by == number + 1)),
+                'accuracy': float(np.mean((margin > 0) & informed)),
+                'seconds': round(time.monotonic() - start, 3),
+            }
+            found = StagedVerdicts(margin, informed, felled_by, (*found.stages, told))
+            distributed.tell(
+                f'{label} {stage.name} ({number + 1}/{len(stages)}): felled {told["felled"]} of '
+                f'{told["attacked"]}, accuracy {told["accuracy"]:.4f}, {told["seconds"]:.0f} s'
+            )
+            save(found)
+        return found
+
+    def _before_stages(self, variables, images, labels, places, label) -> StagedVerdicts:
+        n, margins = len(labels), []
+        step = self.compile(n, 'clean_scores', {}, on_device.clean_scores_batch, 1)
+        with self._progress(total=n, label=label, unit='image') as bar:
+            for batch in self.batches(np.arange(n), n):
+                margins.append(step(variables, (places[batch], images[batch], labels[batch])))
+                bar.update(len(batch))
+        margin = np.concatenate(margins)
+        errs = margin <= 0
+        felled_by = np.where(errs, 0, driver.NEVER).astype(np.int32)
+        return StagedVerdicts(margin, errs, felled_by, ())
+
+    def _stage(self, variables, settings, n, examples, label, number) -> driver.Progress:
+        """Makes all restarts of a stage on examples that stand, and returns what came of it."""
+        restarts, count = settings.get('restarts', 1), len(examples[0])
+        total = count * settings['steps'] * restarts
+        with self._progress(total=total, label=label, unit='image step') as bar:
+            attack = _HostAttack(self, variables, settings, n, examples, _STARTS * number)
+            for again in range(restarts):
+                if again:
+                    attack.restart(_STARTS * number + again)
+                for taken, stop in itertools.pairwise((0, *repack_stops(settings['steps']))):
+                    attack.advance(stop - taken, bar)
+                    attack.active = active = np.flatnonzero(attack.stands)
+                    left = settings['steps'] * (restarts - again) - stop
+                    bar.total = bar.n + len(active) * left
+                    robust = f'{len(active)} of {count}'
+                    bar.set_postfix(standing=robust, refresh=False)
+        return attack.progress
+
     def worst_points(
         self,
         variables: Any,
@@ -285,8 +413,8 @@ class Evaluator:
         Its last argument is a batch, of n examples in all. It is padded to the size that f is
         compiled for, of which the result shows nothing.
         """
-        varied = ('steps', 'restarts', 'seed', 'iterate_examples')
-        rest = {key: value for key, value in settings.items() if key not in varied}
+        passed_over = (*_VARIED, 'restarts', 'seed', 'iterate_examples')
+        rest = {key: value for key, value in settings.items() if key not in passed_over}
         kind = f'{name} {rest}'
 
         def of_batch(*args):
@@ -325,7 +453,7 @@ class _HostAttack:
       progress: of all examples, as NumPy arrays.
     """
 
-    def __init__(self, evaluator, variables, settings, n, examples):
+    def __init__(self, evaluator, variables, settings, n, examples, number=0):
         """Starts the first restart.
 
         Args:
@@ -333,18 +461,21 @@ class _HostAttack:
           variables, settings: as in `Evaluator.evaluate`.
           n: examples in all, which the size of the batches is for.
           examples: their places in the split, images and labels.
+          number: of the start.
         """
         self._evaluator, self._examples, self._n = evaluator, examples, n
         compile_ = lambda name, f, shared: evaluator.compile(n, name, settings, f, shared)
-        self._begin = compile_('begin', on_device.begin_batch, 2)
-        self._restart = compile_('restart', on_device.restart_batch, 3)
+        self._begin = compile_('begin', on_device.begin_batch, 4)
+        self._restart = compile_('restart', on_device.restart_batch, 4)
         self._advance = compile_('advance', on_device.advance_batch, 3)
-        self._variables, self._num_steps = variables, np.int32(settings['steps'])
+        varied = {key: np.int32(settings[key]) for key in _VARIED if key in settings}
+        self._shared = variables, varied
         self._seed = np.int32(settings['seed'])
         self.active = np.arange(len(examples[0]))
         self.progress: driver.Progress | None = None
         for batch in evaluator.batches(self.active, n):
-            self._put(batch, self._begin(variables, self._seed, self._take(batch)))
+            shared = *self._shared, self._seed, np.int32(number)
+            self._put(batch, self._begin(*shared, self._take(batch)))
 
     @property
     def stands(self) -> np.ndarray:
@@ -353,14 +484,14 @@ class _HostAttack:
 
     def restart(self, number: int) -> None:
         """Begins the restart with this number, from 1, of the active examples."""
-        shared = self._variables, self._seed, np.int32(number)
+        shared = *self._shared, self._seed, np.int32(number)
         for batch in self._evaluator.batches(self.active, self._n):
             given = *self._take(batch), self._progress_of(batch)
             self._put(batch, self._restart(*shared, given))
 
     def advance(self, count: int, bar: Bar | None = None) -> None:
         """Takes so many steps of the active examples."""
-        shared = self._variables, self._num_steps, np.int32(count)
+        shared = *self._shared, np.int32(count)
         for batch in self._evaluator.batches(self.active, self._n):
             given = *self._take(batch), self._progress_of(batch)
             self._put(batch, self._advance(*shared, given))

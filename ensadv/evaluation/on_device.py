@@ -20,6 +20,13 @@ def clean_batch(network, settings, variables, batch):
     return losses.margin(network.log_probs(variables, batches.to_pixels(images)), labels)
 
 
+def clean_scores_batch(network, settings, variables, batch):
+    del settings
+    _, images, labels = batch
+    logits = network.member_logits(variables, batches.to_pixels(images))
+    return losses.margin(network.scores(logits), labels)
+
+
 def log_probs_batch(network, settings, variables, x):
     del settings
     return network.log_probs(variables, x)
@@ -38,38 +45,46 @@ def keys(seed, places):
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
 
 
-def _attacked(network, settings, variables, num_steps):
-    """Returns an attack, what it attacks, the threat model, and who judges its points."""
+def _attacked(network, settings, variables, varied):
+    """Returns an attack, what it attacks, the threat model, and who judges its points.
+
+    Args:
+      network, settings, variables: of the evaluation.
+      varied: settings that one compilation serves all values of.
+    """
+    threat = ThreatModel.of(settings)
+    if settings['attack'] in registry.STAGE_ATTACKS:
+        attack = registry.make(settings, **varied, scores=network.scores)
+        judge = lambda logits, y: losses.margin(network.scores(logits), y)
+        return attack, lambda x: network.member_logits(variables, x), threat, judge
     loss, predict, judge = settings.get('loss'), network.log_probs, losses.margin
     if loss in MEMBER_LOSSES:
         predict, judge = network.member_logits, _best_margin
     # The network gives log-probabilities.
     loss = (MEMBER_LOSSES | losses.LOSSES).get(loss)
-    attack = registry.make(settings, steps=num_steps, loss=loss)
-    threat = ThreatModel.of(settings)
+    attack = registry.make(settings, **varied, loss=loss)
     return attack, lambda x: predict(variables, x), threat, judge
 
 
-def begin_batch(network, settings, variables, seed, batch):
+def begin_batch(network, settings, variables, varied, seed, number, batch):
     places, images, labels = batch
-    # The first state does not depend on the number of steps.
-    attack, predict, threat, judge = _attacked(network, settings, variables, 1)
+    attack, predict, threat, judge = _attacked(network, settings, variables, varied)
     x, rng = batches.to_pixels(images), keys(seed, places)
-    progress = driver.begin(attack, predict, threat, rng, x, labels, judge=judge)
+    progress = driver.begin(attack, predict, threat, rng, x, labels, judge=judge, number=number)
     return prng.to_words(progress)
 
 
-def restart_batch(network, settings, variables, seed, number, batch):
+def restart_batch(network, settings, variables, varied, seed, number, batch):
     places, images, labels, progress = prng.from_words(batch)
-    attack, predict, threat, _ = _attacked(network, settings, variables, 1)
+    attack, predict, threat, _ = _attacked(network, settings, variables, varied)
     x, rng = batches.to_pixels(images), keys(seed, places)
     progress = driver.restart(attack, predict, threat, progress, rng, x, labels, number)
     return prng.to_words(progress)
 
 
-def advance_batch(network, settings, variables, num_steps, count, batch):
+def advance_batch(network, settings, variables, varied, count, batch):
     _, images, labels, progress = prng.from_words(batch)
-    attack, predict, threat, judge = _attacked(network, settings, variables, num_steps)
+    attack, predict, threat, judge = _attacked(network, settings, variables, varied)
     x = batches.to_pixels(images)
     progress = driver.advance(
         attack, predict, threat, progress, x, labels, num_steps=count, judge=judge

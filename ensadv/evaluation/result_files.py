@@ -1,6 +1,7 @@
 """A workdir's eval/ as files: results by all their settings, and the ledgers behind them."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,13 @@ from ml_collections import ConfigDict
 from ensadv.errors import UserError
 from ensadv.storage import files, selection, workdir
 
-LEDGER_SUFFIXES = ('correct', 'margin', 'settings', 'fooled_at')  # of each attack's arrays
+LEDGER_SUFFIXES = (
+    'correct',
+    'margin',
+    'settings',
+    'fooled_at',
+    'felled_by',
+)  # of each attack's arrays
 _EXAMPLES = '_examples.npz'
 
 
@@ -212,9 +219,46 @@ class ResultFiles:
             'validation': [done[other] for other in ordered if other.split == 'validation'],
         }
         files.write_json(workdir.evaluation_path(self._workdir, step, '.json'), content)
+        self._stages_path(step, unit).unlink(missing_ok=True)
         if self._keys is not None:
             self._keys[unit] = key
         return result
+
+    def read_stages(
+        self, step: int, unit: Unit, labels: np.ndarray, names: Sequence[str]
+    ) -> list[Any] | None:
+        """Reads what a killed evaluation had of an attack in stages.
+
+        Args:
+          step: of the weights.
+          unit: the attack.
+          labels: of the examples.
+          names: of the attack's stages.
+
+        Returns:
+          As `evaluator.StagedVerdicts.to_lists` gives it; None where there is nothing of use.
+        """
+        path = self._stages_path(step, unit)
+        if not path.exists() or _why_unreadable(path, ('settings', 'labels', 'verdicts')):
+            return None
+        arrays = files.read_arrays(path)
+        verdicts = json.loads(str(arrays['verdicts']))
+        made = [stage['name'] for stage in verdicts[-1]]
+        same = str(arrays['settings']) == unit.settings and np.array_equal(arrays['labels'], labels)
+        return verdicts if same and made == list(names[: len(made)]) else None
+
+    def write_stages(self, step: int, unit: Unit, labels: np.ndarray, verdicts: Any) -> None:
+        """Keeps what an attack in stages has so far; `add` removes it."""
+        arrays = {
+            'settings': np.array(unit.settings),
+            'labels': labels,
+            'verdicts': np.array(json.dumps(verdicts.to_lists())),
+        }
+        files.write_arrays(self._stages_path(step, unit), arrays)
+
+    def _stages_path(self, step: int, unit: Unit) -> epath.Path:
+        digest = hashlib.sha256(f'{unit.split} {unit.settings}'.encode()).hexdigest()[:16]
+        return workdir.evaluation_path(self._workdir, step, f'_{unit.name}_{digest}.stages.npz')
 
     def put_aside_damaged(self, step: int, again: bool) -> None:
         """Renames a step's files if one is damaged, so that they are made again.

@@ -17,7 +17,7 @@ from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import UserError
 from ensadv.evaluation import attack_settings, finished_runs, transfer_sets
-from ensadv.evaluation.evaluator import Evaluator, LongVerdicts, Verdicts
+from ensadv.evaluation.evaluator import Evaluator, LongVerdicts, StagedVerdicts, Verdicts
 from ensadv.evaluation.result_files import ResultFiles, Unit
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
@@ -101,7 +101,7 @@ class Results:
                 continue
             start = time.monotonic()
             key = self.files.key(unit, done)
-            verdicts = self._verdicts(unit, variables, f'{self.label} step {step} {key}')
+            verdicts = self._verdicts(step, unit, variables, f'{self.label} step {step} {key}')
             result = self._result(unit, verdicts)
             self._warn_of_no_gradient(key, verdicts)
             result |= {'seconds': round(time.monotonic() - start, 3), 'key': key}
@@ -175,6 +175,7 @@ class Results:
         """Reads what is evaluated on; `judged` are the configs of the runs that are evaluated."""
         config = self._config
         dataset = build.dataset(config)
+        self._num_classes = dataset.num_classes
         self._places = places = build.test_places(config, len(dataset.label_test))
         self._splits = {
             'test': build.test_split(config, dataset), 'validation': dataset.split('validation')
@@ -194,11 +195,15 @@ class Results:
             self._transfer_images = transfer_set.images[found]
         return dataset
 
-    def _verdicts(self, unit: Unit, variables: Any, label: str) -> Verdicts | LongVerdicts:
+    def _verdicts(
+        self, step: int, unit: Unit, variables: Any, label: str
+    ) -> Verdicts | LongVerdicts | StagedVerdicts:
         images, labels = self._splits[unit.split]
         if unit.name == 'blackbox':
             images = self._transfer_images
         evaluate = self._evaluator.evaluate
+        if registry.is_staged(unit.name):
+            return self._staged_verdicts(step, unit, variables, label)
         if unit in self.long_units:
             evaluate = self._evaluator.long_attack
         return evaluate(
@@ -206,7 +211,27 @@ class Results:
             split_places=self._places if unit.split == 'test' else None,
         )  # fmt: skip
 
-    def _result(self, unit: Unit, verdicts: Verdicts | LongVerdicts) -> dict[str, Any]:
+    def _staged_verdicts(self, step: int, unit: Unit, variables: Any, label: str) -> StagedVerdicts:
+        """Makes an attack in stages, from where a killed evaluation left it."""
+        images, labels = self._splits[unit.split]
+        stages = registry.stages(self._settings[unit], self._num_classes)
+        names = [stage.name for stage in stages]
+        read = self.files.read_stages if distributed.is_main() else lambda *_: None
+        done = distributed.agree(read(step, unit, labels, names))
+
+        def save(verdicts):
+            if distributed.is_main():
+                self.files.write_stages(step, unit, labels, verdicts)
+
+        return self._evaluator.staged_attack(
+            variables, self._settings[unit], images, labels, label, stages=stages, save=save,
+            split_places=self._places if unit.split == 'test' else None,
+            done=None if done is None else StagedVerdicts.of_lists(done),
+        )  # fmt: skip
+
+    def _result(
+        self, unit: Unit, verdicts: Verdicts | LongVerdicts | StagedVerdicts
+    ) -> dict[str, Any]:
         """Returns a unit's part of the results, but for its time."""
         stands = verdicts.margin > 0
         # What no gradient was found for was not attacked, and is not called robust.
@@ -218,7 +243,10 @@ class Results:
             'correct': int(np.sum(correct)),
             'accuracy': float(np.mean(correct)),
         }
-        if isinstance(verdicts, LongVerdicts):
+        if isinstance(verdicts, StagedVerdicts):
+            result['stages'] = list(verdicts.stages)
+            result |= {'last_iterate_accuracy': None, 'last_iterate_n': 0}
+        elif isinstance(verdicts, LongVerdicts):
             result['curve'] = curve = self._curve(verdicts)
             # Of more restarts than one it is not known: only in the first do examples stay.
             known = curve['iterate_n'] and self._settings[unit]['restarts'] == 1
@@ -232,7 +260,9 @@ class Results:
         result['select_on'] = self._config.eval.select_on
         return result | self._environment
 
-    def _warn_of_no_gradient(self, key: str, verdicts: Verdicts | LongVerdicts) -> None:
+    def _warn_of_no_gradient(
+        self, key: str, verdicts: Verdicts | LongVerdicts | StagedVerdicts
+    ) -> None:
         stands = verdicts.margin > 0
         if count := np.sum(stands & ~verdicts.has_gradient):
             logging.warning(
@@ -290,7 +320,7 @@ class Results:
         step: int,
         unit: Unit,
         result: Mapping[str, Any],
-        verdicts: Verdicts | LongVerdicts,
+        verdicts: Verdicts | LongVerdicts | StagedVerdicts,
     ) -> dict[str, Any]:
         """Adds a unit to a step's files, and returns its result as it stands there."""
         prefix = '' if unit.split == 'test' else f'{unit.split}_'
@@ -304,6 +334,8 @@ class Results:
         }
         if isinstance(verdicts, LongVerdicts):
             arrays['fooled_at'] = verdicts.fooled_at
+        if isinstance(verdicts, StagedVerdicts):
+            arrays['felled_by'] = verdicts.felled_by
         return self.files.add(step, unit, result, arrays, examples)
 
 

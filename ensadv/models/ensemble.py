@@ -109,6 +109,20 @@ class Network(NamedTuple):
         """Returns the ensemble's log-probabilities, [B, classes], of images [B, H, W, C]."""
         return combine(self.member_logits(variables, x), self.combine)
 
+    def scores(self, member_logits: Array) -> Array:
+        """Returns logits of the ensemble, [B, classes], of its members' [k, B, classes].
+
+        Their softmax is what `log_probs` tells. They are not normalised where that is not needed,
+        for the differences of small logits would drown in the rounding of their log-probabilities.
+        """
+        if len(member_logits) == 1:
+            return member_logits[0]
+        if self.combine == 'logits':
+            return jnp.mean(member_logits, axis=0)
+        if self.combine == 'gating':
+            return jax.nn.logsumexp(member_logits, axis=0)
+        return combine(member_logits, self.combine)
+
 
 def of_networks(networks: Sequence[Network], how: str) -> Network:
     """Returns the ensemble whose members are these networks, of any architectures.

@@ -53,7 +53,8 @@ def attack_name(attack: str) -> str:
     Settings that differ follow: 'PGD20 (loss=margin)'.
     """
     entry = registry.entry(name_of(attack))
-    name = f'{entry.kind.upper()}{entry.steps or ""}{entry.suffix.replace("_", " ")}'
+    kind = entry.kind.upper().replace('_', '-').replace('AUTOATTACK', 'AutoAttack')
+    name = f'{kind}{entry.steps or ""}{entry.suffix.replace("_", " ")}'
     if entry.kind in registry.WITHOUT_SETTINGS:
         name = {'blackbox': 'black-box'}.get(entry.kind, entry.kind)
     settings = attack.removeprefix(name_of(attack)).strip()

@@ -40,10 +40,13 @@ def as_configured(
         return dict(settings)
     seed = {'seed': group.get('seed', settings.get('seed'))}
     wanted = seed | group.get(entry.kind, {}) | entry.changes
+    if entry.steps:
+        wanted['steps'] = entry.steps
     changed = {field: wanted.get(field, value) for field, value in settings.items()}
     if name in asked:  # only long attacks have iterate_examples
         changed.pop('iterate_examples', None)
-    if any(registry.entry(text).name == name for text in group.get('long_attacks', ())):
+    long = [registry.entry(text).name for text in group.get('long_attacks', ())]
+    if name in long and not registry.is_staged(name):
         changed['iterate_examples'] = group['iterate_examples']
     return changed
 
@@ -132,8 +135,11 @@ def selection_attack(names: Sequence[str]) -> str:
 
 
 def strongest(names: Sequence[str]) -> str | None:
-    """Returns the attack with the most gradient steps, PGD of equals; None if none has any."""
-    attacked = [name for name in names if registry.entry(name).steps]
+    """Returns the attack with the most gradient steps, PGD of equals; None if none has any.
+
+    Of those in one stage, whose points are kept.
+    """
+    attacked = [n for n in names if registry.entry(n).steps and not registry.is_staged(n)]
 
     def strength(name: str) -> tuple[int, bool]:
         entry = registry.entry(name)
