@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from etils import epath
+from test_follow import config_for, make_run
 
 from ensadv import config as config_lib
 from ensadv import losses
@@ -19,6 +21,8 @@ from ensadv.attacks.square import Square
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import ConfigError
 from ensadv.evaluation import attack_settings, evaluator
+from ensadv.evaluation import evaluate as evaluate_lib
+from ensadv.evaluation.result_files import ResultFiles
 from ensadv.models.ensemble import Network
 
 SHAPE = (6, 5, 2)  # not square, two channels
@@ -280,3 +284,40 @@ def test_names_with_and_without_steps():
     assert staged('fab_t')['targets'] == 9
     own = registry.entry('autoattack_short(queries=100)')
     assert (own.kind, own.suffix, own.changes) == ('autoattack', '_short', {'queries': 100})
+
+
+def test_a_killed_evaluation_keeps_its_stages_and_ends_with_the_same_files(
+    small_network, tmp_path, monkeypatch
+):
+    config = config_for(
+        train__steps=2, eval__attacks=('clean',), eval__long_attacks=('apgd_t4',),
+        eval__apgd_t__targets=3, eval__examples=0,
+    )  # fmt: skip
+    write, made = ResultFiles.write_stages, []
+
+    def killed(self, step, unit, labels, verdicts):
+        write(self, step, unit, labels, verdicts)
+        made.append(verdicts.stages[-1]['name'])
+        raise KeyboardInterrupt
+
+    found = {}
+    for name in ('whole', 'killed'):
+        workdir = epath.Path(tmp_path / name)
+        make_run(config, workdir, steps=(2,))
+        if name == 'killed':
+            monkeypatch.setattr(ResultFiles, 'write_stages', killed)
+        for _ in range(9):
+            try:
+                evaluate_lib.run(config, workdir)
+                break
+            except KeyboardInterrupt:
+                pass
+        assert not list((workdir / 'eval').glob('*.stages.npz'))
+        with np.load(workdir / 'eval' / '2.npz') as ledger:
+            found[name] = dict(ledger)
+    # Also when all were made, but not yet added to the results.
+    assert made == ['apgd_t 1', 'apgd_t 2', 'apgd_t 3']
+    assert found['whole'].keys() == found['killed'].keys()
+    for key, array in found['whole'].items():
+        np.testing.assert_array_equal(found['killed'][key], array)
+    assert 'apgd_t4_felled_by' in found['whole']
