@@ -1,15 +1,15 @@
 """Whether our AutoAttack and the reference fell the same images, and what each takes.
 
     pip install -r requirements-benchmark.txt
-    pip install --no-deps pyautoattack==0.2.0
+    pip install --no-deps torchattacks==3.5.1
     python benchmarks/autoattack_parity.py --workdir=DIR [--n=1000] [--seed=0]
 
 DIR is a finished run of Wide ResNets. Its last snapshot is rebuilt in PyTorch, for which
 `pyautoattack` 0.2.0 has the reference's code. Both attack the first n test images, with random
 streams of their own. The report in Markdown has, after each attack of the standard version, both
-robust accuracies, the images on which they differ and McNemar's p for these, and both times, ours
-without compilation where `--warm` runs everything once before. Exit code 1: ours is weaker by more
-than 0.3 points after some attack. Nothing in DIR changes.
+robust accuracies, the images on which they differ and McNemar's p for these, and both times. With
+--warm ours runs once before, so that its time has no compilation in it. The exit code is 1 where
+ours leaves over 0.3 points more standing after some attack. Nothing in DIR changes.
 """
 
 import argparse

@@ -57,6 +57,15 @@ def _largest(logits: Array, count: int) -> list[Array]:
     return [_of(logits, places[:, i]) for i in range(count)]
 
 
+def gap(logits: Array, labels: Array, targets: Array) -> Array:
+    """Returns by how much the targets' logits exceed the labels', float [B].
+
+    >>> gap(jnp.array([[4.0, 1.0, 2.0]]), jnp.array([0]), jnp.array([1]))
+    Array([-3.], dtype=float32)
+    """
+    return _of(logits, targets) - _of(logits, labels)
+
+
 def dlr(logits: Array, labels: Array) -> Array:
     """Returns the difference of logits ratio, float [B] (Croce & Hein, 2020, equation 6).
 
@@ -85,11 +94,11 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
     >>> targeted_dlr(jnp.array([[4.0, 1.0, 2.0, 0.0]]), jnp.array([0]), jnp.array([1]))
     Array([-0.85714287], dtype=float32)
     """
-    gap = _of(logits, labels) - _of(logits, targets)
+    found = gap(logits, labels, targets)
     if logits.shape[-1] < 4:
-        return -gap
+        return found
     first, _, third, fourth = _largest(logits, 4)
-    return -gap / (first - (third + fourth) / 2 + 1e-12)
+    return found / (first - (third + fourth) / 2 + 1e-12)
 
 
 def ranked_class(logits: Array, labels: Array, rank: int | Array) -> Array:

@@ -24,6 +24,8 @@ from ensadv.evaluation import attack_settings, evaluator
 from ensadv.evaluation import evaluate as evaluate_lib
 from ensadv.evaluation.result_files import ResultFiles
 from ensadv.models.ensemble import Network
+from ensadv.report import table1
+from ensadv.report.collect import collect
 
 SHAPE = (6, 5, 2)  # not square, two channels
 WEIGHTS = jax.random.normal(jax.random.key(0), (6 * 5 * 2, 4))
@@ -321,3 +323,7 @@ def test_a_killed_evaluation_keeps_its_stages_and_ends_with_the_same_files(
     for key, array in found['whole'].items():
         np.testing.assert_array_equal(found['killed'][key], array)
     assert 'apgd_t4_felled_by' in found['whole']
+    # The report has it, with the number of steps in its name.
+    (run,) = collect(epath.Path(tmp_path / 'whole'), ()).runs
+    assert [table1.attack_name(name) for name in run.attacks(2)] == ['clean', 'APGD-T4']
+    assert table1.attack_name('autoattack') == 'AutoAttack'

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ensadv import losses
-from ensadv.attacks import attack, registry
-from ensadv.attacks.attack import Predict, Query
-from ensadv.attacks.threat_model import ThreatModel
+from ensadv.attacks.attack import Predict, Query, informs
+from ensadv.attacks.threat_model import ThreatModel, each
 
 SHARE_OF_RISES = 0.75  # the step is halved where the loss rose in no more of the iterations
 WEIGHT_OF_STEP = 0.75  # of a step; the rest is momentum
@@ -34,7 +33,6 @@ class State(NamedTuple):
       halved: bool [B], whether the step was halved at the last checkpoint.
       taken: int32 [B], iterations of this restart.
       target: int32 [B], the class that a targeted loss goes for.
-      rng: keys [B].
     """
 
     x: Array
@@ -51,20 +49,29 @@ class State(NamedTuple):
     halved: Array
     taken: Array
     target: Array
-    rng: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class APGD(registry.APGDSettings):
+class APGD:
     """APGD with any loss. The reference's behaviour decides where it and the paper differ.
 
     >>> APGD(steps=100, loss='dlr').restarts
     1
 
-    Attributes: see `registry.APGDSettings`, and
+    Attributes:
+      steps: iterations of each restart, from which the checkpoints follow; may be traced.
+      restarts: independent starts.
+      loss: what is climbed, of `losses.ATTACK_LOSSES`; or a function (outputs, labels, targets) ->
+        [B], which is given the outputs as they are.
+      rank: of a targeted loss: which class is the target, by the clean image's logits; 1 is the
+        likeliest that is not the label; may be traced.
       scores: from what predict returns to the logits [B, classes] that are judged.
     """
 
+    steps: int | Array = 100
+    restarts: int = 1
+    loss: str | Callable[..., Array] = 'cross_entropy'
+    rank: int | Array = 1
     scores: Callable[[Any], Array] = lambda outputs: outputs
 
     def init(self, predict: Predict, threat: ThreatModel, rng: Array, x: Array, y: Array) -> State:
@@ -90,7 +97,6 @@ class APGD(registry.APGDSettings):
             halved=number(True, bool),
             taken=number(0, jnp.int32),
             target=target,
-            rng=rng,
         )
 
     def step(
@@ -98,17 +104,17 @@ class APGD(registry.APGDSettings):
     ) -> tuple[State, Query]:
         """See `attack.Attack`."""
         gradient, loss, outputs = self._gradient(predict, state, y)
-        informed = attack.informs(gradient)
+        informed = informs(gradient)
         state = _remember(state, loss, gradient)
         at_checkpoint = state.waited == state.window
         stalls = ~state.halved & (state.checked_loss >= state.best_loss)
         halved = at_checkpoint & ((state.rises <= SHARE_OF_RISES * state.window) | stalls)
-        here = jnp.where(attack.each(halved, x), state.best_x, state.x)
-        gradient = jnp.where(attack.each(halved, x), state.best_gradient, gradient)
+        here = jnp.where(each(halved, x), state.best_x, state.x)
+        gradient = jnp.where(each(halved, x), state.best_gradient, gradient)
         step_size = jnp.where(halved, state.step_size / 2, state.step_size)
 
-        forward = threat.project(here + attack.each(step_size, x) * threat.steepest(gradient), x)
-        weight = attack.each(jnp.where(state.taken == 0, 1, WEIGHT_OF_STEP), x)
+        forward = threat.project(here + each(step_size, x) * threat.steepest(gradient), x)
+        weight = each(jnp.where(state.taken == 0, 1, WEIGHT_OF_STEP), x)
         momentum = here - state.previous
         point = threat.project(here + weight * (forward - here) + (1 - weight) * momentum, x)
         reset = lambda value, old: jnp.where(at_checkpoint, value, old)
@@ -150,7 +156,7 @@ def _remember(state: State, loss: Array, gradient: Array) -> State:
     """Takes the loss and gradient at the current iterate into account."""
     is_start = state.taken == 0
     better = is_start | (loss > state.best_loss)
-    keep = lambda new, old: jnp.where(attack.each(better, new), new, old)
+    keep = lambda new, old: jnp.where(each(better, new), new, old)
     best_loss = jnp.where(better, loss, state.best_loss)
     return state._replace(
         best_x=keep(state.x, state.best_x),

@@ -36,11 +36,6 @@ class Query(NamedTuple):
     x: Array | None = None
 
 
-def each(values: Array, like: Array) -> Array:
-    """Returns values [B] with the axes that they need to go with `like`, [B, ...]."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
 def informs(gradient: Array) -> Array:
     """Returns where a gradient [B, ...] tells a direction, bool [B]."""
     return jnp.any(jnp.abs(gradient) >= LEAST_GRADIENT, axis=tuple(range(1, gradient.ndim)))

@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from ensadv import losses, prng
 from ensadv.attacks.attack import Attack, Predict
-from ensadv.attacks.threat_model import ThreatModel
+from ensadv.attacks.threat_model import ThreatModel, each
 
 NEVER = -1  # in place of a number of steps: the example stood to the end
 
@@ -79,7 +79,7 @@ def _record(progress: Progress, x: Array, margin: Array) -> Progress:
         margin=jnp.where(lower, margin, progress.margin),
         last_margin=margin,
         fooled_at=jnp.where(newly, progress.steps, progress.fooled_at),
-        x_worst=jnp.where(lower.reshape(-1, *[1] * (x.ndim - 1)), x, progress.x_worst),
+        x_worst=jnp.where(each(lower, x), x, progress.x_worst),
     )
 
 

@@ -9,16 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from ensadv import losses
-from ensadv.attacks import attack, registry
-from ensadv.attacks.attack import Predict, Query
-from ensadv.attacks.threat_model import ThreatModel
+from ensadv.attacks.attack import Predict, Query, informs
+from ensadv.attacks.threat_model import ThreatModel, each
 
 LARGEST_BIAS = 0.1  # towards the clean image: alpha_max
 OVERSHOOT = 1.05  # eta
 BACK = 0.9  # share of the move that is kept when the boundary is crossed: beta
 LEAST_LENGTH = 1e-8
 NEWTON_STEPS = 25  # far more than coordinates meet the box in groups
-LEAST_WEIGHT = 1e-8  # of a coordinate that an l2 projection moves
+LEAST_WEIGHT = 1e-8  # of the largest: below it a coordinate stays in l2, where it hardly moves
 
 
 class State(NamedTuple):
@@ -36,7 +35,7 @@ class State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FAB(registry.FABSettings):
+class FAB:
     """FAB for linf and l2: an attack that minimises the distance, whatever epsilon is.
 
     The driver counts only points within epsilon.
@@ -44,11 +43,21 @@ class FAB(registry.FABSettings):
     >>> FAB(steps=100).start
     'none'
 
-    Attributes: see `registry.FABSettings`, and
+    Attributes:
+      steps: iterations of each restart.
+      restarts: independent ones, where `start` is 'boundary'.
+      start: 'none' (the image itself), or 'boundary': at distance epsilon / 2.
+      targeted: whether it goes for one class, or at each iteration for the nearest one.
+      rank: of the targeted attack: as `apgd.APGD.rank`.
       scores: from what predict returns to the logits [B, classes] that are judged.
       bounded: False, since its points may be outside the ball.
     """
 
+    steps: int | Array = 100
+    restarts: int = 1
+    start: str = 'none'
+    targeted: bool = False
+    rank: int | Array = 1
     scores: Callable[[Any], Array] = lambda outputs: outputs
     bounded = False
 
@@ -69,14 +78,14 @@ class FAB(registry.FABSettings):
         """See `attack.Attack`. Calls predict for a gradient, and at the point it leads to."""
         linearise = self._boundary if self.targeted else self._any_boundary
         gap, gradient = linearise(predict, threat, state, y)
-        informed = attack.informs(gradient)
+        informed = informs(gradient)
         moves = lambda point: _move_to_plane(threat, gradient, gap, point, state.x)
         from_here, from_clean = moves(state.x), moves(x)
         zero = jnp.zeros_like(x)
         a1, a2 = (
             jnp.maximum(threat.distance(m, zero), LEAST_LENGTH) for m in (from_here, from_clean)
         )
-        bias = attack.each(jnp.minimum(a1 / (a1 + a2), LARGEST_BIAS), x)
+        bias = each(jnp.minimum(a1 / (a1 + a2), LARGEST_BIAS), x)
         point = (state.x + OVERSHOOT * from_here) * (1 - bias)
         point = jnp.clip(point + (x + OVERSHOOT * from_clean) * bias, 0, 1)
 
@@ -84,14 +93,14 @@ class FAB(registry.FABSettings):
         crossed = losses.margin(self.scores(outputs), y) <= 0
         distance = threat.distance(point, x).astype(jnp.float32)
         nearest = jnp.where(crossed, jnp.minimum(distance, state.nearest), state.nearest)
-        next_x = jnp.where(attack.each(crossed, x), x + BACK * (point - x), point)
+        next_x = jnp.where(each(crossed, x), x + BACK * (point - x), point)
         return State(next_x, nearest, state.target), Query(outputs, informed, point)
 
     def _boundary(self, predict, threat, state, y) -> tuple[Array, Array]:
         """Returns how far the target's logit is above the label's, [B], and its gradient."""
 
         def objective(x):
-            gap = _gaps(self.scores(predict(x)), y, state.target)
+            gap = losses.gap(self.scores(predict(x)), y, state.target)
             return jnp.sum(gap), gap
 
         gradient, gap = jax.grad(objective, has_aux=True)(state.x)
@@ -101,31 +110,20 @@ class FAB(registry.FABSettings):
         """Returns what `_boundary` does for the class whose linearised boundary is the nearest."""
         logits, pull = jax.vjp(lambda x: self.scores(predict(x)), state.x)
         classes = logits.shape[-1]
-        dual = 'l2' if threat.norm == 'l2' else 'l1'
 
         def nearer(other, found):
             of_class = jnp.full(len(y), other)
-            gap, pull_gap = jax.vjp(lambda z: _gaps(z, y, of_class), logits)
+            gap, pull_gap = jax.vjp(lambda z: losses.gap(z, y, of_class), logits)
             (gradient,) = pull(pull_gap(jnp.ones_like(gap))[0])
-            distance = jnp.abs(gap) / (1e-12 + _length(gradient, dual))
+            distance = jnp.abs(gap) / (1e-12 + threat.dual_length(gradient))
             distance = jnp.where(y == other, jnp.inf, distance)
             better = distance < found[0]
             new = distance, gap, gradient
-            return jax.tree.map(lambda n, o: jnp.where(attack.each(better, n), n, o), new, found)
+            return jax.tree.map(lambda n, o: jnp.where(each(better, n), n, o), new, found)
 
         none = jnp.full(len(y), jnp.inf, logits.dtype), jnp.zeros_like(logits[:, 0])
         _, gap, gradient = jax.lax.fori_loop(0, classes, nearer, (*none, jnp.zeros_like(state.x)))
         return gap, gradient
-
-
-def _gaps(logits: Array, y: Array, target: Array) -> Array:
-    of = lambda classes: jnp.take_along_axis(logits, classes[:, None], axis=-1)[:, 0]
-    return of(target) - of(y)
-
-
-def _length(moves: Array, norm: str) -> Array:
-    flat = moves.reshape(len(moves), -1)
-    return jnp.sum(jnp.abs(flat), 1) if norm == 'l1' else jnp.sqrt(jnp.sum(flat**2, 1))
 
 
 def _move_to_plane(threat: ThreatModel, w: Array, gap: Array, point: Array, here: Array) -> Array:
@@ -153,8 +151,10 @@ def _move_to_plane(threat: ThreatModel, w: Array, gap: Array, point: Array, here
     value = gap + jnp.sum(w * (point - here), axis=1)
     direction = -jnp.sign(value)[:, None] * jnp.sign(w)
     size = jnp.abs(w)
-    speed = jnp.where(size > 0, 1.0, 0) if threat.norm == 'linf' else size
-    speed = jnp.where(size * scale < LEAST_WEIGHT, 0, speed) if threat.norm == 'l2' else speed
+    if threat.norm == 'linf':
+        speed = jnp.where(size > 0, 1.0, 0)
+    else:
+        speed = jnp.where(size < LEAST_WEIGHT, 0, size)
     room = jnp.where(direction > 0, 1 - point, point)
     last = jnp.where(speed > 0, room / jnp.where(speed > 0, speed, 1), 0)  # when it meets the box
     wanted = jnp.abs(value)

@@ -12,7 +12,7 @@ from jax import Array
 from ensadv import losses
 from ensadv.attacks import registry
 from ensadv.attacks.attack import Predict, Query, informs
-from ensadv.attacks.threat_model import ThreatModel
+from ensadv.attacks.threat_model import ThreatModel, each
 
 
 class State(NamedTuple):
@@ -109,7 +109,7 @@ class IFGSM(registry.IFGSMSettings):
             sizes = self.step_size * (1 - taken / self.steps)
         else:
             sizes = self.step_size * (1 + jnp.cos(math.pi * taken / self.steps)) / 2
-        return sizes.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+        return each(sizes, x).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from ensadv.errors import ConfigError
 NORMS = {'linf': 'L-infinity', 'l2': 'L2'}
 STARTS = ('gaussian', 'uniform', 'none')
 LOSSES = ('cross_entropy', 'margin')
-APGD_LOSSES = (*LOSSES, 'dlr', 'targeted_dlr')
 SCHEDULES = ('constant', 'linear', 'cosine')
 MAX_STEPS = 10**6
+MAX_RESTARTS = 1000  # of each stage
 
 
 def longest(norm: str) -> float:
@@ -94,57 +94,6 @@ class PGDSettings(IFGSMSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class APGDSettings:
-    """What decides the outcome of an APGD.
-
-    Attributes:
-      steps: iterations of each restart, from which the checkpoints follow.
-      restarts: independent starts.
-      loss: what is climbed, of `APGD_LOSSES`; or, in a program, a function (outputs, labels,
-        targets) -> [B], which is given the outputs as they are.
-      rank: of a targeted loss: which class is the target, by the clean image's logits; 1 is the
-        likeliest that is not the label.
-    """
-
-    steps: int = 100
-    restarts: int = 1
-    loss: str | Callable[..., Any] = 'cross_entropy'
-    rank: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class FABSettings:
-    """What decides the outcome of a FAB.
-
-    Attributes:
-      steps: iterations of each restart.
-      restarts: independent ones, where `start` is 'boundary'.
-      start: 'none' (the image itself), or 'boundary': at distance epsilon / 2.
-      targeted: whether it goes for one class, or at each iteration for the nearest one.
-      rank: as `APGDSettings.rank`.
-    """
-
-    steps: int = 100
-    restarts: int = 1
-    start: str = 'none'
-    targeted: bool = False
-    rank: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class SquareSettings:
-    """What decides the outcome of a Square.
-
-    Attributes:
-      steps: queries of each restart, but for the start's.
-      restarts: independent ones.
-    """
-
-    steps: int = 5000
-    restarts: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class RepeatedSettings:
     """What decides the outcome of `apgd_ce`, `apgd_dlr` and `fab`.
 
@@ -154,7 +103,7 @@ class RepeatedSettings:
     """
 
     steps: int = whole(1, MAX_STEPS, default=100)
-    restarts: int = whole(1, 1000, default=1)
+    restarts: int = whole(1, MAX_RESTARTS, default=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +116,7 @@ class QueriesSettings:
     """
 
     steps: int = whole(1, MAX_STEPS, default=5000)
-    restarts: int = whole(1, 1000, default=1)
+    restarts: int = whole(1, MAX_RESTARTS, default=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +159,7 @@ class Stage(NamedTuple):
     settings: Mapping[str, Any]
 
 
-def _apgd(loss, steps, restarts) -> Iterator[Stage]:
-    name = {'cross_entropy': 'apgd_ce'}.get(loss, f'apgd_{loss}')
+def _apgd(name, loss, steps, restarts) -> Iterator[Stage]:
     yield Stage(name, {'attack': 'apgd', 'loss': loss, 'steps': steps, 'restarts': restarts})
 
 
@@ -235,7 +183,7 @@ def _square(steps, restarts) -> Iterator[Stage]:
 
 def _autoattack(found, classes) -> Iterator[Stage]:
     steps, targets = found['gradient_steps'], found['targets']
-    yield from _apgd('cross_entropy', steps, 1)
+    yield from _apgd('apgd_ce', 'cross_entropy', steps, 1)
     yield from _targets('apgd', steps, targets, classes)
     yield from _targets('fab', steps, targets, classes)
     yield from _square(found['queries'], 1)
@@ -243,8 +191,8 @@ def _autoattack(found, classes) -> Iterator[Stage]:
 
 def _autoattack_plus(found, classes) -> Iterator[Stage]:
     steps, targets = found['gradient_steps'], found['targets']
-    yield from _apgd('cross_entropy', steps, 5)
-    yield from _apgd('dlr', steps, 5)
+    yield from _apgd('apgd_ce', 'cross_entropy', steps, 5)
+    yield from _apgd('apgd_dlr', 'dlr', steps, 5)
     yield from _fab(steps, 5)
     yield from _square(found['queries'], 1)
     yield from _targets('apgd', steps, targets, classes)
@@ -271,9 +219,12 @@ KINDS: dict[str, Kind] = {
     'ifgsm': Kind(IFGSMSettings, 'ensadv.attacks.first_order:IFGSM'),
     'pgd': Kind(PGDSettings, 'ensadv.attacks.first_order:PGD'),
     'apgd_ce': Kind(
-        RepeatedSettings, stages=lambda s, _: _apgd('cross_entropy', s['steps'], s['restarts'])
+        RepeatedSettings,
+        stages=lambda s, _: _apgd('apgd_ce', 'cross_entropy', s['steps'], s['restarts']),
     ),
-    'apgd_dlr': Kind(RepeatedSettings, stages=lambda s, _: _apgd('dlr', s['steps'], s['restarts'])),
+    'apgd_dlr': Kind(
+        RepeatedSettings, stages=lambda s, _: _apgd('apgd_dlr', 'dlr', s['steps'], s['restarts'])
+    ),
     'apgd_t': Kind(
         TargetsSettings,
         stages=lambda s, classes: _targets('apgd', s['steps'], s['targets'], classes),
@@ -288,10 +239,10 @@ KINDS: dict[str, Kind] = {
     'autoattack_plus': Kind(AutoAttackSettings, stages=_autoattack_plus),
 }
 # What stages are made of, which no config names.
-STAGE_ATTACKS: dict[str, Kind] = {
-    'apgd': Kind(APGDSettings, 'ensadv.attacks.apgd:APGD'),
-    'fab': Kind(FABSettings, 'ensadv.attacks.fab:FAB'),
-    'square': Kind(SquareSettings, 'ensadv.attacks.square:Square'),
+STAGE_ATTACKS = {
+    'apgd': 'ensadv.attacks.apgd:APGD',
+    'fab': 'ensadv.attacks.fab:FAB',
+    'square': 'ensadv.attacks.square:Square',
 }
 WITHOUT_SETTINGS = ('clean', 'blackbox')  # evaluations that attack nothing
 FOR_TRAINING = ('ifgsm', 'pgd')
@@ -395,8 +346,9 @@ def entry(text: str, field: str = 'eval.attacks') -> Entry:
         hint = values.nearest(values.shown(text).lower(), examples)
         raise ConfigError(
             f"{field}: unknown attack '{values.shown(text)}'{hint}; allowed: "
-            f'{", ".join(WITHOUT_SETTINGS)}, or one of {", ".join(kinds)}; all but autoattack may '
-            f'have a number of steps up to {MAX_STEPS}, as pgd20, and ifgsm and pgd need one'
+            f'{", ".join(WITHOUT_SETTINGS)}, or one of {", ".join(kinds)}. A number of steps '
+            f'up to {MAX_STEPS} follows ifgsm and pgd, as in pgd20, and may follow the parts of '
+            'autoattack'
         )
     return found
 
@@ -497,9 +449,8 @@ def make(found: Mapping[str, Any], **changes: Any) -> Any:
       found: 'attack', its kind, and its settings; whatever else is there is passed over.
       **changes: settings that are to be others, as a function for the loss's name.
     """
-    name = found['attack']
-    kind = KINDS[name] if name in KINDS and KINDS[name].attack else STAGE_ATTACKS[name]
-    attack = kind.attack
+    # 'fab' is a kind in stages, and what its stages are made of.
+    attack = STAGE_ATTACKS.get(found['attack']) or KINDS[found['attack']].attack
     if isinstance(attack, str):
         module, _, code = attack.partition(':')
         attack = getattr(importlib.import_module(module), code)

@@ -12,11 +12,10 @@ import numpy as np
 from jax import Array
 
 from ensadv import losses, prng
-from ensadv.attacks import attack, registry
 from ensadv.attacks.attack import Predict, Query
-from ensadv.attacks.threat_model import ThreatModel
+from ensadv.attacks.threat_model import ThreatModel, each
 
-# The share of pixels that a window covers falls as AutoAttack has it: by iteration, after these.
+# A window covers this share of the pixels; it is halved after these iterations, as in AutoAttack.
 SHARE = 0.8
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
@@ -40,16 +39,20 @@ class State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Square(registry.SquareSettings):
+class Square:
     """Square for linf and l2, with a window of its own for each image.
 
     >>> Square(steps=5000).restarts
     1
 
-    Attributes: see `registry.SquareSettings`, and
+    Attributes:
+      steps: queries of each restart, but for the start's.
+      restarts: independent ones.
       scores: from what predict returns to the logits [B, classes] that are judged.
     """
 
+    steps: int | Array = 5000
+    restarts: int = 1
     scores: Callable[[Any], Array] = lambda outputs: outputs
 
     def init(self, predict: Predict, threat: ThreatModel, rng: Array, x: Array, y: Array) -> State:
@@ -68,12 +71,12 @@ class Square(registry.SquareSettings):
         outputs = predict(state.x)
         margin = losses.margin(self.scores(outputs), y).astype(jnp.float32)
         taken = (margin < state.margin) | (margin <= 0)
-        best = jnp.where(attack.each(taken, x), state.x, state.best)
+        best = jnp.where(each(taken, x), state.x, state.best)
         propose = linf_proposal if threat.norm == 'linf' else l2_proposal
         phase = jnp.sum(state.taken[:, None] > np.array(HALVED_AFTER), axis=1)
-        # Of the start's keys none is used again.
+        # Number 0 is the start's.
         keys = jax.vmap(jax.random.fold_in)(prng.of_examples(state.rng), state.taken + 1)
-        point = propose(threat, best, x, *draw(threat, keys, phase, x.shape[1:]))
+        point = propose(threat, best, x, draw(threat, keys, phase, x.shape[1:]))
         state = State(
             point, best, jnp.where(taken, margin, state.margin), state.taken + 1, state.rng
         )
@@ -94,7 +97,7 @@ def sides(threat: ThreatModel, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Draws(NamedTuple):
-    """The chance in a proposal.
+    """What is random in a proposal.
 
     Attributes:
       phase: int32 [B], of the schedule.
@@ -109,7 +112,7 @@ class Draws(NamedTuple):
     turned: Array
 
 
-def draw(threat: ThreatModel, rng: Array, phase: Array, shape: tuple[int, ...]) -> tuple[Draws]:
+def draw(threat: ThreatModel, rng: Array, phase: Array, shape: tuple[int, ...]) -> Draws:
     """Draws for each example by its own key what a proposal needs."""
     height, width, channels = shape
     side = jnp.array(sides(threat, shape))[phase]
@@ -121,7 +124,7 @@ def draw(threat: ThreatModel, rng: Array, phase: Array, shape: tuple[int, ...]) 
         corners = jnp.floor(jax.random.uniform(corner, (2, 2)) * room).astype(jnp.int32)
         return corners, _signs(sign, (channels,)), jax.random.bernoulli(turn)
 
-    return (Draws(phase, *jax.vmap(of_example)(rng, side)),)
+    return Draws(phase, *jax.vmap(of_example)(rng, side))
 
 
 def _signs(key: Array, shape: tuple[int, ...]) -> Array:
@@ -214,7 +217,7 @@ def _tiles(threat: ThreatModel, rng: Array, x: Array) -> Array:
 
 
 def l2_proposal(threat: ThreatModel, best: Array, x: Array, draws: Draws) -> Array:
-    """Returns points to one window of which the change of another one was moved, at epsilon.
+    """Returns points at distance epsilon: the change in one window is moved to another.
 
     Args:
       threat: the threat model, l2.

@@ -78,8 +78,8 @@ class ThreatModel:
         move = x_adv - x
         # A point in the ball keeps its bits. The factor keeps rounding from leaving others outside.
         too_long = self.distance(x_adv, x) > self.epsilon
-        shorter = move * _each(self.epsilon * (1 - 1e-6) / _length(move), x)
-        return jnp.clip(jnp.where(_each(too_long, x), x + shorter, x_adv), 0, 1)
+        shorter = move * each(self.epsilon * (1 - 1e-6) / _length(move), x)
+        return jnp.clip(jnp.where(each(too_long, x), x + shorter, x_adv), 0, 1)
 
     def gaussian_start(self, rng: Array, x: Array, sigma: float) -> Array:
         """Returns x + noise, projected (Algorithm 1 of the paper).
@@ -156,8 +156,17 @@ class ThreatModel:
             return moves
         # The squares of a confident network's gradients underflow in float32.
         largest = jnp.max(jnp.abs(moves), axis=tuple(range(1, moves.ndim)))
-        scaled = moves / _each(jnp.where(largest > 0, largest, 1), moves)
-        return scaled / _each(_length(scaled), moves)
+        scaled = moves / each(jnp.where(largest > 0, largest, 1), moves)
+        return scaled / each(_length(scaled), moves)
+
+    def dual_length(self, gradient: Array) -> Array:
+        """Returns by how much a linear function grows along a move of length 1, at most, float [B].
+
+        Args:
+          gradient: the function's, [B, H, W, C].
+        """
+        flat = gradient.reshape(len(gradient), -1)
+        return jnp.linalg.norm(flat, ord=1 if self.norm == 'linf' else 2, axis=1)
 
     def distance(self, x_adv: Array, x: Array) -> Array:
         """Returns how far points [B, H, W, C] are from x, float [B]."""
@@ -173,6 +182,6 @@ def _length(moves: Array) -> Array:
     return jnp.sqrt(jnp.where(squares > 0, squares, 1))
 
 
-def _each(values: Array, like: Array) -> Array:
-    """Returns values [B] as [B, 1, 1, 1], to go with images."""
+def each(values: Array, like: Array) -> Array:
+    """Returns values [B] with the axes that they need to go with `like`, [B, ...]."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -18,10 +18,8 @@ from ensadv.runtime import distributed
 from ensadv.runtime.progress import Bar
 
 REPACK_STEPS = 25  # steps after which, at the latest, fooled examples leave a long attack
-
-
+FIRST_REPACK = 5  # steps after which they first leave a stage
 _VARIED = ('steps', 'rank')  # settings that one compilation serves all values of
-_STARTS = 1000  # numbers of starts that each stage has to itself, so that no two draw alike
 
 
 class Verdicts(NamedTuple):
@@ -95,7 +93,7 @@ class StagedVerdicts(NamedTuple):
 
 def repack_stops(steps: int) -> list[int]:
     """Returns after which steps of a stage fooled examples leave: ever rarer, as ever fewer do."""
-    stops = (REPACK_STEPS // 4 * 2**power for power in range(32))
+    stops = (FIRST_REPACK * 2**power for power in range(32))
     return [*itertools.takewhile(lambda stop: stop < steps, stops), steps]
 
 
@@ -308,17 +306,19 @@ class Evaluator:
         restarts, count = settings.get('restarts', 1), len(examples[0])
         total = count * settings['steps'] * restarts
         with self._progress(total=total, label=label, unit='image step') as bar:
-            attack = _HostAttack(self, variables, settings, n, examples, _STARTS * number)
+            # No two stages draw alike.
+            attack = _HostAttack(
+                self, variables, settings, n, examples, registry.MAX_RESTARTS * number
+            )
             for again in range(restarts):
                 if again:
-                    attack.restart(_STARTS * number + again)
+                    attack.restart(registry.MAX_RESTARTS * number + again)
                 for taken, stop in itertools.pairwise((0, *repack_stops(settings['steps']))):
                     attack.advance(stop - taken, bar)
                     attack.active = active = np.flatnonzero(attack.stands)
                     left = settings['steps'] * (restarts - again) - stop
                     bar.total = bar.n + len(active) * left
-                    robust = f'{len(active)} of {count}'
-                    bar.set_postfix(standing=robust, refresh=False)
+                    bar.set_postfix(standing=f'{len(active)} of {count}', refresh=False)
         return attack.progress
 
     def worst_points(

@@ -15,13 +15,8 @@ from ml_collections import ConfigDict
 from ensadv.errors import UserError
 from ensadv.storage import files, selection, workdir
 
-LEDGER_SUFFIXES = (
-    'correct',
-    'margin',
-    'settings',
-    'fooled_at',
-    'felled_by',
-)  # of each attack's arrays
+# Of each attack's arrays in the ledger.
+LEDGER_SUFFIXES = ('correct', 'margin', 'settings', 'fooled_at', 'felled_by')
 _EXAMPLES = '_examples.npz'
 
 

@@ -23,6 +23,8 @@ from ensadv.models import ensemble
 from ensadv.runtime import distributed
 from ensadv.storage import metrics, selection, workdir
 
+AnyVerdicts = Verdicts | LongVerdicts | StagedVerdicts
+
 
 class Results:
     """A workdir's eval/: what attacks do to the weights of each step, evaluated once.
@@ -195,15 +197,13 @@ class Results:
             self._transfer_images = transfer_set.images[found]
         return dataset
 
-    def _verdicts(
-        self, step: int, unit: Unit, variables: Any, label: str
-    ) -> Verdicts | LongVerdicts | StagedVerdicts:
+    def _verdicts(self, step: int, unit: Unit, variables: Any, label: str) -> AnyVerdicts:
+        if registry.is_staged(unit.name):
+            return self._staged_verdicts(step, unit, variables, label)
         images, labels = self._splits[unit.split]
         if unit.name == 'blackbox':
             images = self._transfer_images
         evaluate = self._evaluator.evaluate
-        if registry.is_staged(unit.name):
-            return self._staged_verdicts(step, unit, variables, label)
         if unit in self.long_units:
             evaluate = self._evaluator.long_attack
         return evaluate(
@@ -229,9 +229,7 @@ class Results:
             done=None if done is None else StagedVerdicts.of_lists(done),
         )  # fmt: skip
 
-    def _result(
-        self, unit: Unit, verdicts: Verdicts | LongVerdicts | StagedVerdicts
-    ) -> dict[str, Any]:
+    def _result(self, unit: Unit, verdicts: AnyVerdicts) -> dict[str, Any]:
         """Returns a unit's part of the results, but for its time."""
         stands = verdicts.margin > 0
         # What no gradient was found for was not attacked, and is not called robust.
@@ -260,9 +258,7 @@ class Results:
         result['select_on'] = self._config.eval.select_on
         return result | self._environment
 
-    def _warn_of_no_gradient(
-        self, key: str, verdicts: Verdicts | LongVerdicts | StagedVerdicts
-    ) -> None:
+    def _warn_of_no_gradient(self, key: str, verdicts: AnyVerdicts) -> None:
         stands = verdicts.margin > 0
         if count := np.sum(stands & ~verdicts.has_gradient):
             logging.warning(
@@ -320,7 +316,7 @@ class Results:
         step: int,
         unit: Unit,
         result: Mapping[str, Any],
-        verdicts: Verdicts | LongVerdicts | StagedVerdicts,
+        verdicts: AnyVerdicts,
     ) -> dict[str, Any]:
         """Adds a unit to a step's files, and returns its result as it stands there."""
         prefix = '' if unit.split == 'test' else f'{unit.split}_'

@@ -81,14 +81,29 @@ def combine(member_logits: Array, how: str) -> Array:
     >>> [f'{p:.2f}' for p in jnp.exp(combine(logits, 'logits'))[0]]
     ['0.25', '0.75']
     """
+    logits = scores(member_logits, how)
+    is_normalised = how == 'probs' and len(member_logits) > 1
+    return logits if is_normalised else jax.nn.log_softmax(logits)
+
+
+def scores(member_logits: Array, how: str) -> Array:
+    """Returns logits of the ensemble, [B, classes]: `combine` gives their log_softmax.
+
+    They are normalised only where that cannot be avoided, for the differences of small logits drown
+    in the rounding of their log-probabilities.
+
+    Args:
+      member_logits, how: as in `combine`.
+    """
     if how == 'probs':
-        k = member_logits.shape[0]
-        log_probs = jax.nn.log_softmax(member_logits)
-        return log_probs[0] if k == 1 else jax.nn.logsumexp(log_probs, axis=0) - math.log(k)
+        k = len(member_logits)
+        if k == 1:
+            return member_logits[0]
+        return jax.nn.logsumexp(jax.nn.log_softmax(member_logits), axis=0) - math.log(k)
     if how == 'logits':
-        return jax.nn.log_softmax(jnp.mean(member_logits, axis=0))
+        return jnp.mean(member_logits, axis=0)
     if how == 'gating':
-        return jax.nn.log_softmax(jax.nn.logsumexp(member_logits, axis=0))
+        return jax.nn.logsumexp(member_logits, axis=0)
     raise ValueError(f"combine: expected 'probs', 'logits' or 'gating', found {how!r}")
 
 
@@ -110,18 +125,8 @@ class Network(NamedTuple):
         return combine(self.member_logits(variables, x), self.combine)
 
     def scores(self, member_logits: Array) -> Array:
-        """Returns logits of the ensemble, [B, classes], of its members' [k, B, classes].
-
-        Their softmax is what `log_probs` tells. They are not normalised where that is not needed,
-        for the differences of small logits would drown in the rounding of their log-probabilities.
-        """
-        if len(member_logits) == 1:
-            return member_logits[0]
-        if self.combine == 'logits':
-            return jnp.mean(member_logits, axis=0)
-        if self.combine == 'gating':
-            return jax.nn.logsumexp(member_logits, axis=0)
-        return combine(member_logits, self.combine)
+        """Returns logits of the ensemble, [B, classes], of its members' [k, B, classes]."""
+        return scores(member_logits, self.combine)
 
 
 def of_networks(networks: Sequence[Network], how: str) -> Network:
