@@ -1,5 +1,7 @@
 """What training descends and attacks climb, per example, from an ensemble's log-probabilities."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -95,10 +97,71 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
     Array([-0.85714287], dtype=float32)
     """
     found = gap(logits, labels, targets)
+    return found if logits.shape[-1] < 4 else found / _spread(logits)
+
+
+def normalised_cross_entropy(logits: Array, labels: Array) -> Array:
+    """Returns the cross-entropy of logits whose two largest are 1 apart, float [B].
+
+    Its gradient's direction does not depend on the logits' scale, which confident and timid
+    networks alike hide behind (Yu & Xu, CVPR 2023, whose factor this is).
+
+    >>> bool(normalised_cross_entropy(jnp.array([[4e3, 2e3]]), jnp.array([0])) > 0.3)
+    True
+    """
+    first, second = _largest(jax.lax.stop_gradient(logits), 2)
+    return cross_entropy(jax.nn.log_softmax(logits / (first - second + 1e-12)[:, None]), labels)
+
+
+def reweighed_gap(
+    member_logits: Array, labels: Array, targets: Array, scores: Callable[[Array], Array]
+) -> Array:
+    """Returns the members' gaps, weighed by what each still does for the label, float [B].
+
+    An ensemble's own gradient passes by a member that is too sure, since what the ensemble predicts
+    does not change with a small change of its logits. So each member's gap, scaled as the targeted
+    DLR loss has it, counts by a secant instead: how much the ensemble's gap would rise were the
+    member's logits of label and target exchanged, by how far the member is from that. Reweighing
+    members is from MORA (Gao et al., 2022, arXiv 2211.08008), these weights are ours.
+
+    Args:
+      member_logits: float [k, B, classes].
+      labels: int [B].
+      targets: int [B], other classes.
+      scores: from member_logits to the ensemble's logits [B, classes].
+
+    >>> logits = jnp.array([[[9e3, 0.0, 0.0, 0.0]], [[0.0, 1.0, 0.0, 0.0]]])
+    >>> mean_probs = lambda logits: jnp.log(jnp.mean(jax.nn.softmax(logits), axis=0))
+    >>> gap_of = lambda logits: reweighed_gap(logits, jnp.array([0]), jnp.array([1]), mean_probs)[0]
+    >>> bool(jnp.any(jax.grad(gap_of)(logits)[0] != 0))
+    True
+    """
+    gaps = jax.vmap(gap, (0, None, None))(member_logits, labels, targets)
+    fixed = jax.lax.stop_gradient(member_logits)
+    scaled = gaps / jax.vmap(_spread)(fixed)
+    exchanged = jax.vmap(_exchanged, (0, None, None))(fixed, labels, targets)
+    gap_of = lambda logits: gap(jax.nn.softmax(scores(logits)), labels, targets)
+    is_member = jnp.eye(len(fixed), dtype=bool)[:, :, None, None]
+    rises = jax.vmap(lambda chosen: gap_of(jnp.where(chosen, exchanged, fixed)))(is_member)
+    rises = jnp.abs(rises - gap_of(fixed))
+    weights = (rises + 1e-12) / (jnp.abs(jax.lax.stop_gradient(scaled)) + 1e-3)
+    return jnp.sum(weights / jnp.sum(weights, axis=0) * scaled, axis=0)
+
+
+def _exchanged(logits: Array, labels: Array, targets: Array) -> Array:
+    """Returns logits [B, classes] in which label and target have changed places."""
+    classes = jnp.arange(logits.shape[-1])
+    labels, targets = labels[:, None], targets[:, None]
+    places = jnp.where(classes == labels, targets, jnp.where(classes == targets, labels, classes))
+    return jnp.take_along_axis(logits, places, axis=-1)
+
+
+def _spread(logits: Array) -> Array:
+    """Returns by how much the largest of logits [B, classes] exceeds others, [B]."""
     if logits.shape[-1] < 4:
-        return found
+        return jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1) + 1e-12
     first, _, third, fourth = _largest(logits, 4)
-    return found / (first - (third + fourth) / 2 + 1e-12)
+    return first - (third + fourth) / 2 + 1e-12
 
 
 def ranked_class(logits: Array, labels: Array, rank: int | Array) -> Array:
@@ -124,5 +187,5 @@ ATTACK_LOSSES = {
     'margin': lambda logits, labels, _: negative_margin(logits, labels),
     'dlr': lambda logits, labels, _: dlr(logits, labels),
     'targeted_dlr': targeted_dlr,
+    'normalised_cross_entropy': lambda logits, labels, _: normalised_cross_entropy(logits, labels),
 }
-TARGETED = ('targeted_dlr',)

@@ -40,10 +40,10 @@ def linear(x):
 Y = jnp.argmax(linear(X), axis=-1)
 
 
-def exact_distances(norm):
+def exact_distances(norm, weights=WEIGHTS):
     """By bisection over the radius: the least within which some class beats the label's."""
     flat = np.asarray(X, np.float64).reshape(len(X), -1)
-    weights = np.asarray(WEIGHTS, np.float64)
+    weights = np.asarray(weights, np.float64)
     least = np.full(len(X), np.inf)
     for i, other in itertools.product(range(len(X)), range(4)):
         label = int(Y[i])
@@ -136,11 +136,13 @@ def test_apgd_halves_its_step_at_its_checkpoints():
     assert np.all(sizes[-1] <= 0.1 / 2**6)
 
 
-@pytest.mark.parametrize('loss', ['dlr', 'targeted_dlr'])
+@pytest.mark.parametrize(
+    'loss, rank', [('dlr', None), ('targeted_dlr', 1), ('normalised_cross_entropy', None)]
+)
 @pytest.mark.parametrize('factor', [1e-4, 1e4])
-def test_apgd_is_not_deceived_by_the_scale_of_logits(loss, factor):
+def test_apgd_is_not_deceived_by_the_scale_of_logits(loss, rank, factor):
     threat = ThreatModel('linf', 0.015)
-    attack = APGD(steps=50, loss=loss)
+    attack = APGD(steps=50, loss=loss, rank=rank)
     margins = [
         driver.worst_case(attack, lambda x, f=f: f * linear(x), threat, KEYS, X, Y).margin > 0
         for f in (1, factor)
@@ -200,10 +202,13 @@ IMAGES = np.asarray(jnp.round(X * 255), np.uint8)
 LABELS = np.where(np.arange(40) < 5, (np.asarray(Y) + 1) % 4, np.asarray(Y)).astype(np.int32)
 
 
-def evaluate(name, batch=40, images=IMAGES, labels=LABELS, **given):
+def evaluate(
+    name, batch=40, images=IMAGES, labels=LABELS, network=NETWORK, weights=WEIGHTS, **given
+):
     settings = staged(name)
-    return evaluator.Evaluator(NETWORK, batch).staged_attack(
-        WEIGHTS, settings, images, labels, name, stages=registry.stages(settings, 4), **given
+    stages = registry.stages(settings, 4, len(jax.eval_shape(network.member_logits, weights, X)))
+    return evaluator.Evaluator(network, batch).staged_attack(
+        weights, settings, images, labels, name, stages=stages, **given
     )
 
 
@@ -226,6 +231,29 @@ def test_autoattacks_stages_are_the_references():
     assert found['square'] == (5000, 1)
     default = dataclasses.asdict(registry.AutoAttackSettings())
     assert default == {'gradient_steps': 100, 'targets': 9, 'queries': 5000}
+
+
+# An ensemble of which one member is by a factor surer than the other, who alone would decide.
+PAIR = jnp.stack([WEIGHTS, jax.random.normal(jax.random.key(5), WEIGHTS.shape)])
+
+
+@pytest.mark.parametrize('name', ['mora20', 'members20'])
+@pytest.mark.parametrize('combine', ['probs', 'logits'])
+def test_a_member_that_is_too_sure_hides_nothing_from_the_attacks_on_members(name, combine):
+    member_logits = lambda w, x: jnp.einsum('bi,kic->kbc', x.reshape(len(x), -1) - 0.5, w)
+    network = Network(member_logits, combine, PAIR)
+    factors = jnp.array([1e4, 1]) if combine == 'probs' else jnp.array([1, 1e-4])
+    weights = PAIR * factors[:, None, None]
+    labels = np.asarray(Y, np.int32)
+    found = evaluate(name, network=network, weights=weights, labels=labels)
+    assert [stage['name'] for stage in found.stages] == [
+        f'{name[:-2]} {i}' for i in ((1, 2, 3) if name == 'mora20' else (1, 2))
+    ]
+    exact = exact_distances('linf')  # of the first, who decides
+    settled = np.abs(exact / 0.02 - 1) > 0.1  # images are rounded to 8 bits
+    assert 0.3 < np.mean(exact[settled] <= 0.02) < 0.9
+    np.testing.assert_array_equal(found.margin[settled] <= 0, exact[settled] <= 0.02)
+    assert found.has_gradient.all()
 
 
 def test_each_stage_attacks_what_stands_and_the_ledger_tells_which_felled_it():

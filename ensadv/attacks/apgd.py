@@ -63,7 +63,7 @@ class APGD:
       restarts: independent starts.
       loss: what is climbed, of `losses.ATTACK_LOSSES`; or a function (outputs, labels, targets) ->
         [B], which is given the outputs as they are.
-      rank: of a targeted loss: which class is the target, by the clean image's logits; 1 is the
+      rank: for a targeted loss: which class is the target, by the clean image's logits; 1 is the
         likeliest that is not the label; may be traced.
       scores: from what predict returns to the logits [B, classes] that are judged.
     """
@@ -71,7 +71,7 @@ class APGD:
     steps: int | Array = 100
     restarts: int = 1
     loss: str | Callable[..., Array] = 'cross_entropy'
-    rank: int | Array = 1
+    rank: int | Array | None = None
     scores: Callable[[Any], Array] = lambda outputs: outputs
 
     def init(self, predict: Predict, threat: ThreatModel, rng: Array, x: Array, y: Array) -> State:
@@ -79,7 +79,7 @@ class APGD:
         point, n = threat.boundary_start(rng, x), len(x)
         number = lambda value, dtype: jnp.full(n, value, dtype)
         target = number(0, jnp.int32)
-        if self.loss in losses.TARGETED:
+        if self.rank is not None:
             target = losses.ranked_class(self.scores(predict(x)), y, self.rank)
         return State(
             x=point,

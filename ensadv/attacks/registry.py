@@ -95,7 +95,7 @@ class PGDSettings(IFGSMSettings):
 
 @dataclasses.dataclass(frozen=True)
 class RepeatedSettings:
-    """What decides the outcome of `apgd_ce`, `apgd_dlr` and `fab`.
+    """What decides the outcome of `apgd_ce`, `apgd_dlr`, `apgd_nce`, `members` and `fab`.
 
     Attributes:
       steps: iterations of each restart.
@@ -121,7 +121,7 @@ class QueriesSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TargetsSettings:
-    """What decides the outcome of `apgd_t` and `fab_t`.
+    """What decides the outcome of `apgd_t`, `mora` and `fab_t`.
 
     Attributes:
       steps: iterations for each target.
@@ -163,11 +163,22 @@ def _apgd(name, loss, steps, restarts) -> Iterator[Stage]:
     yield Stage(name, {'attack': 'apgd', 'loss': loss, 'steps': steps, 'restarts': restarts})
 
 
-def _targets(attack, steps, targets, classes) -> Iterator[Stage]:
-    targeted = {'loss': 'targeted_dlr'} if attack == 'apgd' else {'targeted': True}
+_TARGETED = {
+    'apgd_t': {'attack': 'apgd', 'loss': 'targeted_dlr'},
+    'fab_t': {'attack': 'fab', 'targeted': True},
+    'mora': {'attack': 'apgd', 'loss': 'reweighed_gap'},
+}
+
+
+def _targets(name, steps, targets, classes) -> Iterator[Stage]:
     for rank in range(1, min(targets, classes - 1) + 1):
-        settings = {'attack': attack, 'steps': steps, 'rank': rank}
-        yield Stage(f'{attack}_t {rank}', settings | targeted)
+        yield Stage(f'{name} {rank}', _TARGETED[name] | {'steps': steps, 'rank': rank})
+
+
+def _members(steps, restarts, members) -> Iterator[Stage]:
+    for member in range(members):
+        for stage in _apgd(f'members {member + 1}', 'normalised_cross_entropy', steps, restarts):
+            yield stage._replace(settings={**stage.settings, 'member': member})
 
 
 def _fab(steps, restarts) -> Iterator[Stage]:
@@ -181,22 +192,32 @@ def _square(steps, restarts) -> Iterator[Stage]:
     yield Stage('square', {'attack': 'square', 'steps': steps, 'restarts': restarts})
 
 
-def _autoattack(found, classes) -> Iterator[Stage]:
+def _autoattack(found, classes, members) -> Iterator[Stage]:
+    del members
     steps, targets = found['gradient_steps'], found['targets']
     yield from _apgd('apgd_ce', 'cross_entropy', steps, 1)
-    yield from _targets('apgd', steps, targets, classes)
-    yield from _targets('fab', steps, targets, classes)
+    yield from _targets('apgd_t', steps, targets, classes)
+    yield from _targets('fab_t', steps, targets, classes)
     yield from _square(found['queries'], 1)
 
 
-def _autoattack_plus(found, classes) -> Iterator[Stage]:
+def _autoattack_plus(found, classes, members) -> Iterator[Stage]:
+    del members
     steps, targets = found['gradient_steps'], found['targets']
     yield from _apgd('apgd_ce', 'cross_entropy', steps, 5)
     yield from _apgd('apgd_dlr', 'dlr', steps, 5)
     yield from _fab(steps, 5)
     yield from _square(found['queries'], 1)
-    yield from _targets('apgd', steps, targets, classes)
-    yield from _targets('fab', steps, targets, classes)
+    yield from _targets('apgd_t', steps, targets, classes)
+    yield from _targets('fab_t', steps, targets, classes)
+
+
+def _of_loss(name, loss) -> Callable[..., Iterator[Stage]]:
+    return lambda found, *_: _apgd(name, loss, found['steps'], found['restarts'])
+
+
+def _of_targets(name) -> Callable[..., Iterator[Stage]]:
+    return lambda found, classes, _: _targets(name, found['steps'], found['targets'], classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,34 +228,28 @@ class Kind:
       settings: a frozen dataclass, whose fields `choice`, `length` and `whole` declare.
       attack: the class of its code, which has the settings' fields, see `attacks.attack.Attack`;
         or where that is, as 'module:class'; None for an attack in stages.
-      stages: (settings, number of classes) -> stages, one after another.
+      stages: (settings, number of classes, of members) -> stages, one after another.
     """
 
     settings: type
     attack: type | str | None = None
-    stages: Callable[[Mapping[str, Any], int], Iterator[Stage]] | None = None
+    stages: Callable[[Mapping[str, Any], int, int], Iterator[Stage]] | None = None
 
 
 KINDS: dict[str, Kind] = {
     'ifgsm': Kind(IFGSMSettings, 'ensadv.attacks.first_order:IFGSM'),
     'pgd': Kind(PGDSettings, 'ensadv.attacks.first_order:PGD'),
-    'apgd_ce': Kind(
-        RepeatedSettings,
-        stages=lambda s, _: _apgd('apgd_ce', 'cross_entropy', s['steps'], s['restarts']),
+    'apgd_ce': Kind(RepeatedSettings, stages=_of_loss('apgd_ce', 'cross_entropy')),
+    'apgd_dlr': Kind(RepeatedSettings, stages=_of_loss('apgd_dlr', 'dlr')),
+    'apgd_nce': Kind(RepeatedSettings, stages=_of_loss('apgd_nce', 'normalised_cross_entropy')),
+    'apgd_t': Kind(TargetsSettings, stages=_of_targets('apgd_t')),
+    'mora': Kind(TargetsSettings, stages=_of_targets('mora')),
+    'members': Kind(
+        RepeatedSettings, stages=lambda s, _, k: _members(s['steps'], s['restarts'], k)
     ),
-    'apgd_dlr': Kind(
-        RepeatedSettings, stages=lambda s, _: _apgd('apgd_dlr', 'dlr', s['steps'], s['restarts'])
-    ),
-    'apgd_t': Kind(
-        TargetsSettings,
-        stages=lambda s, classes: _targets('apgd', s['steps'], s['targets'], classes),
-    ),
-    'fab': Kind(RepeatedSettings, stages=lambda s, _: _fab(s['steps'], s['restarts'])),
-    'fab_t': Kind(
-        TargetsSettings,
-        stages=lambda s, classes: _targets('fab', s['steps'], s['targets'], classes),
-    ),
-    'square': Kind(QueriesSettings, stages=lambda s, _: _square(s['steps'], s['restarts'])),
+    'fab': Kind(RepeatedSettings, stages=lambda s, *_: _fab(s['steps'], s['restarts'])),
+    'fab_t': Kind(TargetsSettings, stages=_of_targets('fab_t')),
+    'square': Kind(QueriesSettings, stages=lambda s, *_: _square(s['steps'], s['restarts'])),
     'autoattack': Kind(AutoAttackSettings, stages=_autoattack),
     'autoattack_plus': Kind(AutoAttackSettings, stages=_autoattack_plus),
 }
@@ -432,14 +447,15 @@ def is_staged(name: str) -> bool:
     return found.kind in KINDS and KINDS[found.kind].stages is not None
 
 
-def stages(found: Mapping[str, Any], classes: int) -> tuple[Stage, ...]:
+def stages(found: Mapping[str, Any], classes: int, members: int = 1) -> tuple[Stage, ...]:
     """Returns the stages of an attack in stages.
 
     Args:
       found: its settings as JSON has them.
       classes: of the data.
+      members: of the ensemble.
     """
-    return tuple(KINDS[found['attack']].stages(found, classes))
+    return tuple(KINDS[found['attack']].stages(found, classes, members))
 
 
 def make(found: Mapping[str, Any], **changes: Any) -> Any:

@@ -19,7 +19,7 @@ from ensadv.runtime.progress import Bar
 
 REPACK_STEPS = 25  # steps after which, at the latest, fooled examples leave a long attack
 FIRST_REPACK = 5  # steps after which they first leave a stage
-_VARIED = ('steps', 'rank')  # settings that one compilation serves all values of
+_VARIED = ('steps', 'rank', 'member')  # settings that one compilation serves all values of
 
 
 class Verdicts(NamedTuple):

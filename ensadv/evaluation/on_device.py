@@ -4,6 +4,8 @@ A batch is places int32 [B] in the split, images uint8 [B, H, W, C] and labels i
 attack that goes on, its progress.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -54,7 +56,12 @@ def _attacked(network, settings, variables, varied):
     """
     threat = ThreatModel.of(settings)
     if settings['attack'] in registry.STAGE_ATTACKS:
-        attack = registry.make(settings, **varied, scores=network.scores)
+        scores, changes = network.scores, {}
+        if 'member' in varied:  # which is attacked alone
+            scores = lambda logits: logits[varied['member']]
+        if settings.get('loss') == 'reweighed_gap':
+            changes['loss'] = partial(losses.reweighed_gap, scores=network.scores)
+        attack = registry.make(settings, **varied, **changes, scores=scores)
         judge = lambda logits, y: losses.margin(network.scores(logits), y)
         return attack, lambda x: network.member_logits(variables, x), threat, judge
     loss, predict, judge = settings.get('loss'), network.log_probs, losses.margin

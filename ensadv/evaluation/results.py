@@ -214,7 +214,9 @@ class Results:
     def _staged_verdicts(self, step: int, unit: Unit, variables: Any, label: str) -> StagedVerdicts:
         """Makes an attack in stages, from where a killed evaluation left it."""
         images, labels = self._splits[unit.split]
-        stages = registry.stages(self._settings[unit], self._num_classes)
+        stages = registry.stages(
+            self._settings[unit], self._num_classes, self._config.ensemble.size
+        )
         names = [stage.name for stage in stages]
         read = self.files.read_stages if distributed.is_main() else lambda *_: None
         done = distributed.agree(read(step, unit, labels, names))
