@@ -3,6 +3,7 @@
 python main.py --config=configs/ensemble4adv.py --workdir=DIR
 python main.py --mode=study --config=configs/quickstart.py --workdir=DIR
 python main.py --mode=evaluate --workdir=DIR
+python main.py --mode=audit --workdir=DIR
 python main.py --mode=blackbox --config=configs/blackbox.py --workdir=DIR
 python main.py --mode=report --workdir=DIR
 python main.py --mode=planes --workdir=DIR --config.planes.other=OTHER
@@ -51,12 +52,13 @@ def run(mode: str) -> None:
         'evaluate': evaluate.run,
         'study': lambda config, path: study.run(config, path, CONFIGS),
         'blackbox': lambda config, path: study.make_transfer_set(config, path, CONFIGS),
+        'audit': study.make_audit,
         'planes': study.draw_planes,
     }
     compilation_cache.enable(FLAGS.compilation_cache)
     with build.on_all_processes(mode, config, path):
         jobs[mode](config, path)
-        if mode != 'planes' and distributed.is_main():
+        if mode not in ('audit', 'planes') and distributed.is_main():
             print(command_line.closing_lines())
 
 

@@ -123,11 +123,15 @@ def get_config() -> ConfigDict:
     planes.attack = 'pgd20'  # whose examples span the planes: ifgsm or pgd, and number of steps
     planes.resolution = 200  # pixels along each side of a window
 
+    config.audit = audit = ConfigDict()  # --mode=audit: can the numbers be believed?
+    audit.examples = 200  # test examples, the first, that it looks at
+
     config.debug = debug = ConfigDict()
     debug.nans = False  # when training stops on NaN or infinity, find the step, member and layer
 
     config.study = study = ConfigDict()  # --mode=study: many runs, one table
     study.systems = ()  # names of files in configs/; every other field here is their common base
     study.seeds = (0,)  # each system is run once with each seed
+    study.audit = True  # audit each run's last snapshot at the end
     study.planes = ()  # two of the systems: decision planes of their first seed's runs; or none
     return config.lock()

@@ -34,6 +34,7 @@ MODES = {
     'train': 'train a system, and evaluate its snapshots on the way (the default)',
     'evaluate': 'evaluate the snapshots of a run, also with other attacks',
     'study': 'train and evaluate several systems and seeds, and report on them',
+    'audit': 'check whether the robust accuracy of a finished run can be believed',
     'blackbox': 'make a transfer set, the examples of the black-box attack',
     'compare': 'compare two ledgers, example by example',
     'report': 'write tables, figures and a page on all runs below --workdir',
@@ -41,7 +42,7 @@ MODES = {
     'describe': 'show the size, cost and memory of a config, without training',
 }
 WITHOUT_CONFIG = ('compare', 'report')
-FOR_A_RUN = ('evaluate', 'planes')  # need an existing run
+FOR_A_RUN = ('evaluate', 'audit', 'planes')  # need an existing run
 CONFIGS = epath.Path(__file__).parents[1] / 'configs'
 EXAMPLE = 'python main.py --config=configs/small.py --config.data.name=digits --workdir=runs/small'
 FLAGS = flags.FLAGS

@@ -17,6 +17,7 @@ MUTABLE_FIELDS = (
     'data.data_dir',
     'data.path',  # the data's fingerprint is compared instead
     'data.download',
+    'audit',
     'blackbox',
     'debug',
     'device',
@@ -95,8 +96,7 @@ def validate(config: ConfigDict) -> None:
                   _validate_study):  # fmt: skip
         group(config)
     _one_of(config, 'device', DEVICES)
-    if not isinstance(config.debug.nans, bool):
-        raise ConfigError(f'debug.nans: expected True or False, found {shown(config.debug.nans)!r}')
+    _boolean(config, 'debug.nans')
     system = config.system
     if not isinstance(system, str) or not system.isprintable() or not 1 <= len(system) <= 100:
         raise ConfigError(
@@ -105,6 +105,8 @@ def validate(config: ConfigDict) -> None:
 
 
 def _validate_study(config: ConfigDict) -> None:
+    _integer(config, 'audit.examples', 1)
+    _boolean(config, 'study.audit')
     _files(config, 'study.systems')
     seeds = tuple(config.study.seeds)
     if not seeds or not all(is_integer(seed, 0) for seed in seeds) or len(set(seeds)) != len(seeds):
@@ -318,6 +320,11 @@ def _get(config: ConfigDict, field: str) -> Any:
 
 def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...]) -> None:
     values.check_choice(field, _get(config, field), allowed)
+
+
+def _boolean(config: ConfigDict, field: str) -> None:
+    if not isinstance(found := _get(config, field), bool):
+        raise ConfigError(f'{field}: expected True or False, found {shown(found)!r}')
 
 
 def _integer(config: ConfigDict, field: str, low: int, high: int = values.MAX_INTEGER) -> None:

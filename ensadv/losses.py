@@ -109,8 +109,17 @@ def normalised_cross_entropy(logits: Array, labels: Array) -> Array:
     >>> bool(normalised_cross_entropy(jnp.array([[4e3, 2e3]]), jnp.array([0])) > 0.3)
     True
     """
+    return cross_entropy(jax.nn.log_softmax(logits / logit_scale(logits)[:, None]), labels)
+
+
+def logit_scale(logits: Array) -> Array:
+    """Returns by how much the two largest logits differ, float [B], without a gradient.
+
+    >>> logit_scale(jnp.array([[4.0, 1.0, 2.0]]))
+    Array([2.], dtype=float32)
+    """
     first, second = _largest(jax.lax.stop_gradient(logits), 2)
-    return cross_entropy(jax.nn.log_softmax(logits / (first - second + 1e-12)[:, None]), labels)
+    return first - second + 1e-12
 
 
 def reweighed_gap(

@@ -1,6 +1,6 @@
 """Whole jobs: a run from its first step to its last evaluation, and a study of many runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from absl import logging
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ensadv import systems
 from ensadv.errors import ConfigError, TrainingError, UserError
-from ensadv.evaluation import blackbox, decision_planes, evaluate
+from ensadv.evaluation import audit, blackbox, decision_planes, evaluate
 from ensadv.runtime import distributed
 from ensadv.training import train
 
@@ -56,6 +56,16 @@ def draw_planes(config: ConfigDict, path: epath.Path) -> epath.Path:
 
         pictures.draw_planes(file)
     return file
+
+
+def make_audit(config: ConfigDict, path: epath.Path) -> epath.Path | None:
+    """Audits a workdir's last snapshot, and writes a page on what it found; returns its path."""
+    content = audit.run(config, path)
+    if not distributed.is_main():
+        return None
+    from ensadv.report import audit_page
+
+    return audit_page.write(path, content)
 
 
 def make_transfer_set(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> epath.Path:
@@ -106,11 +116,25 @@ def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
                 draw_planes(run_config, path / pair[0])
         except UserError as error:  # a report without them is still worth having
             logging.error('no decision planes: %s', error)
+    if config.study.audit:
+        _audit(finished, run_configs)
     if report and finished:
         report.write(path)
     if failures:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in failures.items())
         raise TrainingError(f'not in the report: {reasons}')
+
+
+def _audit(finished: Sequence[epath.Path], run_configs: Mapping[str, ConfigDict]) -> None:
+    """Audits runs that have no audit of their attacks yet."""
+    for path in finished:
+        try:
+            with distributed.failing_together():
+                if not distributed.agree(audit.is_made(run_configs[path.name], path)):
+                    make_audit(run_configs[path.name], path)
+        except UserError as error:  # a report without it is still worth having
+            logging.error('%s: no audit: %s', path.name, error)
+        jax.clear_caches()
 
 
 def runs(config: ConfigDict, systems_dir: epath.Path) -> Iterator[tuple[str, ConfigDict]]:

@@ -69,6 +69,7 @@ TINY = {
     'eval.examples': 0,
     'eval.num_examples': 30,
     'eval.batch_size': 16,
+    'study.audit': False,
 }
 # What makes a study of two systems small; for their own fields see TINY.
 TINY_STUDY = {

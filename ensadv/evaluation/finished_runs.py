@@ -91,15 +91,18 @@ def load(runs: Sequence[Run], *, combine: str, dtype: str) -> tuple[ensemble.Net
       combine: how their predictions become one.
       dtype: compute type: float32 or bfloat16.
     """
-    networks, variables = [], []
-    for run in runs:
-        run.config.eval.dtype = dtype
-        network = build.network(run.config, run.record['dataset'])
-        snapshots = checkpoints.open_snapshots(run.path)
-        variables.append(snapshots.restore(run.step, network.variables))
-        snapshots.close()
-        networks.append(network)
-    return ensemble.of_networks(networks, combine), variables
+    networks, variables = zip(*(load_one(run, dtype) for run in runs), strict=True)
+    return ensemble.of_networks(networks, combine), list(variables)
+
+
+def load_one(run: Run, dtype: str) -> tuple[ensemble.Network, Any]:
+    """Returns a run's network, and its weights, replicated; `dtype` as in `load`."""
+    run.config.eval.dtype = dtype
+    network = build.network(run.config, run.record['dataset'])
+    snapshots = checkpoints.open_snapshots(run.path)
+    variables = snapshots.restore(run.step, network.variables)
+    snapshots.close()
+    return network, variables
 
 
 def refuse_sources(config: Mapping[str, Any], set_record: Mapping[str, Any]) -> None:

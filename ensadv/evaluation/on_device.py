@@ -5,9 +5,11 @@ attack that goes on, its progress.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ensadv import losses, prng
 from ensadv.attacks import driver, registry
@@ -39,6 +41,59 @@ def member_batch(network, settings, variables, batch):
     _, images, labels = batch
     logits = network.member_logits(variables, batches.to_pixels(images))
     return jax.vmap(losses.margin, (0, None), 1)(logits, labels)
+
+
+def logit_gaps_batch(network, settings, variables, batch):
+    """By how much the two largest logits differ, of the network and of each member, [B, 1 + k]."""
+    del settings
+    _, images, _ = batch
+    logits = network.member_logits(variables, batches.to_pixels(images))
+    largest, _ = jax.lax.top_k(jnp.stack([network.scores(logits), *logits]), 2)
+    return (largest[..., 0] - largest[..., 1]).T
+
+
+class Slopes(NamedTuple):
+    """Gradients at random points of the ball, and what a small step along them does.
+
+    Attributes:
+      largest: float32 [B], the largest absolute value of the gradient of cross-entropy.
+      share: float32 [B], of the pixel values that have a thousandth of that or more.
+      foretold, change: float32 [B], of the loss, which is cross-entropy with the logits scaled: by
+        the gradient, and as it is.
+    """
+
+    largest: Array
+    share: Array
+    foretold: Array
+    change: Array
+
+
+def slopes_batch(network, settings, variables, seed, batch):
+    places, images, labels = batch
+    threat = ThreatModel.of(settings)
+    x = threat.uniform_start(keys(seed, places), batches.to_pixels(images))
+    scores = lambda x: network.scores(network.member_logits(variables, x))
+    entropy = lambda x: jnp.sum(losses.LOSSES_OF_LOGITS['cross_entropy'](scores(x), labels))
+    size = jnp.abs(jax.grad(entropy)(x)).reshape(len(x), -1)
+    largest = jnp.max(size, axis=-1)
+    # At the scale of these logits, which both ends of the step share.
+    scale = losses.logit_scale(scores(x))[:, None]
+    loss = lambda x: losses.LOSSES_OF_LOGITS['cross_entropy'](scores(x) / scale, labels)
+    gradient = jax.grad(lambda x: jnp.sum(loss(x)))(x)
+    step = threat.epsilon / 50 * threat.steepest(gradient)
+    of_each = tuple(range(1, x.ndim))
+    return Slopes(
+        largest,
+        jnp.mean(size >= 1e-3 * largest[:, None], axis=-1),
+        2 * jnp.sum(gradient * step, axis=of_each),
+        loss(x + step) - loss(x - step),
+    )
+
+
+def noisy(threat, seed, places, x):
+    """Returns images [B, H, W, C] moved by noise of the length epsilon, within the box."""
+    draws = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys(seed, places))
+    return jnp.clip(x + threat.epsilon * threat.steepest(draws), 0, 1)
 
 
 def keys(seed, places):

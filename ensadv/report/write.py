@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from ensadv.report import basis, findings, page, paper, table1, tables
+from ensadv.report import audit_page, basis, findings, page, paper, table1, tables
 from ensadv.report.collect import Collection, collect
 
 FOLDER = 'report'
@@ -33,6 +33,7 @@ def write(root: epath.Path) -> epath.Path:
     parts = [
         sections.claims(outcomes, notes),
         sections.accuracy(numbers, notes),
+        audit_page.section(collection),
         sections.over_training(collection, writer),
         sections.over_attack_steps(collection, writer),
         sections.differences(outcomes, writer),

@@ -1,6 +1,7 @@
 """What a run writes, and how it is read."""
 
 __all__ = [
+    'audits',
     'checkpoints',
     'environments',
     'files',

@@ -115,6 +115,16 @@ EVALUATION = {
     'validation': [_RESULT],
 }
 
+# eval/<step>_audit.json, see `audits`.
+AUDIT = {
+    'step': _NUMBER,
+    'n': _COUNT,
+    'attacks': [str],
+    'reported': float,
+    'found': float,
+    'checks': [{'name': str, 'verdict': str, 'evidence': str, 'n': _NUMBER, 'remedy': str}],
+}
+
 
 def run_mismatch(record: Any) -> str | None:
     """Returns why JSON is not the content of a run's config.json; None if it is."""
