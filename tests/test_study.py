@@ -14,7 +14,9 @@ import ensadv
 from configs import quickstart, table1
 from ensadv import command_line, study
 from ensadv import config as config_lib
-from ensadv.errors import ConfigError, TrainingError
+from ensadv.errors import ConfigError, TrainingError, UserError
+from ensadv.evaluation import audit
+from ensadv.report import write
 from ensadv.storage import workdir as workdir_lib
 from ensadv.training import train
 
@@ -107,6 +109,32 @@ def test_a_run_leaves_no_compiled_programs_behind(monkeypatch, tmp_path):
     assert programs() == before + 1
     study.run_one(tiny_config(eval__inline=False), epath.Path(tmp_path), 'a run')
     assert programs() <= before
+
+
+@pytest.mark.parametrize('asked', [True, False])
+def test_a_study_audits_the_runs_that_have_no_audit_and_goes_on_after_a_failed_one(
+    monkeypatch, tmp_path, asked
+):
+    config = quickstart.get_config()
+    config.study.update({'systems': ('baseline', 'singleadv', 'doubleadv'), 'planes': ()})
+    config.study.audit = asked
+    config.eval.attacks = ('clean', 'pgd20')
+    finished = [epath.Path(tmp_path / f'{name}_seed0') for name in config.study.systems]
+    audited, reported = [], []
+
+    def make_audit(config, path):
+        audited.append((config.system, path.name))
+        if config.system == 'Baseline':
+            raise UserError('no weights')
+
+    monkeypatch.setattr(study, 'make_runs', lambda *args: (finished, {}))
+    monkeypatch.setattr(study, 'make_audit', make_audit)
+    monkeypatch.setattr(audit, 'is_made', lambda config, path: 'singleadv' in path.name)
+    monkeypatch.setattr(write, 'write', reported.append)
+    study.run(config, epath.Path(tmp_path), CONFIGS)
+    expected = [('Baseline', 'baseline_seed0'), ('DoubleAdv', 'doubleadv_seed0')]
+    assert audited == (expected if asked else [])
+    assert reported == [epath.Path(tmp_path)]
 
 
 @pytest.mark.parametrize(
