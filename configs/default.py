@@ -81,7 +81,8 @@ def get_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20')  # name and number of steps
-    evaluation.long_attacks = ('ifgsm500', 'pgd500')  # at the end, on the best and last snapshot
+    # AutoAttack is what to publish; the others above are the paper's, and cheap.
+    evaluation.long_attacks = ('ifgsm500', 'pgd500', 'autoattack')  # on the best and last snapshot
     # Each kind of attack has its settings, in eval.ifgsm and eval.pgd: step_size (epsilon/4 and
     # epsilon/2); schedule (of the step size: constant, or linear or cosine down to 0); start, sigma
     # and loss, as in attack; restarts (independent ones, whose worst point counts). An entry of
@@ -90,7 +91,7 @@ def get_config() -> ConfigDict:
     for kind in registry.KINDS:
         evaluation[kind] = ConfigDict()
         for field, value in registry.defaults(kind, config.get_oneway_ref('epsilon')).items():
-            evaluation[kind][field] = value
+            evaluation[kind][field] = placeholder(int) if value is None else value
     evaluation.seed = 0  # of the attacks' starts
     evaluation.blackbox_path = placeholder(str)  # file of --mode=blackbox; adds attack blackbox
     # The others leave a long attack when they are fooled. These, the first ones, are what the

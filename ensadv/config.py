@@ -210,8 +210,10 @@ def _attack_group(config: ConfigDict, group: str, kind: str) -> None:
 def _entry(config: ConfigDict, field: str, text: str) -> registry.Entry:
     """Returns an entry of a field, whose name and settings are checked."""
     entry = registry.entry(text, field)
-    # Under a name that does not tell, the report would show one attack's numbers as another's.
-    if bool(entry.suffix) != bool(entry.changes):
+    # Under a name that does not tell, the report would show one attack's numbers as another's. The
+    # number of examples stands beside every result.
+    tells = set(entry.changes) <= {'examples'} if not entry.suffix else bool(entry.changes)
+    if not tells:
         raise ConfigError(
             f"{field}: '{shown(text)}': an attack with settings of its own has a name of its own, "
             'and the other way round, as in pgd20_margin(loss=margin)'

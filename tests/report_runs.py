@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ensadv import config as config_lib
 from ensadv.attacks import registry
 from ensadv.storage import files, workdir
+from ensadv.storage import ledgers as ledgers_lib
 
 N = 100  # test examples, so that an accuracy of 0.01 is one of them
 DIGITS = {
@@ -96,6 +97,8 @@ def write_run(
     for step, outcomes in evaluations.items():
         split_of = {key: key.startswith('validation_') for key in outcomes}
         results = {key: _result(config, key, outcome) for key, outcome in outcomes.items()}
+        tested = [results[key] for key in outcomes if not split_of[key]]
+        robust = ledgers_lib.robust(tested, _arrays(config, outcomes))
         content = {
             'system': config.system,
             'seed': config.seed,
@@ -104,7 +107,8 @@ def write_run(
             'fingerprint': dataset['fingerprint'],
             'test_examples': dataset['num_test'],
             'select_on': config.eval.select_on,
-            'attacks': [results[key] for key in outcomes if not split_of[key]],
+            **({'robust': robust} if robust else {}),
+            'attacks': tested,
             'validation': [results[key] for key in outcomes if split_of[key]],
         }
         files.write_json(workdir.evaluation_path(path, step, '.json'), content)
@@ -115,8 +119,14 @@ def write_run(
 
 def write_ledger(path, config, step, outcomes, dataset=DIGITS) -> None:
     """Writes eval/<step>.npz; see `write_run`."""
-    arrays = {'fingerprint': np.array(dataset['fingerprint'])}
-    for key, outcome in outcomes.items():
+    arrays = _arrays(config, outcomes) | {'fingerprint': np.array(dataset['fingerprint'])}
+    files.write_arrays(workdir.evaluation_path(epath.Path(path), step, '.npz'), arrays)
+
+
+def _arrays(config, outcomes) -> dict[str, np.ndarray]:
+    arrays = {}
+    # An attack may have been made on the first few examples.
+    for key, outcome in sorted(outcomes.items(), key=lambda each: len(_correct(config, each[1]))):
         correct, name = _correct(config, outcome), _name(key)
         prefix = 'validation_' if key.startswith('validation_') else ''
         arrays[f'{prefix}label'] = np.arange(len(correct), dtype=np.int32) % 10
@@ -127,8 +137,9 @@ def write_ledger(path, config, step, outcomes, dataset=DIGITS) -> None:
         settings = json.dumps(_result(config, key, outcome)['settings'], sort_keys=True)
         arrays[f'{key}_settings'] = np.array(settings)
         if name in config.eval.long_attacks:
-            arrays[f'{key}_fooled_at'] = np.where(correct, -1, 0).astype(np.int32)
-    files.write_arrays(workdir.evaluation_path(epath.Path(path), step, '.npz'), arrays)
+            last = 'felled_by' if registry.is_staged(name) else 'fooled_at'
+            arrays[f'{key}_{last}'] = np.where(correct, -1, 0).astype(np.int32)
+    return arrays
 
 
 def member(path: pathlib.Path, step: int | None = None) -> dict[str, Any]:
@@ -218,7 +229,11 @@ def _result(config: ConfigDict, key: str, outcome: Any) -> dict[str, Any]:
         'correct': int(np.sum(correct)),
         'accuracy': accuracy,
     }
-    if name in config.eval.long_attacks:
+    if registry.is_staged(name):
+        stage = {'name': 'apgd_ce', 'attacked': len(correct), 'seconds': 1.0}
+        stage |= {'felled': len(correct) - int(np.sum(correct)), 'accuracy': accuracy}
+        result |= {'stages': [stage], 'last_iterate_accuracy': None, 'last_iterate_n': 0}
+    elif name in config.eval.long_attacks:
         stay = min(config.eval.iterate_examples, len(correct))
         points = [min(1.0, accuracy + 0.1 * i) for i in range(len(CURVE_STEPS))][::-1]
         result['curve'] = {
@@ -255,6 +270,9 @@ def _settings(config: ConfigDict, name: str) -> dict[str, Any]:
     settings['epsilon'] = config.epsilon
     if kind == 'blackbox':
         return settings | {'digest': 64 * 'd', 'share_fooled': 1.0}
+    if registry.is_staged(name):
+        found = registry.settings(config.eval, entry, config.epsilon)
+        return settings | found | {'seed': config.eval.seed}
     group = config_lib.to_dict(config)['eval'][kind]
     fields = ('step_size', 'schedule', 'start', 'sigma', 'restarts', 'loss')
     settings |= {'steps': steps} | {field: group[field] for field in fields}

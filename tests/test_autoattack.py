@@ -230,7 +230,8 @@ def test_autoattacks_stages_are_the_references():
     assert found['fab restarts'] == (100, 4)
     assert found['square'] == (5000, 1)
     default = dataclasses.asdict(registry.AutoAttackSettings())
-    assert default == {'gradient_steps': 100, 'targets': 9, 'queries': 5000}
+    assert default == {'gradient_steps': 100, 'targets': 9, 'queries': 5000, 'examples': None}
+    assert 'examples' not in settings  # of results, whose identity it would change
 
 
 # An ensemble of which one member is by a factor surer than the other, who alone would decide.
@@ -317,11 +318,11 @@ def test_names_with_and_without_steps():
 
 
 def test_a_killed_evaluation_keeps_its_stages_and_ends_with_the_same_files(
-    small_network, tmp_path, monkeypatch
+    small_network, tmp_path, monkeypatch, capsys
 ):
     config = config_for(
         train__steps=2, eval__attacks=('clean',), eval__long_attacks=('apgd_t4',),
-        eval__apgd_t__targets=3, eval__examples=0,
+        eval__apgd_t__targets=3, eval__apgd_t__examples=12, eval__examples=0,
     )  # fmt: skip
     write, made = ResultFiles.write_stages, []
 
@@ -350,7 +351,21 @@ def test_a_killed_evaluation_keeps_its_stages_and_ends_with_the_same_files(
     assert found['whole'].keys() == found['killed'].keys()
     for key, array in found['whole'].items():
         np.testing.assert_array_equal(found['killed'][key], array)
-    assert 'apgd_t4_felled_by' in found['whole']
+    # It was made on the first 12 of the 30 examples, and robust accuracy is over these.
+    margins = {name: found['whole'][f'{name}_margin'] for name in ('clean', 'apgd_t4')}
+    assert [len(margin) for margin in margins.values()] == [30, 12]
+    assert len(found['whole']['label']) == 30
+    assert len(found['whole']['apgd_t4_felled_by']) == 12
+    correct = int(np.sum((margins['clean'][:12] > 0) & (margins['apgd_t4'] > 0)))
+    content = json.loads((tmp_path / 'whole' / 'eval' / '2.json').read_text())
+    assert content['robust'] == {
+        'n': 12, 'correct': correct, 'accuracy': correct / 12, 'no_gradient': 0,
+        'attacks': ['clean', 'apgd_t4'],
+    }  # fmt: skip
+    assert content['attacks'][1]['n'] == 12
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown.startswith(f'step 2  n 30  robust {correct / 12:.4f} (n 12)  clean ')
+    assert shown.endswith(' (n 12)')
     # The report has it, with the number of steps in its name.
     (run,) = collect(epath.Path(tmp_path / 'whole'), ()).runs
     assert [table1.attack_name(name) for name in run.attacks(2)] == ['clean', 'APGD-T4']

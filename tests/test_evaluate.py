@@ -358,8 +358,26 @@ def test_the_attack_that_selects(names, expected):
         ((), None),
     ],
 )
-def test_the_strongest_attack_has_the_most_steps(names, expected):
+def test_the_attack_with_the_most_steps(names, expected):
+    assert selection.most_steps(names) == expected
     assert selection.strongest(names) == expected
+
+
+@pytest.mark.parametrize(
+    'names, expected',
+    [
+        (('autoattack', 'pgd500', 'autoattack_plus'), 'autoattack_plus'),
+        (('fab_t', 'apgd_t', 'autoattack', 'pgd500'), 'autoattack'),
+        (('square', 'fab_t', 'apgd_t20', 'pgd500'), 'apgd_t20'),
+        # It sees no gradients.
+        (('square', 'pgd5'), 'pgd5'),
+        (('clean', 'square'), 'square'),
+    ],
+)
+def test_the_strongest_attack_is_autoattack_or_a_part_of_it(names, expected):
+    assert selection.strongest(names) == expected
+    # Whose examples are kept is in one stage.
+    assert selection.most_steps(names) in {'pgd500', 'pgd5', None}
 
 
 def test_results_are_plain_json(copy_of_trained):

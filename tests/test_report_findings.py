@@ -209,6 +209,28 @@ def test_the_attack_with_the_most_steps_that_all_runs_have_decides(tmp_path):
     assert outcomes_of(tmp_path).strongest == 'pgd20'
 
 
+def test_autoattack_decides_where_all_have_it_though_on_fewer_examples(tmp_path):
+    # By their first 10 examples the second is better, by all of them the first.
+    settings = {'eval__long_attacks': ('autoattack',), 'eval__autoattack__examples': 10}
+    for system, first, rest in (('singleadv', 4, 40), ('doubleadv', 6, 20)):
+        correct = np.concatenate([np.arange(10) < first, np.arange(N - 10) < rest])
+        attacks = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': correct, 'autoattack': correct[:10]}
+        write_run(tmp_path / system, run_config(system, **settings), {40: attacks})
+    found = outcomes_of(tmp_path)
+    assert (found.notes, found.strongest) == ([], 'autoattack')
+    d = found.difference('DoubleAdv', 'SingleAdv', 'autoattack')
+    assert (d.n, round(d.difference_points)) == (10, 20)
+    assert d.low <= 20 <= d.high
+    assert found.difference('DoubleAdv', 'SingleAdv', 'pgd20').n == N
+    assert found.accuracy('DoubleAdv', 'autoattack')[0] == 0.6
+    write_run(
+        tmp_path / 'without',
+        run_config('baseline'),
+        {40: {'clean': 0.9, 'ifgsm5': 0.5, 'pgd20': 0.1}},
+    )
+    assert outcomes_of(tmp_path).strongest == 'pgd20'
+
+
 def test_differences_by_hand(tmp_path):
     write(tmp_path, 'singleadv', 50, 40, 45)
     write(tmp_path, 'ensemble2adv', 60, 70)
@@ -288,7 +310,9 @@ def test_a_ledger_of_other_examples_is_left_out_wherever_it_stands(tmp_path, odd
     assert found.notes == [
         f'{odd} is left out of the comparisons: its ledger is of other examples.'
     ]
-    assert found.correct.shape == (3, 2, N)
+    assert {name: array.shape for name, array in found.correct.items()} == dict.fromkeys(
+        ('clean', 'ifgsm5', 'pgd20'), (2, N)
+    )
 
 
 @pytest.mark.parametrize('content', [None, b'damaged'])

@@ -55,7 +55,7 @@ def test_a_column_for_each_settings_and_the_worst_case_counts(tmp_path):
         write(tmp_path, {40: LAST | attacked}, system, seed)
     found = Report(tmp_path)
     header = found.numbers['last_snapshot'].table.header
-    assert header[3:-1] == ('clean', 'IFGSM5', *BOTH, WORST)
+    assert header[3:-1] == ('robust', 'clean', 'IFGSM5', *BOTH, WORST)
     assert found.cell('last_snapshot', BOTH[0]) == '50.0 ± 0.0'
     assert found.cell('last_snapshot', BOTH[1]) == '35.0 ± 21.2'
     assert found.cell('last_snapshot', WORST) == '15.0 ± 7.1'
@@ -221,7 +221,7 @@ def test_older_results_have_no_keys(tmp_path):
     assert found.cell('last_snapshot', 'PGD20') == '50.0'
     outcomes = findings.read_outcomes(found.collection)
     assert (outcomes.attacks, outcomes.notes) == (['clean', 'ifgsm5', 'pgd20'], [])
-    assert outcomes.correct.shape == (3, 1, N)
+    assert outcomes.correct['pgd20'].shape == (1, N)
 
 
 def test_an_ensemble_of_runs_has_columns_beside_a_runs(tmp_path):

@@ -439,7 +439,9 @@ def test_times_of_different_machines_are_no_panel_and_are_told_apart():
     assert [panel.label.split(' (')[0] for panel in panels] == [
         'parameters', 'operations per prediction', 'operations of training',
     ]  # fmt: skip
-    table = computation.table(costs, {'A': (0.4, 0.3, 0.5), 'B': (0.5, 0.4, 0.6)}, 'pgd20', panels)
+    table = computation.table(
+        costs, {'A': (0.4, 0.3, 0.5), 'B': (0.5, 0.4, 0.6)}, 'pgd20', panels, 1
+    )
     assert 'on cpu (A); H100 (B).' in table.notes[-1]
 
 
@@ -447,7 +449,8 @@ def test_the_table_of_costs():
     costs = {'A': cost(36_479_194, 0.25, 'cpu', 9.999e11, 1.83e18), 'B': cost(1, None, '', None)}
     accuracy = {'A': (0.4, 0.35, 0.4444), 'B': (0.5, 0.4, 0.6)}
     panels = computation.panels(costs, {'A': 3 * (0.4,), 'B': 3 * (0.5,)})
-    table = computation.table(costs, accuracy, 'pgd20', panels)
+    table = computation.table(costs, accuracy, 'pgd20', panels, 2000)
+    assert '(n = 2,000)' in table.notes[0]
     assert table.header[5:] == ('PGD20', 'on the front of')
     assert table.rows[0].cells == (
         'A', '36,479,194', '1e12', '1.83e18', '0.25', '40.0 (35.0 to 44.4)', 'none',

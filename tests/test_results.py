@@ -256,7 +256,15 @@ def test_both_are_shown_and_damage_of_either_is_found(workdir, fake, scalars, ca
     fake.accuracies = {(6, key): 0.3}
     evaluate.run(changed(config, eval__ifgsm__loss='margin'), workdir)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == 'step 6  n 30  clean 0.5000  ifgsm2 0.5000  ifgsm2_loss=margin 0.3000'
+    shown = 'clean 0.5000  ifgsm2 0.5000  ifgsm2_loss=margin 0.3000'
+    assert last == f'step 6  n 30  robust 0.3000  {shown}'
+    # Older results do not say it, and the ledger does.
+    json_path = workdir_lib.evaluation_path(workdir, 6, '.json')
+    content = files.read_json(json_path)
+    assert content.pop('robust')['attacks'] == ['clean', 'ifgsm2', key]
+    files.write_json(json_path, content)
+    evaluate.show(workdir)
+    assert capsys.readouterr().out.splitlines()[-1] == last
     path = workdir_lib.evaluation_path(workdir, 6, '.npz')
     ledger = files.read_arrays(path)
     files.write_arrays(path, {k: v for k, v in ledger.items() if k != f'{key}_correct'})

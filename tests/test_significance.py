@@ -144,6 +144,15 @@ def test_of_several_settings_each_is_compared_with_its_like():
     assert comparison.compare(first, one)['pgd20'] == (1, 1, 0, 3)
     with pytest.raises(UserError, match='pgd20 with loss margin and entropy'):
         comparison.compare(one, made_with(pgd20=('entropy', '11111')))
+    # Of one that was made on fewer examples, the first ones, these are compared.
+    fewer = one | {
+        'pgd20_correct': np.array([True, True]),
+        'pgd20_settings': np.array(
+            json.dumps(json.loads(str(one['pgd20_settings'])) | {'examples': 2})
+        ),
+    }
+    assert comparison.compare(fewer, first)['pgd20'] == (2, 0, 0, 0)
+    assert comparison.compare(one, fewer)['pgd20'] == (1, 0, 1, 0)
     # Of an older ledger the settings are not known: it is the attack of that key.
     older = {k: v for k, v in one.items() if not k.endswith('_settings')}
     assert list(comparison.compare(first, older)) == ['pgd20']

@@ -197,7 +197,7 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
     assert table in first.stdout
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
     assert [row[0] for row in rows if 'iterate' not in row[0]][2:] == ['Baseline', 'Separate2Adv']
-    assert rows[0][3:6] == ['clean', 'IFGSM2', 'black-box']
+    assert rows[0][3:7] == ['robust', 'clean', 'IFGSM2', 'black-box']
     assert 'n 30.' in text
     assert 'blackbox/baseline_seed1000: a source of the transfer set' in first.stdout
     assert first.stdout.splitlines()[-3] == f'The report: {tmp_path}/report/report.html'

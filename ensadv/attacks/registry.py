@@ -40,9 +40,14 @@ def length(share: float, default: Any = dataclasses.MISSING) -> Any:
 
 
 def whole(low: int, high: int = values.MAX_INTEGER, default: Any = dataclasses.MISSING) -> Any:
-    """Declares a whole number."""
-    check = lambda field, found, norm: values.check_integer(field, found, low, high)
-    return dataclasses.field(default=default, metadata={'check': check})
+    """Declares a whole number; with the default None it may be None, and is then no setting."""
+    optional = default is None
+
+    def check(field, found, norm):
+        if found is not None or not optional:
+            values.check_integer(field, found, low, high)
+
+    return dataclasses.field(default=default, metadata={'check': check, 'optional': optional})
 
 
 def starts_differ(start: str, sigma: float | None) -> bool:
@@ -93,8 +98,19 @@ class PGDSettings(IFGSMSettings):
     step_size: float = length(1 / 2)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagedSettings:
+    """What all attacks in stages have.
+
+    Attributes:
+      examples: how many of the evaluated images are attacked, the first ones; None: all.
+    """
+
+    examples: int | None = whole(1, default=None)
+
+
 @dataclasses.dataclass(frozen=True)
-class RepeatedSettings:
+class RepeatedSettings(StagedSettings):
     """What decides the outcome of `apgd_ce`, `apgd_dlr`, `apgd_nce`, `members` and `fab`.
 
     Attributes:
@@ -107,7 +123,7 @@ class RepeatedSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class QueriesSettings:
+class QueriesSettings(StagedSettings):
     """What decides the outcome of `square`.
 
     Attributes:
@@ -120,7 +136,7 @@ class QueriesSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class TargetsSettings:
+class TargetsSettings(StagedSettings):
     """What decides the outcome of `apgd_t`, `mora` and `fab_t`.
 
     Attributes:
@@ -133,7 +149,7 @@ class TargetsSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoAttackSettings:
+class AutoAttackSettings(StagedSettings):
     """What decides the outcome of `autoattack` and `autoattack_plus`, as the reference has it.
 
     Attributes:
@@ -410,11 +426,12 @@ def settings(group: Mapping[str, Any], found: Entry, epsilon: float) -> dict[str
       found: the entry.
       epsilon: the threat model's, for what the config says nothing of.
     """
-    fields = [field.name for field in dataclasses.fields(KINDS[found.kind].settings)]
+    fields = {field.name: field for field in dataclasses.fields(KINDS[found.kind].settings)}
     known = defaults(found.kind, epsilon) | dict(group.get(found.kind, {})) | found.changes
     if 'steps' in fields and found.steps:
         known['steps'] = found.steps
-    return {field: known[field] for field in fields if field in known}
+    unset = {n for n, f in fields.items() if f.metadata.get('optional') and known[n] is None}
+    return {name: known[name] for name in fields if name in known and name not in unset}
 
 
 def check(
@@ -445,6 +462,12 @@ def is_staged(name: str) -> bool:
     """Returns whether an entry's attack is one in stages."""
     found = entry(name)
     return found.kind in KINDS and KINDS[found.kind].stages is not None
+
+
+def examples(found: Mapping[str, Any], n: int) -> int:
+    """Returns how many of n examples, the first ones, an attack's settings have it made on."""
+    asked = found.get('examples')
+    return min(asked, n) if isinstance(asked, int) else n
 
 
 def stages(found: Mapping[str, Any], classes: int, members: int = 1) -> tuple[Stage, ...]:

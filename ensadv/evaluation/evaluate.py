@@ -18,7 +18,7 @@ from ensadv.evaluation.pending import View
 from ensadv.evaluation.result_files import Evaluated, Unit
 from ensadv.evaluation.results import Results
 from ensadv.runtime import distributed
-from ensadv.storage import checkpoints, files, leases, selection, workdir
+from ensadv.storage import checkpoints, files, leases, ledgers, selection, workdir
 
 POLL_SECONDS = 5  # between two looks at what another process does
 
@@ -321,8 +321,23 @@ def show(workdir_path: epath.Path) -> bool:
     """Prints a run's accuracies, a line for each evaluated step, and returns if there are any."""
     evaluations = workdir.read_evaluations(workdir_path) if distributed.is_main() else {}
     for step, content in evaluations.items():
-        shown = '  '.join(
-            f'{selection.ledger_key(r)} {r["accuracy"]:.4f}' for r in content['attacks']
-        )
-        print(f'step {step}  n {content["attacks"][0]["n"]}  {shown}')
+        n = max(result['n'] for result in content['attacks'])
+        found = {'robust': _robust(workdir_path, step, content)}
+        found |= {selection.ledger_key(result): result for result in content['attacks']}
+        shown = '  '.join(_accuracy(key, result, n) for key, result in found.items() if result)
+        print(f'step {step}  n {n}  {shown}')
     return distributed.agree(bool(evaluations))
+
+
+def _accuracy(key: str, result: Mapping[str, Any], n: int) -> str:
+    of_fewer = f' (n {result["n"]})' if result['n'] < n else ''
+    return f'{key} {result["accuracy"]:.4f}{of_fewer}'
+
+
+def _robust(workdir_path: epath.Path, step: int, content: Mapping[str, Any]) -> Any:
+    """Returns a step's robust accuracy, which older results lack; None where it is not known."""
+    if 'robust' not in content:
+        with contextlib.suppress(UserError):
+            ledger = workdir.read_ledger(workdir.evaluation_path(workdir_path, step, '.npz'))
+            return ledgers.robust(content['attacks'], ledger)
+    return content.get('robust')

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv.errors import UserError
-from ensadv.storage import files, selection, workdir
+from ensadv.storage import files, ledgers, selection, workdir
 
 # Of each attack's arrays in the ledger.
 LEDGER_SUFFIXES = ('correct', 'margin', 'settings', 'fooled_at', 'felled_by')
@@ -202,6 +202,8 @@ class ResultFiles:
         # first stays the first.
         names = [other.name for other in (*self._settings, *done)]
         ordered = sorted(done, key=lambda other: names.index(other.name))
+        tested = [done[other] for other in ordered if other.split == 'test']
+        robust = ledgers.robust(tested, ledger)
         content = {
             'system': self._config.system,
             'seed': self._config.seed,
@@ -210,7 +212,8 @@ class ResultFiles:
             'fingerprint': dataset['fingerprint'],
             'test_examples': dataset['num_test'],
             'select_on': self._config.eval.select_on,
-            'attacks': [done[other] for other in ordered if other.split == 'test'],
+            **({'robust': robust} if robust else {}),
+            'attacks': tested,
             'validation': [done[other] for other in ordered if other.split == 'validation'],
         }
         files.write_json(workdir.evaluation_path(self._workdir, step, '.json'), content)

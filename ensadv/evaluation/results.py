@@ -63,7 +63,7 @@ class Results:
             self._unit(registry.entry(text).name) for text in config.eval.long_attacks
         ]
         self.final_units = list(self.long_units)
-        shown = selection.strongest(names)
+        shown = selection.most_steps(names)
         if config.eval.examples and shown:
             self.final_units.append(self._unit(shown, 'examples'))
         self.files = ResultFiles(config, workdir_path, self._settings)
@@ -214,6 +214,8 @@ class Results:
     def _staged_verdicts(self, step: int, unit: Unit, variables: Any, label: str) -> StagedVerdicts:
         """Makes an attack in stages, from where a killed evaluation left it."""
         images, labels = self._splits[unit.split]
+        count = registry.examples(self._settings[unit], len(labels))
+        images, labels = images[:count], labels[:count]
         stages = registry.stages(
             self._settings[unit], self._num_classes, self._config.ensemble.size
         )
@@ -227,7 +229,7 @@ class Results:
 
         return self._evaluator.staged_attack(
             variables, self._settings[unit], images, labels, label, stages=stages, save=save,
-            split_places=self._places if unit.split == 'test' else None,
+            split_places=self._places[:count] if unit.split == 'test' else None,
             done=None if done is None else StagedVerdicts.of_lists(done),
         )  # fmt: skip
 

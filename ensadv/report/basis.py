@@ -31,7 +31,7 @@ def all_of_it(collection: Collection) -> list[str]:
     ]
 
 
-_TOLD_ELSEWHERE = ('attack', 'steps', 'combine', 'iterate_examples')
+_TOLD_ELSEWHERE = ('attack', 'steps', 'combine', 'iterate_examples', 'examples')
 
 
 def settings(collection: Collection) -> list[str]:
@@ -113,8 +113,7 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
     runs = collection.runs
     facts = [('Runs', f'{len(runs)}, of {len(collection.systems)} systems')]
     if runs:
-        dataset, last = runs[0].record['dataset'], runs[0].attacks(runs[0].steps)
-        n = next(iter(last.values()))['n']
+        dataset, n = runs[0].record['dataset'], runs[0].n
         seeds = dict.fromkeys(run.seed for run in runs)
         facts += [
             (

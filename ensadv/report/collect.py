@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -42,9 +42,12 @@ class Collection:
 
     @property
     def attacks(self) -> list[str]:
-        """The labels of all attacks at the last steps, in the runs' order; long ones come last."""
+        """The labels of all attacks at the last steps, in the runs' order.
+
+        Long ones come last, and of these the ones in stages.
+        """
         found = {k: r for run in self.runs for k, r in run.attacks(run.steps).items()}
-        names = [result['name'] for result in sorted(found.values(), key=lambda r: 'curve' in r)]
+        names = [result['name'] for result in sorted(found.values(), key=_place)]
         wanted = [name for run in self.runs for name in run.wanted]
         names = list(dict.fromkeys([*(name for name in wanted if name in names), *names]))
         # The worst case of a name comes last.
@@ -108,7 +111,7 @@ def collect(root: epath.Path, order: Sequence[str]) -> Collection:
 
 
 def strongest(attacks: Sequence[str], runs: Sequence[Run]) -> str | None:
-    """Returns the attack with the most steps; of those of one name that which fools the most.
+    """Returns the strongest by `selection.strongest`; of those of one name which fools the most.
 
     That is the worst case, where there is one. Else it is by the mean over the runs that have it at
     their last step. An example without a gradient is not fooled, and so makes no attack a strong
@@ -123,6 +126,10 @@ def strongest(attacks: Sequence[str], runs: Sequence[Run]) -> str | None:
 
     name = selection.strongest(list(map(name_of, attacks)))
     return min((a for a in attacks if name_of(a) == name), key=standing, default=None)
+
+
+def _place(result: Mapping[str, Any]) -> int:
+    return 2 if 'stages' in result else int('curve' in result)
 
 
 def _read(path: epath.Path, name: str) -> Run | str:

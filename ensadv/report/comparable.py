@@ -16,6 +16,7 @@ _OF_A_SEED = ('seed', 'ensemble.members_from')
 _DIFFERENCES_TOLD = 3
 # Of a long attack: how many examples stay to its end. It decides no verdict.
 _STAYING = 'iterate_examples'
+_OF = 'examples'  # how many an attack was made on
 
 
 def _apart(runs: Sequence[Run], facts: Mapping[str, Callable[[Run], Any]]) -> dict[Run, str]:
@@ -84,8 +85,8 @@ def labels(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
 
     That is its name; where it was made with several settings, or with others than the runs' own
     configs have for it, the name and what differs, as in 'pgd20 loss=margin'. Of a name the one as
-    configured comes first. A long attack on which fewer examples stay, and all else is the same,
-    has no label: it tells nothing more.
+    configured comes first. An attack on fewer examples, or a long one on which fewer stay, has no
+    label where all else is the same: it tells nothing more.
     """
     having: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
@@ -110,6 +111,7 @@ def _as_configured(name: str, settings: Mapping[str, Any], run: Run) -> dict[str
     """Returns an attack's settings as the run's config has them, but for how many examples stay."""
     wanted = selection.as_configured(name, settings, run.config)
     wanted[_STAYING] = settings.get(_STAYING)
+    wanted[_OF] = min(wanted.get(_OF, run.n), run.n)
     return {field: wanted[field] for field in settings}
 
 
@@ -118,12 +120,13 @@ def _tells_nothing_more(
     settings: Mapping[str, Mapping[str, Any]],
     by_settings: Mapping[str, Sequence[Run]],
 ) -> bool:
-    """Returns whether all its runs have the attack with more examples that stay to the end too."""
+    """Returns whether all its runs have the attack with more examples, or more that stay, too."""
     mine = settings[text]
-    return _STAYING in mine and any(
-        other.get(_STAYING, 0) > mine[_STAYING]
-        and {**other, _STAYING: mine[_STAYING]} == mine
+    return any(
+        other.get(field, 0) > mine[field]
+        and {**other, field: mine[field]} == mine
         and set(by_settings[text]) <= set(by_settings[place])
+        for field in {_STAYING, _OF} & set(mine)
         for place, other in settings.items()
     )
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ensadv.attacks import registry
 from ensadv.errors import UserError
 from ensadv.report import tables
 from ensadv.storage import files, workdir
@@ -51,7 +52,8 @@ def compare(first: Ledger, second: Ledger) -> dict[str, Comparison]:
     """Compares two ledgers example by example, for every attack that both have.
 
     Of an attack that was made with several settings, those that both have are compared, each with
-    its like. How a system combines its members is its own, and no setting here.
+    its like. How a system combines its members is its own, and no setting here. Where one was made
+    on fewer examples, the first ones, these are compared.
 
     Args:
       first, second: the content of eval/<step>.npz: 'label' int [n], 'index' int [n] (places in
@@ -85,9 +87,12 @@ def compare(first: Ledger, second: Ledger) -> dict[str, Comparison]:
     for pair in alike:
         name = ', '.join(dict.fromkeys(pair))
         a, b = first[f'{pair[0]}_correct'], second[f'{pair[1]}_correct']
-        if not a.shape == b.shape == first['label'].shape:
+        expected = examples_of(first, pair[0]), examples_of(second, pair[1])
+        if (len(a), len(b)) != expected:
             found = f'found {len(a)} and {len(b)} for {len(first["label"])} labels'
             raise UserError(f'ledgers of other examples: {name}: {found}')
+        # Each example is attacked alike, however many are.
+        a, b = a[: min(expected)], b[: min(expected)]
         comparisons[name] = Comparison(
             *(int(np.sum(mask)) for mask in (a & b, a & ~b, ~a & b, ~a & ~b))
         )
@@ -134,6 +139,11 @@ def settings_of(ledger: Ledger, key: str) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
+def examples_of(ledger: Ledger, key: str) -> int:
+    """Returns on how many of a ledger's examples, the first ones, an attack says it was made."""
+    return registry.examples(settings_of(ledger, key) or {}, len(ledger['label']))
+
+
 def _name(ledger: Ledger, key: str) -> str:
     """Returns the name of an attack: 'pgd20', whatever its arrays are called."""
     settings = settings_of(ledger, key) or {}
@@ -143,12 +153,13 @@ def _name(ledger: Ledger, key: str) -> str:
 def _changed(first: Ledger, a: str, second: Ledger, b: str) -> str:
     """Returns how two attacks of one name differ: by their settings, or else by their keys.
 
-    How a system combines its members makes no difference.
+    How a system combines its members makes no difference, nor on how many examples they were made.
     """
     one, other = settings_of(first, a), settings_of(second, b)
     if one is None or other is None:
         return '' if a == b else f'key {a} and {b}'
-    differ = [k for k in sorted({*one, *other} - {'combine'}) if one.get(k) != other.get(k)]
+    rest = sorted({*one, *other} - {'combine', 'examples'})
+    differ = [k for k in rest if one.get(k) != other.get(k)]
     return ', '.join(f'{k} {one.get(k)} and {other.get(k)}' for k in differ)
 
 

@@ -114,8 +114,9 @@ def table(
     accuracy: Mapping[str, Accuracy],
     attack: str,
     found: Sequence[Panel],
+    n: int,
 ) -> Table:
-    """Returns robust accuracy beside what each system costs, and on which fronts it is."""
+    """Returns robust accuracy on n examples beside what each system costs, and its fronts."""
     rows = []
     for system, cost in costs.items():
         mean, low, high = (100 * value for value in accuracy[system])
@@ -132,7 +133,8 @@ def table(
         rows.append(Row(cells))
     name = attack_name(attack)
     notes = [
-        f'Accuracy under {name} of the last snapshots in %, with its 95 % bootstrap interval. '
+        f'Accuracy under {name} (n = {n:,}) of the last snapshots in %, with its 95 % '
+        'bootstrap interval. '
         'The columns per prediction and training count floating-point operations of all '
         'members: of one prediction, and of all training steps, attacks included. They are counted '
         'in the programs before optimization; a multiply-add counts as 2.',

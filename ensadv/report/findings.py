@@ -64,8 +64,9 @@ class Outcomes:
 
     systems: Mapping[str, Sequence[Run]]
     attacks: Sequence[str]
-    correct: np.ndarray  # bool [attacks, runs, n], runs in the order of `systems`
-    resampled: np.ndarray  # float64 [num, attacks, runs], see `significance.resample`
+    # By attack bool [runs, n], runs in the order of `systems`; n is what it was made on.
+    correct: Mapping[str, np.ndarray]
+    resampled: Mapping[str, np.ndarray]  # by attack float64 [num, runs], `significance.resample`
     notes: Sequence[str]
     strongest: str | None
 
@@ -76,16 +77,15 @@ class Outcomes:
 
     def difference(self, first: str, second: str, attack: str) -> Difference:
         """Compares two systems under an attack."""
-        number = self.attacks.index(attack)
         a, b = self.places(first), self.places(second)
-        correct = self.correct[number]
+        correct, resampled = self.correct[attack], self.resampled[attack]
         both = min(len(a), len(b))
         return Difference(
             attack,
             first,
             second,
             100 * float(np.mean(correct[a]) - np.mean(correct[b])),
-            *significance.difference_interval(self.resampled[:, number], a, b),
+            *significance.difference_interval(resampled, a, b),
             significance.clustered_mcnemar(correct[a[:both]], correct[b[:both]]),
             len(a),
             len(b),
@@ -94,9 +94,9 @@ class Outcomes:
 
     def accuracy(self, system: str, attack: str) -> tuple[float, float, float]:
         """Returns a system's mean accuracy in [0, 1], and its 95 % interval."""
-        number, places = self.attacks.index(attack), self.places(system)
-        mean = float(np.mean(self.correct[number, places]))
-        return mean, *significance.accuracy_interval(self.resampled[:, number], places)
+        places = self.places(system)
+        mean = float(np.mean(self.correct[attack][places]))
+        return mean, *significance.accuracy_interval(self.resampled[attack], places)
 
 
 def read_outcomes(collection: Collection) -> Outcomes:
@@ -115,13 +115,22 @@ def read_outcomes(collection: Collection) -> Outcomes:
     found = {run: run.attacks(run.steps) for run in runs}
     attacks = [name for name in collection.attacks if all(name in found[run] for run in runs)]
     if not runs or not attacks:
-        return Outcomes({}, [], np.zeros((0, 0, 0), bool), np.zeros((0, 0, 0)), notes, None)
-    correct = np.stack(
-        [[worst_case.correct(found[run][name], run.ledger) for run in runs] for name in attacks]
-    )
-    resampled = significance.resample(correct.reshape(-1, correct.shape[-1]))
-    resampled = resampled.reshape(-1, *correct.shape[:2])
-    return Outcomes(kept, attacks, correct, resampled, notes, strongest(attacks, runs))
+        return Outcomes({}, [], {}, {}, notes, None)
+    correct = {
+        name: np.stack([worst_case.correct(found[run][name], run.ledger) for run in runs])
+        for name in attacks
+    }
+    return Outcomes(kept, attacks, correct, _resample(correct), notes, strongest(attacks, runs))
+
+
+def _resample(correct: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns `significance.resample` of each attack; those of equal n share the test sets."""
+    resampled = {}
+    for n in dict.fromkeys(array.shape[1] for array in correct.values()):
+        same = {name: array for name, array in correct.items() if array.shape[1] == n}
+        drawn = significance.resample(np.concatenate(list(same.values())))
+        resampled |= zip(same, np.split(drawn, len(same), axis=1), strict=True)
+    return resampled
 
 
 def _usual_labels(runs: Sequence[Run]) -> bytes | None:

@@ -66,6 +66,11 @@ class Run:
             return max(member['step'] for member in self.members)
         return self.config['train']['steps']
 
+    @functools.cached_property
+    def n(self) -> int:
+        """How many test examples it is judged on; an attack may have been made on fewer."""
+        return max(result['n'] for step in self.judged_steps for result in self.results(step))
+
     @property
     def wanted(self) -> tuple[str, ...]:
         """The attacks that it asks for on every snapshot."""
@@ -85,6 +90,10 @@ class Run:
     def judged_steps(self) -> list[int]:
         """The last step and, if there is a best one, that."""
         return list(dict.fromkeys(step for step in (self.steps, self.best) if step is not None))
+
+    def is_long(self, result: Mapping[str, Any]) -> bool:
+        """Returns whether a result is of an attack that only the best and the last step have."""
+        return 'curve' in result or ('stages' in result and result['name'] not in self.wanted)
 
     def results(self, step: int) -> Sequence[Mapping[str, Any]]:
         """Returns all results at a step; of an attack as many as it was made with settings."""

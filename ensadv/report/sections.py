@@ -21,6 +21,7 @@ from ensadv.report import (
     findings,
     page,
     pictures,
+    stages,
     table1,
     tables,
 )
@@ -32,7 +33,11 @@ from ensadv.storage import files, plane_files, records, selection, workdir
 # What an earlier report may have written that this one does not.
 _OLD = (
     *(f'figure{of}.{kind}' for of in ('2*', '4_*', '_*') for kind in ('png', 'pdf')),
-    *(f'{of}.{kind}' for of in ('differences', 'computation') for kind in ('csv', 'tex')),
+    *(
+        f'{of}.{kind}'
+        for of in ('differences', 'computation', 'stages_*')
+        for kind in ('csv', 'tex')
+    ),
 )
 
 
@@ -73,15 +78,25 @@ def claims(outcomes: findings.Outcomes, notes: Sequence[str]) -> page.Section:
     """The paper's claims; nothing where none can be judged."""
     blocks = findings.judge_claims(outcomes, notes)
     text = (
-        'In robust accuracy of the last snapshots, under the attack with the most steps that all '
-        'runs have. Supported: the whole 95 % interval of the difference is above 0, with '
+        'In accuracy of the last snapshots under the strongest attack that all runs have: '
+        'AutoAttack where all have it, else the one with the most steps. Supported: the whole '
+        '95 % interval of the difference is above 0, with '
         f'{findings.SEEDS_NEEDED} or more seeds of each system.'
     )
     return page.Section("The paper's claims", 'claims', [text, *blocks] if blocks else [])
 
 
-def accuracy(numbers: Sequence[table1.Numbers], notes: Sequence[str]) -> page.Section:
+def accuracy(
+    collection: Collection,
+    numbers: Sequence[table1.Numbers],
+    notes: Sequence[str],
+    writer: Writer,
+) -> page.Section:
     blocks = [each.table for each in numbers]
+    blocks += [
+        writer.table(table, stages.CsvRow._fields, rows)
+        for table, rows in stages.tables(collection)
+    ]
     return page.Section('Accuracy', 'accuracy', [*blocks, notes])
 
 
@@ -207,7 +222,8 @@ def computation_costs(outcomes: findings.Outcomes, writer: Writer) -> page.Secti
             alt = 'Robust accuracy of each system against measures of its computation'
             figure = figures.computation(panels, accuracy)
             blocks.append(writer.figure('figure_computation', figure, caption, alt))
-        table = computation.table(costs, accuracy, attack, panels)
+        n = outcomes.correct[attack].shape[1]
+        table = computation.table(costs, accuracy, attack, panels, n)
         numbers = computation.csv_rows(costs, accuracy, attack, panels)
         blocks.append(writer.table(table, computation.CSV_HEADER, numbers))
     return page.Section('Robustness and computation', 'computation', blocks)

@@ -50,10 +50,14 @@ class Numbers(NamedTuple):
 def attack_name(attack: str) -> str:
     """Returns an attack's label as the paper writes names: 'PGD20', 'black-box'.
 
-    Settings that differ follow: 'PGD20 (loss=margin)'.
+    Settings that differ follow: 'PGD20 (loss=margin)'. Robust accuracy's stays as it is.
     """
+    if attack == worst_case.ROBUST:
+        return attack
     entry = registry.entry(name_of(attack))
-    kind = entry.kind.upper().replace('_', '-').replace('AUTOATTACK', 'AutoAttack')
+    kind = entry.kind.upper().replace('_', '-')
+    for word in ('AutoAttack', 'Square'):
+        kind = kind.replace(word.upper(), word)
     name = f'{kind}{entry.steps or ""}{entry.suffix.replace("_", " ")}'
     if entry.kind in registry.WITHOUT_SETTINGS:
         name = {'blackbox': 'black-box'}.get(entry.kind, entry.kind)
@@ -74,18 +78,23 @@ def tables(collection: Collection) -> list[Numbers]:
         'attack at the worst iterate: an example counts only if no step fooled it. '
         f'{_sizes(runs)} test examples.'
     )
-    last = {run: _at(run, run.steps) for run in runs}
+    last, over_last = _with_robust(
+        {run: _at(run, run.steps) for run in runs}, {run: run.steps for run in runs}
+    )
     averaged = {run: _averaged(run, collection.over_training) for run in runs}
-    best = {run: _at(run, run.best, long=False) for run in runs}
-    final = {run: _at(run, run.best, long=True) for run in runs}
+    best_steps = {run: run.best for run in runs}
+    best, over_best = _with_robust(
+        {run: _at(run, run.best, long=False) for run in runs}, best_steps
+    )
+    final, _ = _with_robust({run: _at(run, run.best, long=True) for run in runs}, best_steps)
     at_last = (
         f'Each run at its last step ({_span([run.steps for run in runs])}); nothing was selected'
         f'{_but_for(runs)}.'
     )
-    of_best = _of_best(runs)
+    of_best = [*_of_best(runs), *over_best]
     judge = attack_name(runs[0].judge)
     kinds = (
-        ('last_snapshot', 'Last snapshot', last, {}, [at_last]),
+        ('last_snapshot', 'Last snapshot', last, {}, [at_last, *over_last]),
         (
             'table1a',
             f'Table 1a. Mean of the last {LAST_EVALUATIONS} evaluations',
@@ -124,15 +133,36 @@ def _at(run: Run, step: int | None, long: bool | None = None) -> dict[str, Value
             step,
         )
         for name, result in run.attacks(step).items()
-        if long is None or long == ('curve' in result)
+        if long is None or long == run.is_long(result)
     }
+
+
+def _with_robust(values: Values, steps: Mapping[Run, int | None]) -> tuple[Values, list[str]]:
+    """Adds robust accuracy to the runs' values at these steps, and returns a note on it, too."""
+    labels, found = worst_case.robust(list(values), steps)
+    if not found:
+        return values, []
+    values = {run: dict(mine) for run, mine in values.items()}
+    for run, result in found.items():
+        if not values[run]:
+            continue  # of a table without any
+        accuracy, n = result['accuracy'], result['n']
+        value = Value(accuracy, math.nan, n, n, result['no_gradient'], 1, steps[run])
+        values[run] = {worst_case.ROBUST: value} | values[run]
+    *names, last = map(attack_name, labels)
+    n = next(iter(found.values()))['n']
+    note = (
+        f'robust: an example counts only if it stands under every attack that all of these '
+        f'snapshots have: {", ".join(names)} and {last}; n = {n:,}.'
+    )
+    return values, [note]
 
 
 def _averaged(run: Run, over_training: Sequence[str]) -> dict[str, Value]:
     """Returns the means of a run's last evaluations, outliers replaced as in the paper."""
     values = {}
     for name, result in run.attacks(run.steps).items():
-        if 'curve' in result or name not in over_training:
+        if run.is_long(result) or name not in over_training:
             continue  # long attacks are made on two snapshots only
         (accuracy, count), (last, _) = (
             analysis.mean_of_last(cleaned(run, name, key)[1], LAST_EVALUATIONS)
@@ -160,7 +190,8 @@ def _numbers(
     notes: Sequence[str],
 ) -> Numbers:
     """Returns a table of these values: a row for each system, its last iterate, and the paper's."""
-    attacks = [a for a in collection.attacks if any(a in values[run] for run in collection.runs)]
+    attacks = [worst_case.ROBUST, *collection.attacks]
+    attacks = [a for a in attacks if any(a in values[run] for run in collection.runs)]
     # Clean and black-box accuracy have no iterates.
     known = [v for run in collection.runs for v in values[run].values() if not math.isnan(v.last)]
     shows_last = any(value.last != value.accuracy for value in known)
@@ -183,7 +214,7 @@ def _numbers(
             if attack in of_paper:
                 numbers = (of_paper[attack], None, None, None, 3, 10_000)
                 csv_rows.append(CsvRow(name, system, 'all', attack, 'paper', *numbers))
-    header = ('system', 'members', 'parameters', *map(attack_name, attacks), 'seeds')
+    header = ('system', 'members', 'parameters', *_columns(attacks, values), 'seeds')
     cells = [cell for row in rows for cell in row.cells[3:]]
     notes = [
         *notes,
@@ -194,6 +225,15 @@ def _numbers(
     ]
     table = Table(name, title, header, tuple(rows), tuple(notes))
     return Numbers(table, csv_rows if attacks else [])
+
+
+def _columns(attacks: Sequence[str], values: Values) -> list[str]:
+    """Returns what to call the attacks' columns, with n where it is not all examples."""
+    sizes = {a: next(mine[a].n for mine in values.values() if a in mine) for a in attacks}
+    most = max(run.n for run in values)
+    # A label may say it already.
+    fewer = {a: n for a, n in sizes.items() if n < most and 'examples=' not in a}
+    return [attack_name(a) + (f', n = {fewer[a]:,}' if a in fewer else '') for a in attacks]
 
 
 def _last_iterate_notes(values: Sequence[Value], cells: Sequence[str]) -> list[str]:
@@ -240,14 +280,18 @@ def _cell(values: Sequence[Mapping[str, Value]], attack: str, reading: str = 'ac
     numbers = [100 * number for number in numbers if not math.isnan(number)]
     if not numbers:
         return MISSING
-    text = f'{statistics.mean(numbers):.1f}'
-    if len(numbers) > 1:
-        text += f' ± {statistics.stdev(numbers):.1f}'
+    text = mean_and_deviation(numbers)
     if any(value.no_gradient for value in there):
         text += '*'
     if reading == 'last' and any(value.last_n < value.n for value in there):
         text += '†'
     return text if len(numbers) == len(values) else f'{text} ({len(numbers)} of {len(values)})'
+
+
+def mean_and_deviation(numbers: Sequence[float]) -> str:
+    """Returns numbers as a cell has them: '76.1 ± 0.4', or '76.1' of one."""
+    text = f'{statistics.mean(numbers):.1f}'
+    return f'{text} ± {statistics.stdev(numbers):.1f}' if len(numbers) > 1 else text
 
 
 def _of_paper(
@@ -322,8 +366,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _sizes(runs: Sequence[Run]) -> str:
-    sizes = [result['n'] for run in runs for result in run.attacks(run.steps).values()]
-    return f'n = {_span(sizes)}' if sizes else ''
+    return f'n = {_span([run.n for run in runs])}'
 
 
 def _but_for(runs: Sequence[Run]) -> str:

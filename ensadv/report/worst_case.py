@@ -1,4 +1,4 @@
-"""The worst case over an attack's settings: an example counts only if none of them fooled it.
+"""The worst case over an attack's settings, and over all attacks: nothing may fool an example.
 
 One loss may find what another misses, and for each network another one. So what is judged is not
 the attack with the settings that were best on average, but all of them together.
@@ -14,9 +14,10 @@ import numpy as np
 from ensadv.errors import UserError
 from ensadv.report import comparison
 from ensadv.report.run import Run, by_name, name_of
-from ensadv.storage import selection
+from ensadv.storage import ledgers, selection
 
 WORST = 'worst case'  # in labels
+ROBUST = 'robust'  # what takes the place of a label for robust accuracy
 
 
 def is_worst(label: str) -> bool:
@@ -74,14 +75,42 @@ def _worst(parts: Sequence[Mapping[str, Any]], ledger: Mapping[str, np.ndarray])
         result['last_iterate_n'] = 0
     right = correct(result, ledger)
     return result | {
+        'n': len(right),
         'correct': int(np.sum(right)),
         'accuracy': float(np.mean(right)),
-        'no_gradient': int(np.sum(_stands(ledger, keys) & ~right)),
+        'no_gradient': int(np.sum(ledgers.stands(ledger, keys) & ~right)),
     }
 
 
-def _stands(ledger: Mapping[str, np.ndarray], keys: Sequence[str]) -> np.ndarray:
-    return np.all([ledger[f'{key}_margin'] > 0 for key in keys], axis=0)
+def robust(
+    runs: Sequence[Run], steps: Mapping[Run, int | None]
+) -> tuple[list[str], dict[Run, Mapping[str, Any]]]:
+    """Returns the runs' robust accuracies over the attacks that all of them have.
+
+    Args:
+      runs: of one table.
+      steps: of each run the snapshot's; a run without one is left out.
+
+    Returns:
+      The labels of those attacks; none if none attacks anything. And by run what `ledgers.robust`
+      gives, where the ledger is that of the results.
+    """
+    there = {
+        run: {label: r for label, r in run.attacks(steps[run]).items() if 'parts' not in r}
+        for run in runs
+        if steps[run] is not None
+    }
+    first = next(iter(there.values()), ())
+    shared = [label for label in first if all(label in mine for mine in there.values())]
+    found = {}
+    for run, mine in there.items():
+        with contextlib.suppress(UserError):
+            ledger = run.ledger_at(steps[run])
+            for label in shared:
+                check(mine[label], ledger)
+            if result := ledgers.robust([mine[label] for label in shared], ledger):
+                found[run] = result
+    return shared, found
 
 
 def correct(result: Mapping[str, Any], ledger: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -91,8 +120,7 @@ def correct(result: Mapping[str, Any], ledger: Mapping[str, np.ndarray]) -> np.n
     """
     if 'parts' not in result:
         return ledger[f'{selection.ledger_key(result)}_correct']
-    attacked = np.any([ledger[f'{key}_correct'] for key in result['parts']], axis=0)
-    return _stands(ledger, result['parts']) & attacked
+    return ledgers.correct(ledger, result['parts'], result['parts'])
 
 
 def check(result: Mapping[str, Any], ledger: Mapping[str, np.ndarray]) -> None:
@@ -102,5 +130,5 @@ def check(result: Mapping[str, Any], ledger: Mapping[str, np.ndarray]) -> None:
     counts = (result['n'], result['correct'])
     fits = found is not None and (len(found), int(np.sum(found))) == counts
     fits &= comparison.settings_of(ledger, key) in (None, result['settings'])
-    if not fits or len(found) != len(ledger['label']):
+    if not fits or len(found) != comparison.examples_of(ledger, key):
         raise UserError(f'its ledger and its results differ in {key}')

@@ -32,7 +32,7 @@ def write(root: epath.Path) -> epath.Path:
     notes = [*collection.notes, *outcomes.notes]
     parts = [
         sections.claims(outcomes, notes),
-        sections.accuracy(numbers, notes),
+        sections.accuracy(collection, numbers, notes, writer),
         audit_page.section(collection),
         sections.over_training(collection, writer),
         sections.over_attack_steps(collection, writer),

@@ -6,6 +6,7 @@ __all__ = [
     'environments',
     'files',
     'leases',
+    'ledgers',
     'metrics',
     'plane_files',
     'records',

@@ -96,6 +96,7 @@ _RESULT = _ENVIRONMENT | {
     'last_iterate_n?': _NUMBER,
     'no_gradient': _NUMBER,
     'settings': {},
+    'stages?': [{'name': str, 'attacked': _NUMBER, 'felled': _NUMBER, 'accuracy': float}],
     'curve?': {
         'steps': [_COUNT],
         'accuracy': [float],
@@ -111,6 +112,13 @@ EVALUATION = {
     'seed': _NUMBER,
     'step': _NUMBER,
     'fingerprint': str,
+    'robust?': {
+        'n': _COUNT,
+        'correct': _NUMBER,
+        'accuracy': float,
+        'no_gradient': _NUMBER,
+        'attacks': [str],
+    },
     'attacks': [_RESULT],
     'validation': [_RESULT],
 }

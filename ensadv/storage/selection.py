@@ -43,6 +43,10 @@ def as_configured(
     if entry.steps:
         wanted['steps'] = entry.steps
     changed = {field: wanted.get(field, value) for field, value in settings.items()}
+    if registry.is_staged(name):
+        changed.pop('examples', None)
+        if examples := wanted.get('examples'):
+            changed['examples'] = examples
     if name in asked:  # only long attacks have iterate_examples
         changed.pop('iterate_examples', None)
     long = [registry.entry(text).name for text in group.get('long_attacks', ())]
@@ -134,10 +138,34 @@ def selection_attack(names: Sequence[str]) -> str:
     return (attacked or [name for name in names if name != 'blackbox'] or list(names))[0]
 
 
+# The rest are judged by their steps.
+_STRONGEST_FIRST = (
+    'autoattack_plus', 'autoattack', 'mora', 'apgd_t', 'apgd_nce', 'apgd_ce', 'apgd_dlr', 'members',
+    'fab_t', 'fab',
+)  # fmt: skip
+
+
 def strongest(names: Sequence[str]) -> str | None:
+    """Returns the attack by which robustness is judged; None if all attack nothing.
+
+    AutoAttack before its parts, and these before the one with the most gradient steps.
+    """
+    staged = [name for name in names if registry.is_staged(name)]
+
+    def place(name: str) -> int:
+        kind = registry.entry(name).kind
+        return _STRONGEST_FIRST.index(kind) if kind in _STRONGEST_FIRST else len(_STRONGEST_FIRST)
+
+    first = min(staged, key=place, default=None)
+    if first is not None and place(first) < len(_STRONGEST_FIRST):
+        return first
+    return most_steps(names) or first
+
+
+def most_steps(names: Sequence[str]) -> str | None:
     """Returns the attack with the most gradient steps, PGD of equals; None if none has any.
 
-    Of those in one stage, whose points are kept.
+    Of those in one stage, whose points are kept to be looked at.
     """
     attacked = [n for n in names if registry.entry(n).steps and not registry.is_staged(n)]
 
