@@ -4,7 +4,7 @@ Reproduces: the row DoubleAdv of the paper's Tables 1a, 1b, 1c.
 Run: python main.py --config=configs/doubleadv.py --workdir=DIR
 Cost: 1 x WRN-28-15, 82,040,154 parameters. Training takes 2.74e19 operations: 3.2 days at a
   sustained 100 TFLOP/s. Evaluating the 100 snapshots adds 1.8e18, in float32, and the long attacks
-  at most 0.6 of that. This is arithmetic from --mode=describe; nobody has measured it.
+  at most 3.2 of that. This is arithmetic from --mode=describe; nobody has measured it.
 Expect, from the paper (nobody has run this config to its end yet):
   1a, last 10 evaluations, clean / IFGSM5 / PGD5 / PGD20 / black-box: .83 / .57 / .46 / .44 / .82
   1b, at the best IFGSM5,  clean / IFGSM5 / PGD5 / PGD20 / black-box: .85 / .60 / .48 / .47 / .84

@@ -4,7 +4,7 @@ Reproduces: the row Ensemble2Adv of the paper's Tables 1a, 1b, 1c.
 Run: python main.py --config=configs/ensemble2adv.py --workdir=DIR
 Cost: 2 x WRN-28-10, 72,958,388 parameters. Training takes 2.44e19 operations: 2.8 days at a
   sustained 100 TFLOP/s. Evaluating the 100 snapshots adds 1.6e18, in float32, and the long attacks
-  at most 0.6 of that. This is arithmetic from --mode=describe; nobody has measured it.
+  at most 3.2 of that. This is arithmetic from --mode=describe; nobody has measured it.
 Expect, from the paper (nobody has run this config to its end yet):
   1a, last 10 evaluations, clean / IFGSM5 / PGD5 / PGD20 / black-box: .85 / .62 / .55 / .52 / .83
   1b, at the best IFGSM5,  clean / IFGSM5 / PGD5 / PGD20 / black-box: .87 / .64 / .56 / .52 / .85

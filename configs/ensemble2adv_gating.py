@@ -6,7 +6,7 @@ Reproduces: nothing with numbers. Section 3 of the paper mentions "a 'gating net
 Run: python main.py --config=configs/ensemble2adv_gating.py --workdir=DIR
 Cost: 2 x WRN-28-10 with a gate each, 72,968,630 parameters. Training takes 2.44e19 operations: 2.8
   days at a sustained 100 TFLOP/s. Evaluating the 100 snapshots adds 1.6e18, in float32, and the
-  long attacks at most 0.6 of that. This is arithmetic from --mode=describe; nobody has measured it.
+  long attacks at most 3.2 of that. This is arithmetic from --mode=describe; nobody has measured it.
 Expect, from those words (nobody has run this config to its end yet): about what ensemble2adv.py
   expects.
 """

@@ -4,7 +4,7 @@ Reproduces: the row Ensemble4Adv of the paper's Tables 1a, 1b.
 Run: python main.py --config=configs/ensemble4adv.py --workdir=DIR
 Cost: 4 x WRN-28-10, 145,916,776 parameters. Training takes 4.89e19 operations: 5.7 days at a
   sustained 100 TFLOP/s. Evaluating the 100 snapshots adds 3.2e18, in float32, and the long attacks
-  at most 0.6 of that. This is arithmetic from --mode=describe; nobody has measured it.
+  at most 3.2 of that. This is arithmetic from --mode=describe; nobody has measured it.
 Expect, from the paper (nobody has run this config to its end yet):
   1a, last 10 evaluations, clean / IFGSM5 / PGD5 / PGD20 / black-box: .87 / .66 / .58 / .53 / .85
   1b, at the best IFGSM5,  clean / IFGSM5 / PGD5 / PGD20 / black-box: .88 / .67 / .58 / .52 / .86

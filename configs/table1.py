@@ -10,7 +10,7 @@ Run: python main.py --mode=study --config=configs/table1.py --workdir=DIR
   that configs/blackbox.py made, add --config.eval.blackbox_path=FILE, on the machines that train,
   too.
 Cost: training all 24 takes 4.5e20 operations (1.5e20 a seed): 52 days at a sustained 100 TFLOP/s.
-  Evaluating their 100 snapshots each adds 4.8e19, in float32, and the long attacks at most 0.6 of
+  Evaluating their 100 snapshots each adds 4.8e19, in float32, and the long attacks at most 3.2 of
   that. This is arithmetic from --mode=describe; nobody has measured it.
 Expect, from the paper (nobody has run this config to its end yet): the rows in the header of each
   system's config. See docs/numbers.md, "Comparing with the paper".

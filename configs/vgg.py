@@ -5,7 +5,7 @@ Reproduces: no row of the paper's tables; the second source of its transfer set 
 Run: python main.py --config=configs/vgg.py --workdir=DIR
 Cost: 1 x VGG-16 of 64 to 512 channels, 14,724,042 parameters. Training takes 9.51e16 operations:
   16 minutes at a sustained 100 TFLOP/s. Evaluating the 100 snapshots adds 4e16, in float32, and the
-  long attacks at most 0.6 of that. This is arithmetic from --mode=describe; nobody has measured it.
+  long attacks at most 3.2 of that. This is arithmetic from --mode=describe; nobody has measured it.
 Expect, from the paper (nobody has run this config to its end yet): 94.5 % clean. The paper says
   "VGG-like" and "standard training procedures" and no more, so the size is a choice of ours.
 """

@@ -96,6 +96,9 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
         'learning rate': _learning_rate(config),
         'attack in training': _training_attack(config),
         'attacks in evaluation': _evaluation_attacks(config),
+        'operations of evaluation, of an image that stands to the end': _evaluation_flops(
+            config, dataset
+        ),
     }
     lines = []
     for title, rows in sections.items():
@@ -220,18 +223,52 @@ def _training_attack(config: ConfigDict) -> dict[str, str]:
 
 def _evaluation_attacks(config: ConfigDict) -> dict[str, str]:
     rows = {}
-    for name in (
-        *registry.names(config.eval),
-        *(registry.entry(text).name for text in config.eval.long_attacks),
-    ):
+    for name in _evaluation_names(config):
         if name == 'blackbox':
             rows[name] = (
                 f'the examples of {config.eval.blackbox_path or "a set made for the study"}'
             )
             continue
         settings = attack_settings.evaluation_settings(config, name)
-        shown = ('step_size', 'schedule', 'start', 'sigma', 'restarts', 'loss', 'iterate_examples')
-        rows[name] = _settings({key: settings[key] for key in shown if key in settings}) or '-'
+        rows[name] = _settings({key: settings[key] for key in _SHOWN if key in settings}) or '-'
+    return rows
+
+
+_SHOWN = (
+    'step_size', 'schedule', 'start', 'sigma', 'restarts', 'loss', 'iterate_examples',
+    'gradient_steps', 'targets', 'queries', 'examples',
+)  # fmt: skip
+
+
+def _evaluation_names(config: ConfigDict) -> list[str]:
+    """Returns the attacks on every snapshot, and then those on the best and the last."""
+    long = (registry.entry(text).name for text in config.eval.long_attacks)
+    return [*registry.names(config.eval), *long]
+
+
+# Of a step of an attack: gradient steps and predictions.
+_PASSES = {'fab': (1, 1), 'square': (0, 1)}
+
+
+def _evaluation_flops(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
+    """Counts an attack's steps, and leaves its start out; whatever falls costs less."""
+    operations = costs.operations(config, dataset)
+    rows = {}
+    for name in _evaluation_names(config):
+        if name in registry.WITHOUT_SETTINGS:
+            rows[name] = _giga(operations.forward)
+            continue
+        settings = attack_settings.evaluation_settings(config, name)
+        stages = [settings]
+        if registry.is_staged(name):
+            sizes = dataset['num_classes'], config.ensemble.size
+            stages = [stage.settings for stage in registry.stages(settings, *sizes)]
+        total = 0.0
+        for stage in stages:
+            gradients, predictions = _PASSES.get(stage['attack'], (1, 0))
+            step = gradients * operations.attack_step + predictions * operations.forward
+            total += stage['steps'] * stage.get('restarts', 1) * step
+        rows[name] = _giga(total)
     return rows
 
 

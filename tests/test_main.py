@@ -243,7 +243,8 @@ def test_a_diverging_run_ends_with_a_line_and_code_1(tmp_path):
     [
         ('baseline', ['36,479,194', '36,479,194', 'clean training']),
         ('ensemble4adv', ['36,479,194', '145,916,776', 'step_size 0.007843 (2/255)']),
-        ('doubleadv', ['82,040,154', '82,040,154', 'from step 90,000  0.0008']),
+        # AutoAttack: 1,900 gradients, each as dear as 2 predictions, and 5,900 predictions.
+        ('doubleadv', ['82,040,154', '82,040,154', 'from step 90,000  0.0008', '2.076e+05 G']),
     ],
 )
 def test_describe_tells_the_size_of_the_papers_systems(system, expected):
