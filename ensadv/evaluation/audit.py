@@ -91,8 +91,8 @@ def of(
             f'--workdir={path}: no attack on step {step} to audit yet; --mode=evaluate makes some'
         )
     ledger = workdir.read_ledger(workdir.evaluation_path(path, step, '.npz'))
-    stands = [ledger[f'{selection.ledger_key(result)}_correct'] for result in results]
-    n = min(config.audit.examples, len(places), *map(len, stands))
+    stands = [ledger[f'{selection.ledger_key(result)}_margin'] > 0 for result in results]
+    n = min(config.audit.examples, *map(len, stands))
     stands = np.stack([found[:n] for found in stands])
     subject = Subject(
         Evaluator(network, config.eval.batch_size),

@@ -1,6 +1,6 @@
 """What audits found, as a page of their own and as a section of the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -60,6 +60,11 @@ def cell(run: Run) -> str:
         return NOT_AUDITED
     old = '' if audits.is_current(content, run.results(run.steps)) else ' (of fewer attacks)'
     return audits.verdict(content) + old
+
+
+def of_runs(runs: Sequence[Run]) -> str:
+    """Returns what the row of a system, of these runs, says of their audits."""
+    return '; '.join(dict.fromkeys(map(cell, runs)))
 
 
 def section(collection: Collection) -> page.Section:

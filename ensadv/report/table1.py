@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ensadv.attacks import registry
-from ensadv.report import analysis, paper, worst_case
+from ensadv.report import analysis, audit_page, paper, worst_case
 from ensadv.report.collect import Collection, strongest
 from ensadv.report.run import Run, by_name, name_of
 from ensadv.report.tables import Row, Table
@@ -195,27 +195,32 @@ def _numbers(
     # Clean and black-box accuracy have no iterates.
     known = [v for run in collection.runs for v in values[run].values() if not math.isnan(v.last)]
     shows_last = any(value.last != value.accuracy for value in known)
+    audited = name == 'last_snapshot' and any(map(audit_page.of_run, collection.runs))
+    nothing = [''] * audited
     rows, csv_rows = [], []
     for system, runs in collection.systems.items():
         mine = [values[run] for run in runs]
         first = runs[0].record
         size = first['config']['ensemble']['size']
         facts = (str(size), f'{first["parameters"]:,}')
-        rows.append(Row((system, *facts, *(_cell(mine, a) for a in attacks), str(len(runs)))))
+        audit = [audit_page.of_runs(runs)] if audited else []
+        cells = (_cell(mine, attack) for attack in attacks)
+        rows.append(Row((system, *facts, *cells, str(len(runs)), *audit)))
         if shows_last:
             cells = (_cell(mine, attack, 'last') for attack in attacks)
-            rows.append(Row(('last iterate', '', '', *cells, ''), 'secondary'))
+            rows.append(Row(('last iterate', '', '', *cells, '', *nothing), 'secondary'))
         of_paper = _of_paper(papers.get(system, {}), runs, attacks)
         if of_paper:
             cells = (_paper(of_paper.get(attack)) for attack in attacks)
-            rows.append(Row(('paper', '', '', *cells, '3'), 'paper'))
+            rows.append(Row(('paper', '', '', *cells, '3', *nothing), 'paper'))
         for attack in attacks:
             csv_rows += _csv_rows(name, system, runs, values, attack)
             if attack in of_paper:
                 numbers = (of_paper[attack], None, None, None, 3, 10_000)
                 csv_rows.append(CsvRow(name, system, 'all', attack, 'paper', *numbers))
     header = ('system', 'members', 'parameters', *_columns(attacks, values), 'seeds')
-    cells = [cell for row in rows for cell in row.cells[3:]]
+    header += ('audit',) * audited
+    cells = [cell for row in rows for cell in row.cells[3 : len(header) - audited]]
     notes = [
         *notes,
         *_last_iterate_notes([v for mine in values.values() for v in mine.values()], cells),
