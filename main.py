@@ -4,6 +4,7 @@ python main.py --config=configs/ensemble4adv.py --workdir=DIR
 python main.py --mode=study --config=configs/quickstart.py --workdir=DIR
 python main.py --mode=evaluate --workdir=DIR
 python main.py --mode=audit --workdir=DIR
+python main.py --mode=evaluate --model=FILE.py:predict --workdir=DIR --config.data.name=digits
 python main.py --mode=blackbox --config=configs/blackbox.py --workdir=DIR
 python main.py --mode=report --workdir=DIR
 python main.py --mode=planes --workdir=DIR --config.planes.other=OTHER
@@ -44,12 +45,18 @@ def run(mode: str) -> None:
         return
     path = command_line.workdir_path(to_write=True)
     from ensadv import build, study
-    from ensadv.evaluation import evaluate
+    from ensadv.evaluation import any_model, evaluate
     from ensadv.runtime import compilation_cache, distributed
+
+    def evaluation(config, path):
+        if model := command_line.model_path():
+            any_model.run(config, path, any_model.Source(*command_line.load_model(model)))
+        else:
+            evaluate.run(config, path)
 
     jobs = {
         'train': study.run_and_show,
-        'evaluate': evaluate.run,
+        'evaluate': evaluation,
         'study': lambda config, path: study.run(config, path, CONFIGS),
         'blackbox': lambda config, path: study.make_transfer_set(config, path, CONFIGS),
         'audit': study.make_audit,

@@ -80,7 +80,8 @@ def computation(config: ConfigDict, dtype: str) -> str:
     found = environment()
     count, kind = found['devices']['count'], found['devices']['kind']
     processes = distributed.num_processes()
-    library = conv.library(config.model.conv, dtype)
+    # Of a model that is given nothing is known.
+    library = conv.library(config.model.conv, dtype) if 'model' in config else ''
     return (
         f'on {count} device{"s" * (count > 1)} ({kind})'
         f'{f" of {processes} processes" if processes > 1 else ""}, in {dtype}, '

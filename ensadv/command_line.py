@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import hashlib
 import importlib.machinery
 import importlib.util
 import linecache
@@ -16,8 +17,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import CodeType
-from typing import NoReturn
+from types import CodeType, ModuleType
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from etils import epath
@@ -25,14 +26,14 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ensadv import config as config_lib
 from ensadv import flag_values, values
-from ensadv.errors import ConfigError, StorageError, TrainingError, UserError
+from ensadv.errors import ConfigError, StorageError, TrainingError, UserError, line_of
 from ensadv.runtime import stopping, terminal
 from ensadv.storage import files, workdir
 
 # The modes, with what --help says of each.
 MODES = {
     'train': 'train a system, and evaluate its snapshots on the way (the default)',
-    'evaluate': 'evaluate the snapshots of a run, also with other attacks',
+    'evaluate': 'evaluate the snapshots of a run, also with other attacks; or any --model',
     'study': 'train and evaluate several systems and seeds, and report on them',
     'audit': 'check whether the robust accuracy of a finished run can be believed',
     'blackbox': 'make a transfer set, the examples of the black-box attack',
@@ -69,6 +70,12 @@ flags.DEFINE_string(
     None,
     'Directory that keeps compiled programs, for later starts; may be on gs://. Default: '
     "~/.cache/ensadv/compiled. '' keeps none. JAX_COMPILATION_CACHE_DIR goes before.",
+)
+flags.DEFINE_string(
+    'model',
+    None,
+    'FILE.py:FUNCTION of a model to evaluate. The function takes images, float32 [B, H, W, C] in '
+    '[0, 1], and returns logits; see docs/any_model.md. Default: that of --workdir.',
 )
 flags.DEFINE_list('ledgers', None, 'For --mode=compare: two files eval/<step>.npz.')
 
@@ -303,7 +310,8 @@ def _without_overrides(get_default: Callable[[], ConfigDict]) -> ConfigDict | No
         return _run_config_file(FLAGS.config, get_default)
     if not FLAGS.workdir or FLAGS.mode in WITHOUT_CONFIG:
         return None
-    return _config_of_run(get_default)
+    found = _config_of_run(get_default)
+    return get_default() if found is None and FLAGS.model else found
 
 
 def _config_of_run(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
@@ -312,6 +320,11 @@ def _config_of_run(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
     record = workdir.read_record(path)
     if record is None:
         return None
+    if 'model' in record and not record['model']['file']:
+        raise UserError(
+            f'--workdir={FLAGS.workdir}: belongs to the model {record["model"]["function"]} of a '
+            'program, which goes on by ensadv.evaluate; --mode=report shows its results'
+        )
     try:
         return config_lib.from_dict(record['config'], get_default())
     except ConfigError as error:
@@ -328,6 +341,17 @@ class _UncachedLoader(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
+def _execute(file: str, name: str) -> ModuleType:
+    """Returns a file as a module of this name; raises whatever it raises."""
+    loader = _UncachedLoader(name, file)
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location(name, file, loader=loader)
+    )
+    sys.modules[name] = module  # dataclasses look for their module there
+    loader.exec_module(module)
+    return module
+
+
 def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> ConfigDict:
     """Returns the result of get_config() in a file; in FILE:TEXT the text is its argument.
 
@@ -337,13 +361,8 @@ def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> Config
     file, colon, text = path.partition(':')
     if not Path(file).is_file():
         raise ConfigError(f'--config={path}: found no such file{_config_hint(file)}')
-    loader = _UncachedLoader('config_file', file)
-    module = importlib.util.module_from_spec(
-        importlib.util.spec_from_file_location(loader.name, file, loader=loader)
-    )
-    sys.modules[loader.name] = module  # dataclasses look for their module there
     try:
-        loader.exec_module(module)
+        module = _execute(file, 'config_file')
         config = module.get_config(*([text] if colon else []))
         if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
             kind = type(config).__name__
@@ -354,7 +373,7 @@ def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> Config
     except (Exception, SystemExit) as error:
         frames = list(traceback.walk_tb(error.__traceback__))
         lines = [line for frame, line in frames if frame.f_code.co_filename == file]
-        where = f'line {lines[-1]}: ' if lines else ''
+        where = line_of(error, file)
         what = f'{type(error).__name__}: {error}'
         last = frames[-1][0]
         if lines and last.f_code in _FIELD_ACCESS:
@@ -417,6 +436,8 @@ def config() -> ConfigDict:
         raise ConfigError(
             f'ensemble.members_from: only for --mode=evaluate, found --mode={FLAGS.mode}'
         )
+    if FLAGS.model and FLAGS.mode != 'evaluate':
+        raise UserError(f'--model: only for --mode=evaluate, found --mode={FLAGS.mode}')
     if FLAGS.mode == 'train' and found.study.systems and found.system == 'custom':
         raise ConfigError('study.systems: names systems, so this is for --mode=study')
     for group, field in (
@@ -425,6 +446,44 @@ def config() -> ConfigDict:
         if group[field]:  # a run keeps the path and may go on in another directory
             group[field] = str(files.absolute(group[field]))
     return found
+
+
+def model_path() -> str | None:
+    """Returns FILE:FUNCTION of the model in --workdir or of --model; None for a run."""
+    record = workdir.read_record(workdir_path())
+    if FLAGS.model or not record or 'model' not in record:
+        return FLAGS.model
+    return f'{record["model"]["file"]}:{record["model"]["function"]}'
+
+
+def load_model(path: str) -> tuple[Callable[..., Any], str, str, str]:
+    """Reads FILE.py:FUNCTION, and runs the file as `python FILE.py` would.
+
+    Returns:
+      The function, its name, the file's absolute path and SHA-256.
+
+    Raises:
+      UserError: for anything that goes wrong.
+    """
+    text, _, function = path.rpartition(':')
+    if not function.isidentifier() or not text.endswith('.py'):
+        raise UserError(f'--model={path}: expected FILE.py:FUNCTION, as in my_model.py:predict')
+    file = Path(text).expanduser().absolute()
+    if not file.is_file():
+        raise UserError(f'--model={path}: found no such file')
+    sys.path.insert(0, str(file.parent))  # for what it imports from beside it
+    try:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        module = _execute(str(file), 'model_file')
+    except (Exception, SystemExit) as error:
+        what = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise UserError(f'--model={path}: {line_of(error, str(file))}{what}') from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        there = [n for n, each in vars(module).items() if callable(each) and not n.startswith('_')]
+        hint = values.nearest(function, there) or f'; it has {", ".join(there) or "none"}'
+        raise UserError(f'--model={path}: found no function {function} in the file{hint}')
+    return found, function, str(file), digest
 
 
 def set_up_logging() -> None:

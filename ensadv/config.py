@@ -207,7 +207,7 @@ def _attack_group(config: ConfigDict, group: str, kind: str) -> None:
     registry.check(kind, f'{group}.', found, config.norm, config.epsilon)
 
 
-def _entry(config: ConfigDict, field: str, text: str) -> registry.Entry:
+def checked_entry(config: ConfigDict, field: str, text: str) -> registry.Entry:
     """Returns an entry of a field, whose name and settings are checked."""
     entry = registry.entry(text, field)
     # Under a name that does not tell, the report would show one attack's numbers as another's. The
@@ -233,7 +233,7 @@ def _validate_evaluation(config: ConfigDict) -> None:
     named = []
     for field, found in (('eval.attacks', attacks), ('eval.long_attacks', long_attacks)):
         for text in found:
-            entry = _entry(config, field, text)
+            entry = checked_entry(config, field, text)
             if field == 'eval.long_attacks' and entry.kind in registry.WITHOUT_SETTINGS:
                 raise ConfigError(f'{field}: {entry.name} has no steps; it belongs to eval.attacks')
             named.append(entry.name)
@@ -291,7 +291,7 @@ def _validate_planes(config: ConfigDict) -> None:
             f'in --config.planes.images="(0, 1, 2)", found {shown(places)}'
         )
     listed = registry.entries(config.eval).get(group.attack)
-    found = listed or _entry(config, 'planes.attack', group.attack)
+    found = listed or checked_entry(config, 'planes.attack', group.attack)
     if not found.steps or registry.is_staged(found.name):
         allowed = [kind for kind, known in registry.KINDS.items() if not known.stages]
         why = 'is one in stages' if found.steps else 'has no steps'

@@ -1,5 +1,14 @@
 """Errors that the program reports as one line, with an exit code."""
 
+import traceback
+
+
+def line_of(error: BaseException, file: str) -> str:
+    """Returns 'line 12: ', the innermost line of a file that led to an error; '' if none did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    return f'line {lines[-1]}: ' if lines else ''
+
 
 class UserError(Exception):
     """A mistake of the user's; its message is one line."""

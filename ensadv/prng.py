@@ -18,6 +18,32 @@ def key(seed: int | Array) -> Array:
     return jax.random.key(seed, impl=PRNG)
 
 
+def of_image(key: Array, image: Array) -> Array:
+    """Returns a key that depends on a key and on the bits of an image's pixels.
+
+    So what is drawn for an image is the same whenever that image is met, in whatever batch, and
+    another for any other image.
+
+    Args:
+      key: of `key`'s kind.
+      image: float32 [H, W, C].
+    """
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(image), jnp.uint32).ravel()
+    places = jnp.arange(bits.size, dtype=jnp.uint32)
+    for salt in (0x9E3779B9, 0x85EBCA6B):
+        # A sum of well mixed words, each with its place.
+        mixed = _mix(_mix(bits + jnp.uint32(salt)) ^ (places * jnp.uint32(salt)))
+        key = jax.random.fold_in(key, jnp.sum(mixed, dtype=jnp.uint32))
+    return key
+
+
+def _mix(words: Array) -> Array:
+    """Returns words, uint32, each changed so that any bit alters all others (MurmurHash3's end)."""
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        words = (words ^ (words >> shift)) * jnp.uint32(factor)
+    return words ^ (words >> 16)
+
+
 class Words(NamedTuple):
     """Keys [B] as raw numbers, which NumPy can hold.
 

@@ -163,6 +163,19 @@ class AutoAttackSettings(StagedSettings):
     queries: int = whole(1, MAX_STEPS, default=5000)
 
 
+@dataclasses.dataclass(frozen=True)
+class AutoAttackRandSettings:
+    """What decides the outcome of `autoattack_rand`, AutoAttack's version for random networks.
+
+    Attributes:
+      gradient_steps: iterations of APGD.
+      draws: of the network's randomness, over which each gradient and loss is averaged.
+    """
+
+    gradient_steps: int = whole(1, MAX_STEPS, default=100)
+    draws: int = whole(1, 10_000, default=20)
+
+
 class Stage(NamedTuple):
     """A part of an attack that is made of several, on the examples that still stand.
 
@@ -236,6 +249,12 @@ def _of_targets(name) -> Callable[..., Iterator[Stage]]:
     return lambda found, classes, _: _targets(name, found['steps'], found['targets'], classes)
 
 
+def _autoattack_rand(found, _) -> Iterator[Stage]:
+    for name, loss in (('apgd_ce', 'cross_entropy'), ('apgd_dlr', 'dlr')):
+        for stage in _apgd(name, loss, found['gradient_steps'], 1):
+            yield stage._replace(settings={**stage.settings, 'draws': found['draws']})
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A kind of attack.
@@ -268,6 +287,7 @@ KINDS: dict[str, Kind] = {
     'square': Kind(QueriesSettings, stages=lambda s, *_: _square(s['steps'], s['restarts'])),
     'autoattack': Kind(AutoAttackSettings, stages=_autoattack),
     'autoattack_plus': Kind(AutoAttackSettings, stages=_autoattack_plus),
+    'autoattack_rand': Kind(AutoAttackRandSettings, stages=_autoattack_rand),
 }
 # What stages are made of, which no config names.
 STAGE_ATTACKS = {

@@ -75,12 +75,12 @@ class Dataset:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of the training images for each channel, pixels in [0, 1]."""
+        """Mean of the training images for each channel, pixels in [0, 1]; 0 without any."""
         return self._moments[0]
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation like `mean`; 1 for a constant channel, so that it can divide."""
+        """Standard deviation like `mean`; 1 for a constant channel, so that it can divide; 1 without images."""
         return self._moments[1]
 
     @functools.cached_property
@@ -91,10 +91,10 @@ class Dataset:
             pixels = self.image_train[start : start + 4096].reshape(-1, len(counts))
             counts += [np.bincount(channel, minlength=256) for channel in pixels.T]
         levels = np.arange(256) / 255
-        share = counts / counts.sum(axis=1, keepdims=True)
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         mean = share @ levels
         std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(axis=1))
-        std[np.count_nonzero(counts, axis=1) == 1] = 1.0
+        std[np.count_nonzero(counts, axis=1) <= 1] = 1.0
         return tuple(mean.tolist()), tuple(std.tolist())
 
     @functools.cached_property

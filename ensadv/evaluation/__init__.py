@@ -1,3 +1,11 @@
 """Snapshots under attack: the job, its results, the transfer set and the decision planes."""
 
-__all__ = ['attack_settings', 'audit', 'blackbox', 'decision_planes', 'evaluate', 'evaluator']
+__all__ = [
+    'any_model',
+    'attack_settings',
+    'audit',
+    'blackbox',
+    'decision_planes',
+    'evaluate',
+    'evaluator',
+]

@@ -287,7 +287,32 @@ def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:
         members, combine=config.ensemble.combine, dtype=config.eval.dtype
     )
     results = Results(config, workdir_path, config.system, lambda _: network)
-    # An ensemble of runs has this one snapshot, its best and its last.
+    evaluate_once(config, workdir_path, results, step, facts, variables)
+
+
+def evaluate_once(
+    config: ConfigDict,
+    workdir_path: epath.Path,
+    results: Results,
+    step: int,
+    facts: Mapping[str, Any],
+    variables: Any,
+) -> None:
+    """Evaluates what was not trained in its workdir, all attacks at once, and closes the results.
+
+    It has this one snapshot, its best and its last.
+
+    Args:
+      config: what config.json is to have, if the workdir is new.
+      workdir_path: where `results` are.
+      results: of this workdir.
+      step: under which they stand.
+      facts: of config.json, see `workdir.write_record`.
+      variables: the network's, replicated.
+
+    Raises:
+      UserError: if another process is at it.
+    """
     units = [*results.units, *results.final_units]
     with contextlib.ExitStack() as stack:
         lease = leases.open_leases(workdir_path).taken(str(step))

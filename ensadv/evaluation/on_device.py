@@ -31,6 +31,13 @@ def clean_scores_batch(network, settings, variables, batch):
     return losses.margin(network.scores(logits), labels)
 
 
+def point_margins_batch(network, settings, variables, batch):
+    """Of points float32 [B, H, W, C] and labels: how far each stands."""
+    del settings
+    points, labels = batch
+    return losses.margin(network.scores(network.member_logits(variables, points)), labels)
+
+
 def log_probs_batch(network, settings, variables, x):
     del settings
     return network.log_probs(variables, x)
@@ -110,6 +117,8 @@ def _attacked(network, settings, variables, varied):
       varied: settings that one compilation serves all values of.
     """
     threat = ThreatModel.of(settings)
+    if settings.get('draws') and network.draws:
+        return _attacked_in_expectation(network, settings, variables, varied, threat)
     if settings['attack'] in registry.STAGE_ATTACKS:
         scores, changes = network.scores, {}
         if 'member' in varied:  # which is attacked alone
@@ -126,6 +135,22 @@ def _attacked(network, settings, variables, varied):
     loss = (MEMBER_LOSSES | losses.LOSSES).get(loss)
     attack = registry.make(settings, **varied, loss=loss)
     return attack, lambda x: predict(variables, x), threat, judge
+
+
+def _attacked_in_expectation(network, settings, variables, varied, threat):
+    """As `_attacked`, of a random network: the mean loss over its draws is climbed.
+
+    A point is judged by the mean of the draws' probabilities, so that none counts by good luck.
+    """
+    of_draw = losses.ATTACK_LOSSES[settings['loss']]
+
+    def loss(logits, labels, targets):
+        return jnp.mean(jax.vmap(lambda each: of_draw(each, labels, targets))(logits), axis=0)
+
+    scores = lambda logits: ensemble.scores(logits, 'probs')
+    attack = registry.make(settings, **varied, loss=loss, scores=scores)
+    predict = lambda x: network.draws(variables, x, settings['draws'])
+    return attack, predict, threat, lambda logits, y: losses.margin(scores(logits), y)
 
 
 def begin_batch(network, settings, variables, varied, seed, number, batch):

@@ -38,14 +38,16 @@ class Results:
         workdir_path: epath.Path,
         label: str,
         make_network: Callable[[datasets.Dataset], ensemble.Network],
+        dataset: datasets.Dataset | None = None,
     ):
         """Reads nothing yet, but for the transfer set's record: the workdir may be empty still.
 
         Args:
           config: a validated config.
-          workdir_path: of a run, or of an ensemble of runs.
+          workdir_path: of a run, of an ensemble of runs, or of a model.
           label: the run's name in the progress.
           make_network: what is evaluated, for its data.
+          dataset: the data, where they are not the config's.
 
         Raises:
           UserError: if an attack's settings cannot be made.
@@ -54,6 +56,7 @@ class Results:
         self._config = config
         self._workdir = workdir_path
         self._make_network = make_network
+        self._given = dataset
         self._settings: dict[Unit, dict[str, Any]] = {}
         names = registry.names(config.eval)
         self.units = [self._unit(name) for name in names]
@@ -146,9 +149,9 @@ class Results:
         # Evaluation computes in a type of its own, on whatever devices there are.
         workdir.check_config(self._workdir, config, ignore=('model.dtype',))
         record = workdir.read_record(self._workdir)
-        dataset = self._read_data(
-            *(judged['config'] for judged in (record, *record.get('members', ())))
-        )
+        # Nobody knows how a model that is given was trained.
+        trained = () if 'model' in record else (record, *record.get('members', ()))
+        dataset = self._read_data(*(judged['config'] for judged in trained))
         description = build.describe_data(config, dataset)
         workdir.check_data(self._workdir, description)
         distributed.check_same('the data', dataset.fingerprint)
@@ -176,7 +179,7 @@ class Results:
     def _read_data(self, *judged: Mapping[str, Any]) -> datasets.Dataset:
         """Reads what is evaluated on; `judged` are the configs of the runs that are evaluated."""
         config = self._config
-        dataset = build.dataset(config)
+        dataset = self._given or build.dataset(config)
         self._num_classes = dataset.num_classes
         self._places = places = build.test_places(config, len(dataset.label_test))
         self._splits = {
@@ -220,6 +223,8 @@ class Results:
             self._settings[unit], self._num_classes, self._config.ensemble.size
         )
         names = [stage.name for stage in stages]
+        if 'draws' in self._settings[unit] and self._evaluator.network.draws is None:
+            distributed.tell(f'{label}: nothing in this network is random: one draw is made')
         read = self.files.read_stages if distributed.is_main() else lambda *_: None
         done = distributed.agree(read(step, unit, labels, names))
 

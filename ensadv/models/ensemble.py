@@ -114,11 +114,15 @@ class Network(NamedTuple):
       member_logits: (variables, images [B, H, W, C]) -> logits [k, B, classes].
       combine: how members' outputs become one, see `combine`.
       variables: what `member_logits` takes, as jax.ShapeDtypeStructs.
+      draws: of a random network (variables, images, m) -> logits [m, B, classes] of m draws that
+        are independent of each other and of `member_logits`, for each image anew; None: nothing in
+        it is random.
     """
 
     member_logits: Callable[[Any, Array], Array]
     combine: str
     variables: Any
+    draws: Callable[[Any, Array, int], Array] | None = None
 
     def log_probs(self, variables: Any, x: Array) -> Array:
         """Returns the ensemble's log-probabilities, [B, classes], of images [B, H, W, C]."""

@@ -85,6 +85,18 @@ _RUN = {
     'sessions': [_ENVIRONMENT | {'seconds_per_step?': float, 'workdir?': str}],
 }
 
+# config.json of a model that is given, see `any_model`: nobody knows how it was trained.
+_TRAINING = ('model', 'train', 'attack', 'ensemble')
+_OF_MODEL = {
+    **{key: value for key, value in _RUN.items() if key not in ('parameters', 'members?')},
+    'config': {
+        **{key: value for key, value in _CONFIG.items() if key not in _TRAINING},
+        'ensemble': {'combine': str},
+    },
+    'dataset': _RUN['dataset'] | {'num_train': _NUMBER},
+    'model': {'function': str, 'file': (str, None), 'digest': (str, None), 'margins': [float]},
+}
+
 # eval/<step>.json, see `results.Results`.
 _RESULT = _ENVIRONMENT | {
     'name': str,
@@ -136,7 +148,8 @@ AUDIT = {
 
 def run_mismatch(record: Any) -> str | None:
     """Returns why JSON is not the content of a run's config.json; None if it is."""
-    if reason := mismatch(record, _RUN):
+    is_model = isinstance(record, Mapping) and 'model' in record
+    if reason := mismatch(record, _OF_MODEL if is_model else _RUN):
         return reason
     dataset = record['dataset']
     channels = dataset['image_shape'][-1]

@@ -141,6 +141,10 @@ def check_config(workdir: epath.Path, config: ConfigDict, ignore: tuple[str, ...
     record = read_record(workdir)
     if record is not None:
         new = config_lib.to_dict(config)
+        is_run = 'train' in new
+        if is_run == ('model' in record):
+            found = f'the model {record["model"]["function"]}' if is_run else 'a run'
+            raise UserError(f'--workdir={workdir}: belongs to {found}; use another workdir')
         if changed := config_lib.changed_fields(record['config'], new, ignore):
             raise ConfigError(
                 f'--workdir={workdir}: belongs to a run with another config '
