@@ -80,7 +80,7 @@ class Dataset:
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation like `mean`; 1 for a constant channel, so that it can divide; 1 without images."""
+        """Standard deviation like `mean`; 1 for a constant channel or none, so it can divide."""
         return self._moments[1]
 
     @functools.cached_property

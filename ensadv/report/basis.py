@@ -25,6 +25,7 @@ def all_of_it(collection: Collection) -> list[str]:
     """Returns how the numbers were made, a sentence each."""
     return [
         *training(collection),
+        *models(collection),
         *settings(collection),
         *machines(collection),
         *paper.left_out(collection.systems),
@@ -58,7 +59,7 @@ def _short(value: Any) -> str:
 
 def training(collection: Collection) -> list[str]:
     """Returns how the systems were trained; `Collection.notes` has what differs among them."""
-    runs = [run for run in collection.runs if not run.members]
+    runs = [run for run in collection.runs if not (run.members or run.model)]
     if not runs:
         return []
     # An adversarially trained one tells more.
@@ -81,10 +82,22 @@ def training(collection: Collection) -> list[str]:
     return lines
 
 
+def models(collection: Collection) -> list[str]:
+    """Returns which systems are models that were given."""
+    given = {run.system: run.model for run in collection.runs if run.model}
+    return [
+        f'{system}: a model that was given, {model["function"]} of '
+        f'{epath.Path(model["file"]).name if model["file"] else "a program"}; how it was trained '
+        'is not known here.'
+        for system, model in given.items()
+    ]
+
+
 def machines(collection: Collection) -> list[str]:
     """Returns on what the runs were trained and evaluated."""
     runs = collection.runs
-    trained = [session for run in runs if not run.members for session in run.record['sessions']]
+    trained = [run for run in runs if not (run.members or run.model)]
+    trained = [session for run in trained for session in run.record['sessions']]
     evaluated = [r for run in runs for r in run.results(run.steps)]
     return [
         f'{done} on {_environments(sessions)}.'
@@ -123,8 +136,9 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
             ),
             ('Threat model', _threat_model(runs[0].config)),
             ('Seeds', ', '.join(seeds)),
-            ('Training steps', ', '.join(f'{s:,}' for s in sorted({run.steps for run in runs}))),
         ]
+    if steps := sorted({run.steps for run in runs if not run.model}):
+        facts.append(('Training steps', ', '.join(f'{s:,}' for s in steps)))
     if collection.apart:
         facts.append(('Not in this report', f'{len(collection.apart)} runs, listed at the end'))
     return [*facts, ('Made by', ' '.join([epath.Path(sys.argv[0]).name, *sys.argv[1:]]))]

@@ -41,12 +41,17 @@ def other_threat_model(runs: Sequence[Run]) -> dict[Run, str]:
         dataset = run.record['dataset']
         return f'{dataset["name"]} (fingerprint {dataset["fingerprint"][:8]}...)'
 
-    return _apart(
+    reasons = _apart(
         runs,
         {
             'data:': data,
             'norm:': lambda run: run.config.get('norm', 'linf'),
             'epsilon:': lambda run: run.config['epsilon'],
+        },
+    )
+    return reasons | _apart(
+        [run for run in runs if not run.model and run not in reasons],
+        {
             'training examples:': lambda run: run.record['dataset']['num_train'],
             'snapshots selected on:': lambda run: run.config['eval']['select_on'],
             'snapshots selected by:': lambda run: run.judge,
@@ -157,6 +162,8 @@ def other_system(runs: Sequence[Run]) -> dict[Run, str]:
 
 def _training(run: Run) -> dict[str, Any]:
     """Returns the settings that two seeds share, flat; those of an ensemble are its members'."""
+    if run.model:
+        return {'a model that was given': True}
     each = trained(run, _OF_A_SEED)
     if not run.members:
         return each[0]
@@ -172,7 +179,12 @@ def _training(run: Run) -> dict[str, Any]:
 
 
 def trained(run: Run, ignore: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Returns the settings by which a run, or each of its members, was trained, flat."""
+    """Returns the settings by which a run, or each of its members, was trained, flat.
+
+    Of a model that was given none is known.
+    """
+    if run.model:
+        return []
     if not run.members:
         return [_kept(run.config, ignore) | {'train.steps': run.steps}]
     # The step of a member's best snapshot is no setting.
@@ -238,7 +250,9 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
     """Returns which runs were trained or evaluated with other switches of XLA and JAX than most."""
     notes = []
     records = {
-        'trained': {run: [] if run.members else run.record['sessions'] for run in runs},
+        'trained': {
+            run: [] if run.members or run.model else run.record['sessions'] for run in runs
+        },
         'evaluated': {
             run: [r for step in run.judged_steps for r in run.results(step)] for run in runs
         },

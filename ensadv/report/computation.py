@@ -19,7 +19,7 @@ Accuracy = tuple[float, float, float]  # mean, low and high, in 0..1
 class Costs(NamedTuple):
     """What a system costs; None where it is not known."""
 
-    parameters: float  # of all members
+    parameters: float | None  # of all members
     forward: float | None  # operations per prediction
     training: float | None  # operations of the whole training
     seconds: float | None  # per training step, measured
@@ -29,6 +29,8 @@ class Costs(NamedTuple):
 def of_system(runs: Sequence[Run]) -> Costs:
     """Returns what a system costs, by its runs: of the measured times the median."""
     first = runs[0]
+    if first.model:
+        return Costs(None, None, None, None, '')
     # Of a run, or of each member of an ensemble of runs.
     trained = [(m.get('operations'), m['config'], m['step']) for m in first.members] or [
         (first.record.get('operations'), first.config, first.steps)
@@ -123,7 +125,7 @@ def table(
         fronts = _fronts(system, found)
         cells = (
             system,
-            f'{cost.parameters:,.0f}',
+            MISSING if cost.parameters is None else f'{cost.parameters:,.0f}',
             _count(cost.forward),
             _count(cost.training),
             MISSING if cost.seconds is None else f'{cost.seconds:.3g}',

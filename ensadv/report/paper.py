@@ -99,6 +99,8 @@ def unlike(runs: Sequence[Run]) -> list[str]:
     are no measure of them. None are of the paper's if it has no system of that name.
     """
     system = runs[0].system
+    if any(run.model for run in runs):
+        return ['a model that was given']
     return _differences(runs, _COMMON | _OWN[system]) if system in _OWN else ['system']
 
 

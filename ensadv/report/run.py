@@ -17,7 +17,7 @@ from ensadv.storage import files, records, selection, workdir
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A run, or an ensemble of runs, by what it wrote.
+    """A run, an ensemble of runs, or a model that was given, by what it wrote.
 
     Attributes:
       path: its workdir.
@@ -49,6 +49,11 @@ class Run:
         return self.record.get('members', ())
 
     @property
+    def model(self) -> Mapping[str, Any] | None:
+        """What is known of a model that was given; None for a run, whose training is known."""
+        return self.record.get('model')
+
+    @property
     def of_selected(self) -> bool:
         """Whether it is an ensemble of runs' best snapshots, and not of their last."""
         return bool(self.members) and self.config['ensemble']['members_snapshot'] == 'best'
@@ -64,6 +69,8 @@ class Run:
         """The step at which it is finished."""
         if self.members:
             return max(member['step'] for member in self.members)
+        if self.model:
+            return max(self.evaluations, default=0)
         return self.config['train']['steps']
 
     @functools.cached_property

@@ -112,7 +112,10 @@ def over_training(collection: Collection, writer: Writer) -> page.Section:
     # One figure where both are the same attack.
     for name, attack in zip(('figure2a', 'figure2b'), dict.fromkeys(attacks), strict=False):
         bands, points = {}, {}
+        given = {system: len(runs) for system, runs in collection.systems.items() if runs[0].model}
         for system, runs in collection.systems.items():
+            if system in given:
+                continue
             series = [table1.cleaned(r, attack) for r in runs if attack in r.attacks(r.steps)]
             if series:
                 bands[system] = analysis.average_over_seeds(series)
@@ -123,7 +126,7 @@ def over_training(collection: Collection, writer: Writer) -> page.Section:
             f'Figure {name[-2:]}. Robust accuracy under {attack_name(attack)} over training, at '
             'the worst iterate. Outliers replaced, series interpolated to 1,000 common steps, '
             'averaged over seeds; bands: the lowest and highest seed.'
-            f'{_partial(collection, {system: band.seeds for system, band in bands.items()})}'
+            f'{_partial(collection, given | {s: band.seeds for s, band in bands.items()})}'
         )
         figure = figures.over_training(bands, points, attack=attack_name(attack))
         alt = f'Lines of accuracy under {attack_name(attack)} over training steps, by system'

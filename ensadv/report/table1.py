@@ -87,14 +87,16 @@ def tables(collection: Collection) -> list[Numbers]:
         {run: _at(run, run.best, long=False) for run in runs}, best_steps
     )
     final, _ = _with_robust({run: _at(run, run.best, long=True) for run in runs}, best_steps)
-    at_last = (
-        f'Each run at its last step ({_span([run.steps for run in runs])}); nothing was selected'
-        f'{_but_for(runs)}.'
-    )
-    of_best = [*_of_best(runs), *over_best]
-    judge = attack_name(runs[0].judge)
+    trained = _trained(runs)
+    at_last = [
+        f'Each run at its last step ({_span([run.steps for run in trained])}); nothing was '
+        f'selected{_but_for(runs)}.'
+        for _ in trained[:1]
+    ]
+    of_best = [*_of_best(trained), *over_best]
+    judge = attack_name((trained or runs)[0].judge)
     kinds = (
-        ('last_snapshot', 'Last snapshot', last, {}, [at_last, *over_last]),
+        ('last_snapshot', 'Last snapshot', last, {}, [*at_last, *over_last]),
         (
             'table1a',
             f'Table 1a. Mean of the last {LAST_EVALUATIONS} evaluations',
@@ -200,9 +202,7 @@ def _numbers(
     rows, csv_rows = [], []
     for system, runs in collection.systems.items():
         mine = [values[run] for run in runs]
-        first = runs[0].record
-        size = first['config']['ensemble']['size']
-        facts = (str(size), f'{first["parameters"]:,}')
+        facts = _facts(runs[0])
         audit = [audit_page.of_runs(runs)] if audited else []
         cells = (_cell(mine, attack) for attack in attacks)
         rows.append(Row((system, *facts, *cells, str(len(runs)), *audit)))
@@ -239,6 +239,17 @@ def _columns(attacks: Sequence[str], values: Values) -> list[str]:
     # A label may say it already.
     fewer = {a: n for a, n in sizes.items() if n < most and 'examples=' not in a}
     return [attack_name(a) + (f', n = {fewer[a]:,}' if a in fewer else '') for a in attacks]
+
+
+def _facts(run: Run) -> tuple[str, str]:
+    """Returns how many members and parameters a system has, as far as that is known."""
+    if run.model:
+        return MISSING, MISSING
+    return str(run.config['ensemble']['size']), f'{run.record["parameters"]:,}'
+
+
+def _trained(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if not run.model]
 
 
 def _last_iterate_notes(values: Sequence[Value], cells: Sequence[str]) -> list[str]:
