@@ -30,11 +30,12 @@ def of_image(key: Array, image: Array) -> Array:
     """
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(image), jnp.uint32).ravel()
     places = jnp.arange(bits.size, dtype=jnp.uint32)
-    for salt in (0x9E3779B9, 0x85EBCA6B):
-        # A sum of well mixed words, each with its place.
-        mixed = _mix(_mix(bits + jnp.uint32(salt)) ^ (places * jnp.uint32(salt)))
-        key = jax.random.fold_in(key, jnp.sum(mixed, dtype=jnp.uint32))
-    return key
+    # Of each word of the key the sum of well mixed words, each with its place.
+    words = [
+        jnp.sum(_mix(_mix(bits + word) ^ (places * jnp.uint32(salt))), dtype=jnp.uint32)
+        for word, salt in zip(jax.random.key_data(key), (0x9E3779B9, 0x85EBCA6B), strict=True)
+    ]
+    return jax.random.wrap_key_data(jnp.stack(words), impl=PRNG)
 
 
 def _mix(words: Array) -> Array:

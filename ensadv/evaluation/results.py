@@ -47,7 +47,7 @@ class Results:
           workdir_path: of a run, of an ensemble of runs, or of a model.
           label: the run's name in the progress.
           make_network: what is evaluated, for its data.
-          dataset: the data, where they are not the config's.
+          dataset: of a model that is given; None: the config's, of a run.
 
         Raises:
           UserError: if an attack's settings cannot be made.
@@ -163,7 +163,9 @@ class Results:
 
     def _open_writer(self) -> None:
         """Opens TensorBoard's file, and writes what there is: once each, and in order."""
-        self._writer = metrics.Writer(self._workdir / 'eval', first_step=0)
+        # A model that is given has no course over training to be shown.
+        folder = None if self._given else self._workdir / 'eval'
+        self._writer = metrics.Writer(folder, first_step=0)
         self._shown, self._in_order = {}, True
         if distributed.is_main():
             for step, found in self.files.read_all().items():

@@ -68,9 +68,10 @@ def model(
     random = takes_key(predict)
 
     def drawn(x, draw):
+        key = jax.random.fold_in(prng.key(seed), draw)
+
         def one(image):
-            key = prng.of_image(jax.random.fold_in(prng.key(seed), draw), image)
-            return predict(image[None], key)[0]
+            return predict(image[None], prng.of_image(key, image))[0]
 
         return jax.vmap(one)(x)
 

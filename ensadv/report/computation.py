@@ -122,7 +122,6 @@ def table(
     rows = []
     for system, cost in costs.items():
         mean, low, high = (100 * value for value in accuracy[system])
-        fronts = _fronts(system, found)
         cells = (
             system,
             MISSING if cost.parameters is None else f'{cost.parameters:,.0f}',
@@ -130,7 +129,7 @@ def table(
             _count(cost.training),
             MISSING if cost.seconds is None else f'{cost.seconds:.3g}',
             f'{mean:.1f} ({low:.1f} to {high:.1f})',
-            'all' if len(found) == len(fronts) > 1 else ', '.join(fronts) or 'none',
+            _on_front(system, found),
         )
         rows.append(Row(cells))
     name = attack_name(attack)
@@ -175,6 +174,14 @@ def csv_rows(
 def _fronts(system: str, found: Sequence[Panel]) -> list[str]:
     """Returns the measures on whose front a system is."""
     return [panel.measure for panel in found if system in panel.front]
+
+
+def _on_front(system: str, found: Sequence[Panel]) -> str:
+    """Returns `_fronts` as a cell."""
+    if found and not any(system in panel.cost for panel in found):
+        return MISSING
+    fronts = _fronts(system, found)
+    return 'all' if len(found) == len(fronts) > 1 else ', '.join(fronts) or 'none'
 
 
 def _exponent(value: float) -> int:

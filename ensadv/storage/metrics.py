@@ -108,11 +108,11 @@ class Writer:
     Only process 0 writes files.
     """
 
-    def __init__(self, directory: epath.Path, *, first_step: int):
+    def __init__(self, directory: epath.Path | None, *, first_step: int):
         """Opens a file.
 
         Args:
-          directory: where.
+          directory: where; None: nowhere, and scalars only go to the log.
           first_step: the first that is written; what is there of it and of later ones, from a
             process that was killed, TensorBoard does not show any more.
 
@@ -121,7 +121,7 @@ class Writer:
         """
         self._directory = directory
         self._file: Any = None
-        if not distributed.is_main():
+        if directory is None or not distributed.is_main():
             return
         # First, since TensorBoard as well imports TensorFlow, and less quietly.
         clu = _import_clu()
