@@ -307,7 +307,10 @@ def _wait_for_run(seconds: float) -> None:
 def _without_overrides(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
     """Returns the config of --config, else of the run in --workdir, else None."""
     if FLAGS.config is not None:
-        return _run_config_file(FLAGS.config, get_default)
+        found = _run_config_file(FLAGS.config, get_default)
+        if FLAGS.model:  # which is not the system that the file is of
+            found.system = get_default().system
+        return found
     if not FLAGS.workdir or FLAGS.mode in WITHOUT_CONFIG:
         return None
     found = _config_of_run(get_default)

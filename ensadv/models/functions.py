@@ -66,6 +66,8 @@ def model(
       UserError: if it cannot be traced, or does not return logits.
     """
     random = takes_key(predict)
+    if isinstance(predict, type(jax.jit(lambda: 0))):
+        predict = predict.__wrapped__  # inside, what it closes over would not be seen
 
     def drawn(x, draw):
         key = jax.random.fold_in(prng.key(seed), draw)
