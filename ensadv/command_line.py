@@ -44,6 +44,7 @@ MODES = {
 }
 WITHOUT_CONFIG = ('compare', 'report')
 FOR_A_RUN = ('evaluate', 'audit', 'planes')  # need an existing run
+FOR_A_MODEL = ('evaluate',)  # take a --model, or the workdir of one
 CONFIGS = epath.Path(__file__).parents[1] / 'configs'
 EXAMPLE = 'python main.py --config=configs/small.py --config.data.name=digits --workdir=runs/small'
 FLAGS = flags.FLAGS
@@ -323,11 +324,15 @@ def _config_of_run(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
     record = workdir.read_record(path)
     if record is None:
         return None
-    if 'model' in record and not record['model']['file']:
-        raise UserError(
-            f'--workdir={FLAGS.workdir}: belongs to the model {record["model"]["function"]} of a '
-            'program, which goes on by ensadv.evaluate; --mode=report shows its results'
-        )
+    if model := record.get('model'):
+        belongs = f'--workdir={FLAGS.workdir}: belongs to the model {model["function"]}'
+        if FLAGS.mode not in FOR_A_MODEL:
+            raise UserError(f'{belongs}; expected --mode=evaluate or report, found {FLAGS.mode}')
+        if not model['file']:
+            raise UserError(
+                f'{belongs} of a program, which goes on by ensadv.evaluate; --mode=report shows '
+                'its results'
+            )
     try:
         return config_lib.from_dict(record['config'], get_default())
     except ConfigError as error:
@@ -439,8 +444,10 @@ def config() -> ConfigDict:
         raise ConfigError(
             f'ensemble.members_from: only for --mode=evaluate, found --mode={FLAGS.mode}'
         )
-    if FLAGS.model and FLAGS.mode != 'evaluate':
-        raise UserError(f'--model: only for --mode=evaluate, found --mode={FLAGS.mode}')
+    if FLAGS.model and FLAGS.mode not in FOR_A_MODEL:
+        raise UserError(
+            f'--model: only for --mode={" and ".join(FOR_A_MODEL)}, found --mode={FLAGS.mode}'
+        )
     if FLAGS.mode == 'train' and found.study.systems and found.system == 'custom':
         raise ConfigError('study.systems: names systems, so this is for --mode=study')
     for group, field in (

@@ -1,5 +1,6 @@
 """Models that are given as functions: known answers, resuming, mistakes, and their report."""
 
+import dataclasses
 import re
 
 import jax
@@ -81,7 +82,7 @@ def test_an_attack_on_a_linear_model_finds_what_is_known_and_goes_on_after_a_kil
     assert found.accuracy == {'clean': 1.0, 'apgd_t12': pytest.approx(1 - np.mean(falls))}
     assert found.robust_accuracy == found.accuracy['apgd_t12']
     assert str(found) == str(unbroken)
-    assert re.search(r'apgd_t12 +\d+\.\d\d %  \d+\n', str(found))
+    assert re.search(r'apgd_t12 +\d+\.\d\d %  \d+ of 40$', str(found))
 
     # What is there belongs to this model, by these names and data.
     other = {'name': 'mine', 'workdir': workdir, 'attacks': 'clean'}
@@ -102,14 +103,22 @@ def test_floats_that_are_bytes_are_taken_and_the_floor_is_over_all_attacks():
     found = ensadv.evaluate(linear, floats, labels, THREAT, ['clean'])
     assert found.accuracy == {'clean': 39 / 40}
     assert found.workdir is None
+    # An image that stands where an attack found no gradient counts, if another one attacked it.
+    margin = np.array([1.0, 1.0, -1.0, 1.0], np.float32)
+    results = {key: {'name': f'pgd{key}', 'no_gradient': 0} for key in '12'}
     both = any_model.Evaluation(
-        {key: {'no_gradient': 0} for key in 'ab'},
-        {'a': np.array([True, True, False]), 'b': np.array([False, True, False])},
-        {},
+        results | {'1': {'name': 'pgd1', 'no_gradient': 1}},
+        {'1': np.array([False, True, False, True]), '2': np.array([True, True])},
+        {'1': margin, '2': np.ones(2, np.float32)},
         None,
     )
-    assert both.robust.tolist() == [False, True, False]
-    assert str(both).splitlines()[-1].split() == ['all', 'of', 'them', '33.33', '%', '1']
+    assert both.robust.tolist() == [True, True]
+    one = dataclasses.replace(both, margin={'1': margin, '2': np.array([1.0, -1.0])})
+    assert one.robust.tolist() == [True, False]
+    assert [line.split()[:2] for line in str(both).splitlines()[:4]] == [
+        ['attack', 'accuracy'], ['robust', '100.00'], ['1', '50.00'], ['2', '100.00']
+    ]  # fmt: skip
+    assert '1: 1 images stand only because no gradient was found' in str(both)
 
 
 def refused(
@@ -259,6 +268,9 @@ def test_a_model_stands_in_the_report_beside_runs(tmp_path, monkeypatch):
         tmp_path / 'runs' / 'run', run, {40: {'clean': 0.5}},
         dataset=DIGITS | {'fingerprint': record['dataset']['fingerprint']},
     )  # fmt: skip
+    # Alone, too.
+    (only,) = table1.tables(collect(epath.Path(workdir), ()))[0].table.rows
+    assert only.cells[0] == 'my_model:predict'
     collection = collect(epath.Path(tmp_path / 'runs'), ())
     assert collection.apart == []
     rows = {row.cells[0]: row.cells for row in table1.tables(collection)[0].table.rows}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import Array
 
@@ -155,7 +156,8 @@ def _with_weights(
     def of_weights(given, *arguments):
         traced = jax.make_jaxpr(f)(*map(_like, arguments))
         values = [given[places[id(c)]] if id(c) in places else c for c in traced.consts]
-        (result,) = jax.core.eval_jaxpr(traced.jaxpr, values, *arguments)
+        closed = jax.extend.core.ClosedJaxpr(traced.jaxpr, values)
+        (result,) = jax.extend.core.jaxpr_as_fun(closed)(*arguments)
         return result
 
     return of_weights, weights
