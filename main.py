@@ -15,7 +15,7 @@ python main.py --mode=describe --config=configs/ensemble4adv.py
 from absl import app
 
 from configs import default
-from ensadv import command_line
+from ensadv import command_line, python_files
 from ensadv.command_line import CONFIGS, FLAGS
 from ensadv.runtime import switches
 
@@ -50,7 +50,7 @@ def run(mode: str) -> None:
 
     def evaluation(config, path):
         if model := command_line.model_path():
-            any_model.run(config, path, any_model.Source(*command_line.load_model(model)))
+            any_model.run(config, path, any_model.Source(*python_files.function(model)))
         else:
             evaluate.run(config, path)
 

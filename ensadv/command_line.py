@@ -2,9 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
-import importlib.machinery
-import importlib.util
 import linecache
 import logging as python_logging
 import os
@@ -15,9 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -25,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ensadv import config as config_lib
-from ensadv import flag_values, values
+from ensadv import flag_values, python_files, values
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError, line_of
 from ensadv.runtime import stopping, terminal
 from ensadv.storage import files, workdir
@@ -324,40 +320,12 @@ def _config_of_run(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
     record = workdir.read_record(path)
     if record is None:
         return None
-    if model := record.get('model'):
-        belongs = f'--workdir={FLAGS.workdir}: belongs to the model {model["function"]}'
-        if FLAGS.mode not in FOR_A_MODEL:
-            raise UserError(f'{belongs}; expected --mode=evaluate or report, found {FLAGS.mode}')
-        if not model['file']:
-            raise UserError(
-                f'{belongs} of a program, which goes on by ensadv.evaluate; --mode=report shows '
-                'its results'
-            )
+    if 'model' in record:
+        _file_of_model(record)
     try:
         return config_lib.from_dict(record['config'], get_default())
     except ConfigError as error:
         raise ConfigError(f'{path / "config.json"}: {error}') from error
-
-
-class _UncachedLoader(importlib.machinery.SourceFileLoader):
-    """Reads a file itself, never Python's cache of it.
-
-    Python compares size and second, so a change from 0.1 to 0.2 can go unnoticed.
-    """
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
-def _execute(file: str, name: str) -> ModuleType:
-    """Returns a file as a module of this name; raises whatever it raises."""
-    loader = _UncachedLoader(name, file)
-    module = importlib.util.module_from_spec(
-        importlib.util.spec_from_file_location(name, file, loader=loader)
-    )
-    sys.modules[name] = module  # dataclasses look for their module there
-    loader.exec_module(module)
-    return module
 
 
 def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> ConfigDict:
@@ -370,7 +338,7 @@ def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> Config
     if not Path(file).is_file():
         raise ConfigError(f'--config={path}: found no such file{_config_hint(file)}')
     try:
-        module = _execute(file, 'config_file')
+        module = python_files.execute(file, 'config_file')
         config = module.get_config(*([text] if colon else []))
         if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
             kind = type(config).__name__
@@ -459,41 +427,29 @@ def config() -> ConfigDict:
 
 
 def model_path() -> str | None:
-    """Returns FILE:FUNCTION of the model in --workdir or of --model; None for a run."""
+    """Returns FILE:FUNCTION of --model, or of the model that --workdir belongs to; None for a run.
+
+    Raises:
+      UserError: if it belongs to a model that this command cannot find.
+    """
     record = workdir.read_record(workdir_path())
     if FLAGS.model or not record or 'model' not in record:
         return FLAGS.model
-    return f'{record["model"]["file"]}:{record["model"]["function"]}'
+    return _file_of_model(record)
 
 
-def load_model(path: str) -> tuple[Callable[..., Any], str, str, str]:
-    """Reads FILE.py:FUNCTION, and runs the file as `python FILE.py` would.
-
-    Returns:
-      The function, its name, the file's absolute path and SHA-256.
-
-    Raises:
-      UserError: for anything that goes wrong.
-    """
-    text, _, function = path.rpartition(':')
-    if not function.isidentifier() or not text.endswith('.py'):
-        raise UserError(f'--model={path}: expected FILE.py:FUNCTION, as in my_model.py:predict')
-    file = Path(text).expanduser().absolute()
-    if not file.is_file():
-        raise UserError(f'--model={path}: found no such file')
-    sys.path.insert(0, str(file.parent))  # for what it imports from beside it
-    try:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        module = _execute(str(file), 'model_file')
-    except (Exception, SystemExit) as error:
-        what = ' '.join(f'{type(error).__name__}: {error}'.split())
-        raise UserError(f'--model={path}: {line_of(error, str(file))}{what}') from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        there = [n for n, each in vars(module).items() if callable(each) and not n.startswith('_')]
-        hint = values.nearest(function, there) or f'; it has {", ".join(there) or "none"}'
-        raise UserError(f'--model={path}: found no function {function} in the file{hint}')
-    return found, function, str(file), digest
+def _file_of_model(record: Mapping[str, Any]) -> str:
+    """Returns FILE:FUNCTION of the model in --workdir; raises UserError as `model_path` does."""
+    file, function = record['model']['file'], record['model']['function']
+    belongs = f'--workdir={FLAGS.workdir}: belongs to the model {function}'
+    if FLAGS.mode not in FOR_A_MODEL:
+        raise UserError(f'{belongs}; expected --mode=evaluate or report, found {FLAGS.mode}')
+    if not file:
+        raise UserError(
+            f'{belongs} of a program, which goes on by ensadv.evaluate; --mode=report shows its '
+            'results'
+        )
+    return f'{file}:{function}'
 
 
 def set_up_logging() -> None:

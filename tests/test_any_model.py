@@ -12,7 +12,7 @@ from etils import epath
 from report_runs import DIGITS, run_config, write_run
 
 import ensadv
-from ensadv import command_line, prng
+from ensadv import prng, python_files
 from ensadv.errors import UserError
 from ensadv.evaluation import any_model, evaluator
 from ensadv.evaluation.result_files import ResultFiles
@@ -244,7 +244,7 @@ def test_a_file_without_a_model_is_refused(tmp_path, monkeypatch, content, path,
     file = tmp_path / 'my_model.py'
     file.write_text(content)
     with pytest.raises(UserError, match=reason):
-        command_line.load_model(path.format(file=file))
+        python_files.function(path.format(file=file))
 
 
 def test_a_model_stands_in_the_report_beside_runs(tmp_path, monkeypatch):
@@ -280,9 +280,9 @@ def test_a_model_stands_in_the_report_beside_runs(tmp_path, monkeypatch):
 
     # The workdir alone names the model, and its file has to be the same.
     config = tiny_config(data__name='digits')
-    source = any_model.Source(*command_line.load_model(f'{file}:predict'))
+    source = any_model.Source(*python_files.function(f'{file}:predict'))
     file.write_text(code + '\n')
-    changed = any_model.Source(*command_line.load_model(f'{file}:predict'))
+    changed = any_model.Source(*python_files.function(f'{file}:predict'))
     assert changed.digest != source.digest
     config.system, config.epsilon, config.eval.num_examples = 'custom', 0.15, 100
     with pytest.raises(UserError, match='the file is another one now'):
