@@ -48,9 +48,13 @@ def run(mode: str) -> None:
     from ensadv.evaluation import any_model, evaluate
     from ensadv.runtime import compilation_cache, distributed
 
+    def model():
+        found = command_line.model_path()
+        return found and any_model.Source(*python_files.function(found))
+
     def evaluation(config, path):
-        if model := command_line.model_path():
-            any_model.run(config, path, any_model.Source(*python_files.function(model)))
+        if source := model():
+            any_model.run(config, path, source)
         else:
             evaluate.run(config, path)
 
@@ -59,7 +63,7 @@ def run(mode: str) -> None:
         'evaluate': evaluation,
         'study': lambda config, path: study.run(config, path, CONFIGS),
         'blackbox': lambda config, path: study.make_transfer_set(config, path, CONFIGS),
-        'audit': study.make_audit,
+        'audit': lambda config, path: study.make_audit(config, path, model()),
         'planes': study.draw_planes,
     }
     compilation_cache.enable(FLAGS.compilation_cache)

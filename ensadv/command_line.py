@@ -40,7 +40,7 @@ MODES = {
 }
 WITHOUT_CONFIG = ('compare', 'report')
 FOR_A_RUN = ('evaluate', 'audit', 'planes')  # need an existing run
-FOR_A_MODEL = ('evaluate',)  # take a --model, or the workdir of one
+FOR_A_MODEL = ('evaluate', 'audit')  # take a --model, or the workdir of one
 CONFIGS = epath.Path(__file__).parents[1] / 'configs'
 EXAMPLE = 'python main.py --config=configs/small.py --config.data.name=digits --workdir=runs/small'
 FLAGS = flags.FLAGS
@@ -443,7 +443,9 @@ def _file_of_model(record: Mapping[str, Any]) -> str:
     file, function = record['model']['file'], record['model']['function']
     belongs = f'--workdir={FLAGS.workdir}: belongs to the model {function}'
     if FLAGS.mode not in FOR_A_MODEL:
-        raise UserError(f'{belongs}; expected --mode=evaluate or report, found {FLAGS.mode}')
+        raise UserError(
+            f'{belongs}; expected --mode={", ".join(FOR_A_MODEL)} or report, found {FLAGS.mode}'
+        )
     if not file:
         raise UserError(
             f'{belongs} of a program, which goes on by ensadv.evaluate; --mode=report shows its '

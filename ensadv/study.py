@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ensadv import systems
 from ensadv.errors import ConfigError, TrainingError, UserError
-from ensadv.evaluation import audit, blackbox, decision_planes, evaluate
+from ensadv.evaluation import any_model, audit, blackbox, decision_planes, evaluate
 from ensadv.runtime import distributed
 from ensadv.training import train
 
@@ -58,9 +58,17 @@ def draw_planes(config: ConfigDict, path: epath.Path) -> epath.Path:
     return file
 
 
-def make_audit(config: ConfigDict, path: epath.Path) -> epath.Path | None:
-    """Audits a workdir's last snapshot, and writes a page on what it found; returns its path."""
-    content = audit.run(config, path)
+def make_audit(
+    config: ConfigDict, path: epath.Path, model: any_model.Source | None = None
+) -> epath.Path | None:
+    """Audits a workdir's last snapshot, and writes a page on what it found; returns its path.
+
+    Args:
+      config: the run's, with this command's changes.
+      path: the workdir.
+      model: whose it is, where it is no run's.
+    """
+    content = any_model.audit_model(config, path, model) if model else audit.run(config, path)
     if not distributed.is_main():
         return None
     from ensadv.report import audit_page

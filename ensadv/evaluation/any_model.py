@@ -20,6 +20,7 @@ from ensadv.attacks import registry
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import ConfigError, UserError
+from ensadv.evaluation import audit
 from ensadv.evaluation import evaluate as evaluate_lib
 from ensadv.evaluation.results import Results
 from ensadv.models import functions
@@ -176,6 +177,20 @@ def run(config: ConfigDict, workdir_path: epath.Path, source: Source) -> None:
     evaluate_lib.show(workdir_path)
 
 
+def audit_model(config: ConfigDict, workdir_path: epath.Path, source: Source) -> dict[str, Any]:
+    """Audits what a workdir has of a model; returns the audit's content, see `audit.of`.
+
+    Args, raises:
+      As `run`.
+    """
+    config, model, dataset = open_model(config, source)
+    _check_workdir(config, workdir_path, source, model, dataset)
+    variables = distributed.replicate(list(model.weights))
+    split = build.test_split(config, dataset)
+    places = build.test_places(config, len(dataset.label_test))
+    return audit.of(config, workdir_path, model.network, variables, STEP, split, places)
+
+
 def open_model(
     config: ConfigDict, source: Source
 ) -> tuple[ConfigDict, functions.Model, datasets.Dataset]:
@@ -191,7 +206,8 @@ def open_model(
     if config.ensemble.get('members_from') or config.eval.get('follow'):
         raise ConfigError('ensemble.members_from, eval.follow: not with --model')
     found = config.copy_and_resolve_references().to_dict()
-    kept = {key: found[key] for key in ('system', 'seed', 'device', 'norm', 'epsilon', 'eval')}
+    fields = 'system', 'seed', 'device', 'norm', 'epsilon', 'eval', 'audit'
+    kept = {field: found[field] for field in fields}
     if kept['system'] == 'custom':
         kept['system'] = f'{epath.Path(source.file).stem}:{source.function}'
     kept['eval']['select_on'] = 'test'
@@ -310,12 +326,26 @@ def _evaluate(
     dataset: datasets.Dataset,
 ) -> None:
     """Evaluates what a workdir lacks."""
+    facts = _check_workdir(config, path, source, model, dataset)
+    results = Results(config, path, config.system, lambda _: model.network, dataset)
+    variables = distributed.replicate(list(model.weights))
+    evaluate_lib.evaluate_once(config, path, results, STEP, facts, variables)
+
+
+def _check_workdir(
+    config: ConfigDict,
+    path: epath.Path,
+    source: Source,
+    model: functions.Model,
+    dataset: datasets.Dataset,
+) -> dict[str, Any]:
+    """Refuses what is not a workdir of this model, or a new one; returns its facts."""
     workdir.check_config(path, config)
     description = build.describe_data(config, dataset)
     workdir.check_data(path, description)
     margins = _first_margins(source, model, dataset)
     _check_same_model(path, source, margins)
-    facts = {
+    return {
         'dataset': description,
         'model': {
             'function': source.function,
@@ -324,9 +354,6 @@ def _evaluate(
             'margins': margins,
         },
     }
-    results = Results(config, path, config.system, lambda _: model.network, dataset)
-    variables = distributed.replicate(list(model.weights))
-    evaluate_lib.evaluate_once(config, path, results, STEP, facts, variables)
 
 
 def _first_margins(
