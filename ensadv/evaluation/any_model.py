@@ -213,7 +213,7 @@ def open_model(
     kept['eval']['select_on'] = 'test'
     fields = 'name', 'data_dir', 'path', 'download', 'validation_examples'
     kept['data'] = {field: found['data'][field] for field in fields}
-    config = ConfigDict({**kept, 'ensemble': {'combine': 'logits'}})
+    config = ConfigDict({**kept, 'ensemble': {'combine': 'logits', 'size': 1}})
     distributed.check_same('--model', [source.function, source.digest])
     dataset = build.dataset(config)
     model = _model(source, dataset.image_shape, config)
@@ -242,7 +242,7 @@ def _config(threat_model, attacks, name, seed, batch_size) -> ConfigDict:
             'norm': threat_model.norm,
             'epsilon': float(threat_model.epsilon),
             'data': {'name': 'arrays'},
-            'ensemble': {'combine': 'logits'},
+            'ensemble': {'combine': 'logits', 'size': 1},
             'eval': {
                 'attacks': ('clean', *(text for text in texts if text != 'clean')),
                 'long_attacks': (),
