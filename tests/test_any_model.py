@@ -121,6 +121,24 @@ def test_floats_that_are_bytes_are_taken_and_the_floor_is_over_all_attacks():
     assert '1: 1 images stand only because no gradient was found' in str(both)
 
 
+def test_an_audit_is_of_the_same_model_and_images(monkeypatch):
+    check = {'name': 'scale', 'verdict': 'failed', 'evidence': 'Too large.', 'remedy': 'Divide.'}
+    asked = []
+
+    def of(config, path, network, variables, step, split, places):
+        asked.append((config.audit.examples, len(split[0]), len(places)))
+        logits = network.member_logits(variables, split[0] / np.float32(255))[0]
+        np.testing.assert_allclose(logits, linear(IMAGES / np.float32(255)), rtol=1e-5)
+        return {'n': 7, 'checks': [check, check | {'name': 'steps', 'verdict': 'passed'}]}
+
+    monkeypatch.setattr(any_model.audit_lib, 'of', of)
+    found = ensadv.evaluate(linear, IMAGES, LABELS, THREAT, 'clean', audit=7)
+    assert asked == [(7, 40, 40)]
+    assert str(found).splitlines()[-2:] == [
+        'audit of 7 images: failed: scale', '  scale: Too large. Divide.'
+    ]  # fmt: skip
+
+
 def refused(
     *, predict=linear, images=IMAGES, labels=LABELS, threat=THREAT, attacks='clean', **more
 ):

@@ -20,12 +20,12 @@ from ensadv.attacks import registry
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import ConfigError, UserError
-from ensadv.evaluation import audit
+from ensadv.evaluation import audit as audit_lib
 from ensadv.evaluation import evaluate as evaluate_lib
 from ensadv.evaluation.results import Results
 from ensadv.models import functions
 from ensadv.runtime import distributed
-from ensadv.storage import files, selection, workdir
+from ensadv.storage import audits, files, selection, workdir
 
 STEP = 0  # under which a model's results stand: nobody knows how long it was trained
 FOR_RANDOM = ('clean', 'blackbox', 'autoattack_rand')
@@ -64,12 +64,14 @@ class Evaluation:
       correct: by attack, bool [n]: the image was attacked, and stands.
       margin: by attack, float32 [n]: the lowest that was seen.
       workdir: where they are kept; None: nowhere.
+      audit: what an audit found, as eval/0_audit.json has it; None: none was asked for.
     """
 
     results: Mapping[str, Mapping[str, Any]]
     correct: Mapping[str, np.ndarray]
     margin: Mapping[str, np.ndarray]
     workdir: str | None
+    audit: Mapping[str, Any] | None = None
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -111,6 +113,10 @@ class Evaluation:
             'counted as correct'
             for name, count in ignored.items()
         ]
+        if self.audit:
+            failed = [c for c in self.audit['checks'] if c['verdict'] == audits.FAILED]
+            rows += [f'audit of {self.audit["n"]:,} images: {audits.verdict(self.audit)}']
+            rows += [f'  {c["name"]}: {c["evidence"]} {c["remedy"]}' for c in failed]
         return '\n'.join(rows)
 
 
@@ -125,6 +131,7 @@ def evaluate(
     name: str | None = None,
     seed: int = 0,
     batch_size: int = 500,
+    audit: int = 0,
 ) -> Evaluation:
     """Attacks any JAX function from images to logits, and returns the verdict on every image.
 
@@ -141,6 +148,7 @@ def evaluate(
       name: what the report calls the model; None: the function's name.
       seed: of the attacks, and of a random model's draws.
       batch_size: images at a time over all devices; alters only rounding.
+      audit: of so many images, the first, that checks whether the results can be believed; 0: none.
 
     Raises:
       UserError: for what cannot be meant, in one line; and if the workdir is another model's.
@@ -149,7 +157,7 @@ def evaluate(
     if jax.process_count() > 1:
         raise UserError('ensadv.evaluate runs in one process; on several --mode=evaluate does')
     source = Source(predict, getattr(predict, '__name__', type(predict).__name__))
-    config = _config(threat_model, attacks, name or source.function, seed, batch_size)
+    config = _config(threat_model, attacks, name or source.function, seed, batch_size, audit)
     images = _as_bytes(images)
     model = _model(source, images.shape[1:], config)
     labels = _as_labels(labels, len(images), model.num_classes)
@@ -158,7 +166,8 @@ def evaluate(
         folder = workdir or stack.enter_context(tempfile.TemporaryDirectory(prefix='ensadv'))
         path = files.absolute(str(folder))
         _evaluate(config, path, source, model, dataset)
-        return _read(path, workdir and str(path))
+        content = _audit(config, path, model, dataset) if audit else None
+        return dataclasses.replace(_read(path, workdir and str(path)), audit=content)
 
 
 def run(config: ConfigDict, workdir_path: epath.Path, source: Source) -> None:
@@ -178,17 +187,21 @@ def run(config: ConfigDict, workdir_path: epath.Path, source: Source) -> None:
 
 
 def audit_model(config: ConfigDict, workdir_path: epath.Path, source: Source) -> dict[str, Any]:
-    """Audits what a workdir has of a model; returns the audit's content, see `audit.of`.
+    """Audits what a workdir has of a model; see `audit.of`.
 
     Args, raises:
       As `run`.
     """
     config, model, dataset = open_model(config, source)
     _check_workdir(config, workdir_path, source, model, dataset)
+    return _audit(config, workdir_path, model, dataset)
+
+
+def _audit(config, path, model, dataset) -> dict[str, Any]:
     variables = distributed.replicate(list(model.weights))
     split = build.test_split(config, dataset)
     places = build.test_places(config, len(dataset.label_test))
-    return audit.of(config, workdir_path, model.network, variables, STEP, split, places)
+    return audit_lib.of(config, path, model.network, variables, STEP, split, places)
 
 
 def open_model(
@@ -225,7 +238,7 @@ def open_model(
     return config, model, dataset
 
 
-def _config(threat_model, attacks, name, seed, batch_size) -> ConfigDict:
+def _config(threat_model, attacks, name, seed, batch_size, audit) -> ConfigDict:
     """Returns what evaluation and config.json need of a config, for arguments of `evaluate`."""
     if not isinstance(threat_model, ThreatModel):
         raise UserError(
@@ -255,10 +268,12 @@ def _config(threat_model, attacks, name, seed, batch_size) -> ConfigDict:
                 'select_on': 'test',
                 'dtype': 'float32',
             },
+            'audit': {'examples': audit},
         }
     )
     values.check_integer('seed', seed, 0)
     values.check_integer('batch_size', batch_size, 1)
+    values.check_integer('audit', audit, 0)
     names = [config_lib.checked_entry(config, 'attacks', text).name for text in config.eval.attacks]
     if 'blackbox' in names or len(set(names)) != len(names):
         raise UserError(f'attacks: expected each once, and not blackbox, found {list(texts)}')
