@@ -249,7 +249,7 @@ def _of_targets(name) -> Callable[..., Iterator[Stage]]:
     return lambda found, classes, _: _targets(name, found['steps'], found['targets'], classes)
 
 
-def _autoattack_rand(found, _) -> Iterator[Stage]:
+def _autoattack_rand(found, *_) -> Iterator[Stage]:
     for name, loss in (('apgd_ce', 'cross_entropy'), ('apgd_dlr', 'dlr')):
         for stage in _apgd(name, loss, found['gradient_steps'], 1):
             yield stage._replace(settings={**stage.settings, 'draws': found['draws']})
