@@ -25,7 +25,7 @@ from ensadv.evaluation import evaluate as evaluate_lib
 from ensadv.evaluation.results import Results
 from ensadv.models import functions
 from ensadv.runtime import distributed
-from ensadv.storage import audits, files, selection, workdir
+from ensadv.storage import audits, files, ledgers, selection, workdir
 
 STEP = 0  # under which a model's results stand: nobody knows how long it was trained
 FOR_RANDOM = ('clean', 'blackbox', 'autoattack_rand')
@@ -84,29 +84,30 @@ class Evaluation:
 
         Of attacks on fewer images than others, on those that all were made on.
         """
-        n = min(map(len, self.margin.values()))
-        attacks = [
-            key
-            for key, result in self.results.items()
-            if result['name'] not in registry.WITHOUT_SETTINGS
-        ]
-        stands = np.all([margin[:n] > 0 for margin in self.margin.values()], axis=0)
-        return stands & np.any([self.correct[key][:n] for key in attacks or self.correct], axis=0)
+        ledger = {f'{key}_margin': margin for key, margin in self.margin.items()}
+        ledger |= {f'{key}_correct': correct for key, correct in self.correct.items()}
+        return ledgers.correct(ledger, list(self.results), self._attacks or list(self.results))
 
     @property
     def robust_accuracy(self) -> float:
         """The share of `robust`."""
         return float(np.mean(self.robust))
 
+    @property
+    def _attacks(self) -> list[str]:
+        named = {key: result['name'] for key, result in self.results.items()}
+        return [key for key, name in named.items() if name not in registry.WITHOUT_SETTINGS]
+
     def __str__(self) -> str:
-        found = {'robust': self.robust, **self.correct}
+        robust = {'robust': self.robust} if self._attacks else {}
+        found = {**robust, **self.correct}
         width = max(map(len, found))
         rows = [f'{"attack".ljust(width)}  accuracy  correct']
         rows += [
             f'{name.ljust(width)}  {100 * np.mean(each):6.2f} %  {np.sum(each):,} of {len(each):,}'
             for name, each in found.items()
         ]
-        rows[1] += ', under all of these'
+        rows[1] += ', under all of these' if robust else ''
         ignored = {name: r['no_gradient'] for name, r in self.results.items() if r['no_gradient']}
         rows += [
             f'{name}: {count:,} images stand only because no gradient was found; they are not '
