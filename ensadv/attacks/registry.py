@@ -164,7 +164,7 @@ class AutoAttackSettings(StagedSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoAttackRandSettings:
+class AutoAttackRandSettings(StagedSettings):
     """What decides the outcome of `autoattack_rand`, AutoAttack's version for random networks.
 
     Attributes:
