@@ -17,6 +17,7 @@ from ensadv.evaluation import audit, audit_attacks, audit_checks, evaluate, on_d
 from ensadv.evaluation.audit_attacks import Finds
 from ensadv.evaluation.audit_checks import Subject
 from ensadv.evaluation.evaluator import Evaluator
+from ensadv.models import functions
 from ensadv.models.ensemble import Network
 from ensadv.report import write
 from ensadv.storage import audits, workdir
@@ -111,6 +112,18 @@ def test_a_broken_defence_is_found_by_the_check_that_names_its_cause(name):
     assert check.verdict == 'failed', check
     assert check.remedy
     assert check.n
+
+
+def test_random_noise_on_the_input_is_found():
+    def noisy(x, key):
+        return linear(WEIGHTS[0], x + 0.1 * jax.random.normal(key, x.shape))
+
+    model = functions.model(noisy, SHAPE, name='noisy')
+    found = Subject(
+        Evaluator(model.network, N), list(model.weights), IMAGES, LABELS, np.arange(N), THREAT, [],
+        np.ones((1, N), bool),
+    )  # fmt: skip
+    assert audit_checks.check_randomness(found).verdict == 'failed'
 
 
 def test_an_epsilon_below_the_stated_one_is_found():

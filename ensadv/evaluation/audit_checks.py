@@ -167,7 +167,7 @@ def check_precision(subject: Subject) -> Check:
 
 def check_randomness(subject: Subject) -> Check:
     """The prediction is a function of the image."""
-    draws = getattr(subject.evaluator.network, 'draws', None)
+    draws = subject.evaluator.network.draws
     x = pixels(subject)
     differ = int(np.sum(np.any(subject.log_probs(x) != subject.log_probs(x), axis=-1)))
     evidence = f'Two passes differ on {differ} of {subject.n} images.'
