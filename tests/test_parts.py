@@ -107,6 +107,18 @@ def test_few_that_are_wanted_cost_few_parts():
     assert seen == [34, 34]
 
 
+@pytest.mark.parametrize(
+    'count, largest, side, size',
+    # Two batches of 137, rounded up to an eighth of 180. Parts make a smaller batch needless.
+    [(274, 180, 8, 138), (360, 180, 8, 180), (361, 180, 8, 138), (1, 180, 8, 23), (20, 40, 32, 20),
+     (58, 200, 32, 200)],
+)  # fmt: skip
+def test_batches_are_even_and_of_few_sizes(count, largest, side, size, monkeypatch):
+    assert parts.batch_size(count, largest, side * side * 3) == size
+    monkeypatch.setattr(backend, 'is_cpu', lambda: False)
+    assert parts.batch_size(count, largest, side * side * 3) == largest
+
+
 def test_elsewhere_than_on_a_cpu_it_takes_all(monkeypatch):
     monkeypatch.setattr(backend, 'is_cpu', lambda: False)
     assert parts.by_network(lambda batch: [len(batch['y'])], pictures(64)) == [64]

@@ -23,10 +23,10 @@ class State(NamedTuple):
       x: [B, H, W, C], the current iterate.
       previous: [B, H, W, C], the iterate before it.
       best_x, best_gradient: [B, H, W, C], where the loss was highest, and its gradient there.
-      best_loss: float32 [B].
-      checked_loss: float32 [B], the best loss at the last checkpoint.
-      loss: float32 [B], at the iterate before.
-      step_size: float32 [B].
+      best_loss: float [B], of the images' dtype, as all that follow are.
+      checked_loss: float [B], the best loss at the last checkpoint.
+      loss: float [B], at the iterate before.
+      step_size: float [B].
       rises: int32 [B], iterations since the last checkpoint in which the loss rose.
       waited: int32 [B], iterations since the last checkpoint.
       window: int32 [B], iterations from the last checkpoint to the next.
@@ -86,10 +86,10 @@ class APGD:
             previous=point,
             best_x=point,
             best_gradient=jnp.zeros_like(point),
-            best_loss=number(-jnp.inf, jnp.float32),
-            checked_loss=number(-jnp.inf, jnp.float32),
-            loss=number(0, jnp.float32),
-            step_size=number(2 * threat.epsilon, jnp.float32),
+            best_loss=number(-jnp.inf, x.dtype),
+            checked_loss=number(-jnp.inf, x.dtype),
+            loss=number(0, x.dtype),
+            step_size=number(2 * threat.epsilon, x.dtype),
             rises=number(0, jnp.int32),
             waited=number(0, jnp.int32),
             window=number(_share(self.steps, 22), jnp.int32),
@@ -143,7 +143,7 @@ class APGD:
             return jnp.sum(of_each), (of_each, outputs)
 
         gradient, (of_each, outputs) = jax.grad(objective, has_aux=True)(state.x)
-        return gradient, of_each.astype(jnp.float32), outputs
+        return gradient, of_each.astype(state.x.dtype), outputs
 
 
 def _share(steps: int | Array, percent: int) -> int | Array:

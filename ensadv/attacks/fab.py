@@ -159,14 +159,18 @@ def _move_to_plane(threat: ThreatModel, w: Array, gap: Array, point: Array, here
     last = jnp.where(speed > 0, room / jnp.where(speed > 0, speed, 1), 0)  # when it meets the box
     wanted = jnp.abs(value)
 
-    def newton(_, time):
+    def newton(carry):
+        number, time, _ = carry
         moving = last > time[:, None]
         gained = jnp.sum(size * jnp.where(moving, speed * time[:, None], speed * last), axis=1)
         slope = jnp.sum(jnp.where(moving, size * speed, 0), axis=1)
         lacking = wanted - gained
         ahead = jnp.where(slope > 0, lacking / jnp.where(slope > 0, slope, 1), 0)
-        return jnp.where(lacking > 0, time + jnp.maximum(ahead, 0), time)
+        later = jnp.where(lacking > 0, time + jnp.maximum(ahead, 0), time)
+        return number + 1, later, jnp.any(later > time)
 
-    time = jax.lax.fori_loop(0, NEWTON_STEPS, newton, jnp.zeros_like(wanted))
+    # Where no time grows any more, none will.
+    goes_on = lambda carry: carry[2] & (carry[0] < NEWTON_STEPS)
+    _, time, _ = jax.lax.while_loop(goes_on, newton, (0, jnp.zeros_like(wanted), jnp.array(True)))
     # Where nothing moves any more and something is lacking, all of the box is used.
     return (direction * speed * jnp.minimum(time[:, None], last)).reshape(shape)

@@ -26,7 +26,7 @@ class State(NamedTuple):
     Attributes:
       x: [B, H, W, C], the proposal, which is judged next.
       best: [B, H, W, C], the point that proposals change.
-      margin: float32 [B], at `best`.
+      margin: float [B], at `best`.
       taken: int32 [B], queries so far.
       rng: keys [B].
     """
@@ -61,7 +61,7 @@ class Square:
         start = _stripes if threat.norm == 'linf' else _tiles
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(prng.of_examples(rng))
         point = start(threat, keys, x)
-        margin = jnp.full(len(x), jnp.inf, jnp.float32)
+        margin = jnp.full(len(x), jnp.inf, x.dtype)
         return State(point, point, margin, jnp.zeros(len(x), jnp.int32), rng)
 
     def step(
@@ -69,7 +69,7 @@ class Square:
     ) -> tuple[State, Query]:
         """See `attack.Attack`."""
         outputs = predict(state.x)
-        margin = losses.margin(self.scores(outputs), y).astype(jnp.float32)
+        margin = losses.margin(self.scores(outputs), y).astype(x.dtype)
         taken = (margin < state.margin) | (margin <= 0)
         best = jnp.where(each(taken, x), state.x, state.best)
         propose = linf_proposal if threat.norm == 'linf' else l2_proposal
@@ -182,7 +182,7 @@ def pattern(side: int) -> np.ndarray:
 def _placed(patterns: Array, corner: Array, shape: tuple[int, ...]) -> Array:
     """Returns zeros [H, W] with a pattern [S, S] at a corner; what sticks out is lost."""
     largest = patterns.shape[0]
-    canvas = jnp.zeros((shape[0] + largest, shape[1] + largest))
+    canvas = jnp.zeros((shape[0] + largest, shape[1] + largest), patterns.dtype)
     placed = jax.lax.dynamic_update_slice(canvas, patterns, (corner[0], corner[1]))
     return placed[: shape[0], : shape[1]]
 
@@ -229,10 +229,10 @@ def l2_proposal(threat: ThreatModel, best: Array, x: Array, draws: Draws) -> Arr
     channels = shape[2]
     found = sides(threat, shape)
     largest = max(found)
-    table = np.zeros((len(found), largest, largest), np.float32)
+    table = np.zeros((len(found), largest, largest))
     for phase, side in enumerate(found):
         table[phase, :side, :side] = pattern(side)
-    table, side_of = jnp.array(table), jnp.array(found)
+    table, side_of = jnp.array(table, best.dtype), jnp.array(found)
 
     def of_example(best, x, draws):
         shape_of = table[draws.phase]

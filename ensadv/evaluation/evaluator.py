@@ -324,6 +324,7 @@ class Evaluator:
     def _stage(self, variables, settings, n, examples, label, number) -> driver.Progress:
         """Makes all restarts of a stage on examples that stand, and returns what came of it."""
         restarts, count = settings.get('restarts', 1), len(examples[0])
+        n = parts.batch_size(count, self._size(n), examples[1][0].size)
         total = count * settings['steps'] * restarts
         with self._progress(total=total, label=label, unit='image step') as bar:
             # No two stages draw alike.
