@@ -227,7 +227,12 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     whole = lambda text: [int(seed) for seed in text.split(',')]
-    names = lambda text: [name for name in ATTACKS if name in text.split(',')]
+
+    def names(text):
+        if unknown := set(text.split(',')) - set(ATTACKS):
+            raise argparse.ArgumentTypeError(f'expected {", ".join(ATTACKS)}, found {unknown}')
+        return [name for name in ATTACKS if name in text.split(',')]
+
     parser.add_argument('--workdir', required=True, metavar='DIR', help='a finished run')
     parser.add_argument('--n', type=int, default=1000, help='test images (1000, or all)')
     parser.add_argument('--seeds', type=whole, default=[0], help='of both (0)')

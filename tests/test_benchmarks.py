@@ -109,6 +109,23 @@ def test_half_a_point_is_allowed_and_no_more(strength, more, passes):
     assert strength.passes(judged) == passes
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_what_falls_with_every_seed_is_told_from_what_falls_with_some(strength):
+    pytest.importorskip('pyautoattack')
+    parity = importlib.import_module('benchmarks.autoattack_parity')
+    results = lambda ours, theirs: {
+        'ensadv': {'felled_by': ours, 'seconds': [2.0]},
+        'reference': {'felled_by': theirs, 'seconds': [4.0]},
+    }
+    seeds = [results([0, 1, -1, -1], [0, 1, 1, -1]), results([0, -1, -1, -1], [0, 1, 1, -1])]
+    lines, worst = parity.report(['square'], seeds)
+    assert [cell.strip() for cell in lines[3].split('|')[1:-1]] == [
+        'after square', '62.50 (50.00 to 75.00)', '25.00 (25.00 to 25.00)', '2, 0', '0.50',
+        '1, 3', '2, 3', '2.0', '4.0',
+    ]  # fmt: skip
+    assert worst == 37.5
+
+
 @pytest.fixture
 def tables():
     return importlib.import_module('benchmarks.speed_tables')
