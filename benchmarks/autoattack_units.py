@@ -39,6 +39,7 @@ from pyautoattack.square import SquareAttack
 
 from benchmarks import machine
 from benchmarks.speed_tables import markdown
+from ensadv import prng
 from ensadv.attacks import square
 from ensadv.attacks.apgd import APGD
 from ensadv.attacks.fab import FAB
@@ -90,7 +91,7 @@ class Subject:
         flat = lambda x: x.permute(0, 2, 3, 1).reshape(len(x), -1)
         self.peer = lambda x: network(flat(x), torch.tensor, of_torch)
         self.y = np.asarray(jnp.argmax(self.predict(self.x), axis=-1), np.int32)
-        self.keys = jax.random.split(jax.random.key(0), n)
+        self.keys = jax.random.split(prng.key(0), n)
         self.of_torch = (
             torch.tensor(self.x).permute(0, 3, 1, 2).contiguous(),
             torch.tensor(self.y).long(),

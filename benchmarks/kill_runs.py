@@ -1,9 +1,10 @@
 """Kills real runs at random moments, goes on with the same command, and compares the results.
 
-    python benchmarks/kill_runs.py [--kills=17] [--seed=0]
+    python benchmarks/kill_runs.py [--kills=17] [--seed=0] [--work=NAME]
 
-Three kinds of work on digits: a trainer that evaluates its own snapshots, a trainer with an
-evaluator beside it, of which one or both are killed, and a study with a transfer set. Each is done
+Four kinds of work on digits: a trainer that evaluates its own snapshots, a trainer with an
+evaluator beside it, of which one or both are killed, a study with a transfer set, and AutoAttack
+on a run that is trained already. Each is done
 once undisturbed. Then it is started again and again in a new workdir, and killed (SIGKILL) after a
 time drawn anew from the whole length of the work, until it comes to its end. By then
 
@@ -52,17 +53,24 @@ FIELDS = {
     'eval.batch_size': 50,
 }
 SINGLE = ['--config=configs/singleadv.py']
+AUTOATTACK = ['--mode=evaluate']
 EVALUATE = ['--mode=evaluate', '--config=configs/singleadv.py']
 STUDY = ['--mode=study', '--config=configs/quickstart.py']
 STUDY_FIELDS = {
     'study.systems': ('singleadv', 'ensemble2adv'),
     'study.planes': (),
+    'study.audit': False,
     'eval.attacks': ('clean', 'ifgsm5', 'blackbox'),
     'train.steps': 20,
     'train.learning_rate_steps': (15,),
     'blackbox.sources': ('baseline',),
     'blackbox.rounds': 2,
     'blackbox.steps': 5,
+}
+AUTOATTACK_FIELDS = {
+    'eval.long_attacks': ('pgd30', 'autoattack'),
+    'eval.autoattack.gradient_steps': 20,
+    'eval.autoattack.queries': 500,
 }
 # Name: the commands that run beside each other.
 WORK = {
@@ -72,6 +80,7 @@ WORK = {
         (EVALUATE, {'eval.inline': False, 'eval.follow': True}),
     ],
     'study': [(STUDY, STUDY_FIELDS)],
+    'AutoAttack': [(AUTOATTACK, AUTOATTACK_FIELDS)],
 }
 LIMIT_SECONDS = 600.0
 
@@ -150,8 +159,9 @@ def without_circumstances(content):
     """Returns results without times and machines."""
     content.pop('crc32')
     for result in (*content['attacks'], *content['validation']):
-        for name in ('seconds', 'devices', 'versions', 'xla_flags'):
-            result.pop(name, None)
+        for part in (result, *result.get('stages', ())):
+            for name in ('seconds', 'devices', 'versions', 'xla_flags'):
+                part.pop(name, None)
         # The transfer set's place.
         result['settings'].pop('path', None)
     return content
@@ -163,6 +173,19 @@ def read_all(workdir):
         json.loads(path.read_text())
 
 
+def new_workdir(name, folder, turn, cache):
+    """Returns a new workdir, in which AutoAttack finds a run that is trained."""
+    workdir = folder / name.replace(' ', '_') / turn
+    workdir.mkdir(parents=True)
+    if WORK[name][0][0] is AUTOATTACK:
+        trained = folder / 'trained'
+        if not trained.exists():
+            trained.mkdir()
+            finish([start(SINGLE, {}, trained, cache)], trained)
+        shutil.copytree(trained, workdir, dirs_exist_ok=True)
+    return workdir
+
+
 def undisturbed(name, folder, cache):
     """Does the work once to fill the cache, and once to be measured.
 
@@ -170,8 +193,7 @@ def undisturbed(name, folder, cache):
       Its results, and its length in seconds.
     """
     for turn in ('first', 'undisturbed'):
-        workdir = folder / name.replace(' ', '_') / turn
-        workdir.mkdir(parents=True)
+        workdir = new_workdir(name, folder, turn, cache)
         begin = time.monotonic()
         finish([start(*command, workdir, cache) for command in WORK[name]], workdir)
         seconds = time.monotonic() - begin
@@ -182,8 +204,7 @@ def killed(name, kills, folder, cache, rng, expected, seconds):
     """Kills the work so many times; returns how many kills each finished workdir survived."""
     survived, total = [], 0
     while total < kills:
-        workdir = folder / name.replace(' ', '_') / f'killed_{len(survived)}'
-        workdir.mkdir(parents=True)
+        workdir = new_workdir(name, folder, f'killed_{len(survived)}', cache)
         in_this = 0
         while total < kills:
             processes = [start(*command, workdir, cache) for command in WORK[name]]
@@ -223,6 +244,7 @@ def main():
     )
     parser.add_argument('--kills', type=int, default=17, help='of each kind of work (17)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (0)')
+    parser.add_argument('--work', choices=WORK, help='one kind of work only')
     args = parser.parse_args()
     rng = random.Random(args.seed)
     load = os.getloadavg()[0]
@@ -236,7 +258,7 @@ def main():
     ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        for name in WORK:
+        for name in [args.work] if args.work else WORK:
             expected, seconds = undisturbed(name, folder, folder / 'compiled')
             survived = killed(name, args.kills, folder, folder / 'compiled', rng, expected, seconds)
             in_each = ', '.join(map(str, survived))

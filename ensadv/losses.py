@@ -142,7 +142,7 @@ def reweighed_gap(
     >>> logits = jnp.array([[[9e3, 0.0, 0.0, 0.0]], [[0.0, 1.0, 0.0, 0.0]]])
     >>> mean_probs = lambda logits: jnp.log(jnp.mean(jax.nn.softmax(logits), axis=0))
     >>> gap_of = lambda logits: reweighed_gap(logits, jnp.array([0]), jnp.array([1]), mean_probs)[0]
-    >>> bool(jnp.any(jax.grad(gap_of)(logits)[0] != 0))
+    >>> bool(jnp.any(jax.jit(jax.grad(gap_of))(logits)[0] != 0))
     True
     """
     gaps = jax.vmap(gap, (0, None, None))(member_logits, labels, targets)

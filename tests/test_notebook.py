@@ -86,7 +86,7 @@ def test_it_runs_from_top_to_bottom_and_trains_nothing_again_when_it_is_run_agai
     assert f'JAX {importlib.metadata.version("jax")} ' in shown(cell(notebook, 'devices'))
     assert 'tensorboard-frame' in shown(cell(notebook, 'tensorboard'), 'text/html')
     assert '[1/1] singleadv_seed0' in shown(cell(notebook, 'train'))
-    assert re.search(r'step 2  n 30  clean .*pgd2', shown(cell(notebook, 'evaluate')))
+    assert re.search(r'step 2  n 30  robust .*pgd2', shown(cell(notebook, 'evaluate')))
     # Begun once, at step 0.
     record = json.loads((workdir / 'singleadv_seed0' / 'config.json').read_text())
     assert [session['step'] for session in record['sessions']] == [0]

@@ -222,7 +222,7 @@ def test_only_process_0_writes_and_tells(runs):
     assert any('config.json' in line for line in written(first))
     assert any('/claims/' in line for line in written(first))
     assert not written(second)
-    assert first.stdout.count('step 2  n 30  clean ') == 1
+    assert first.stdout.count('step 2  n 30  robust ') == 1
     assert 'step' not in second.stdout
     assert 'step' not in second.stderr
 
