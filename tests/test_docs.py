@@ -131,7 +131,9 @@ def test_examples_run(page, tmp_path, monkeypatch, capsys):
             if kind == 'python run':
                 exec(compiled, {})
     if page == README:
-        clean, robust = map(float, re.findall(r'(\d+\.\d)%', capsys.readouterr().out))
+        robust, clean = map(
+            float, re.findall(r'(?:robust|clean) +(\d+\.\d+) %', capsys.readouterr().out)
+        )
         assert 80 < clean < 90
         assert 10 < robust < 30
 
