@@ -162,6 +162,15 @@ def test_no_check_fails_on_an_honest_ensemble():
     assert 0 < np.mean(standing) < 0.9
 
 
+def test_where_nothing_stands_no_further_attack_is_made():
+    found = Subject(
+        Evaluator(one(linear), N), WEIGHTS, IMAGES, LABELS, np.arange(N), THREAT,
+        [{'name': 'pgd20', 'settings': PGD}], np.zeros((1, N), bool),
+    )  # fmt: skip
+    checks = list(audit_attacks.check_attacks(found, Finds(found, found.standing)))
+    assert {check.verdict for check in checks} == {'not made'}
+
+
 def test_slopes_and_noise_are_of_the_threat_models_norm():
     everything = np.ones((1, N), bool)
     threat = ThreatModel('l2', 0.12)

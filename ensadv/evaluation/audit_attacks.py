@@ -115,11 +115,17 @@ def check_rounding(subject: Subject, clean: np.ndarray) -> Check:
 
 def check_attacks(subject: Subject, finds: Finds) -> Iterator[Check]:
     """Further attacks, one after another, find nothing that those that were made did not."""
-    yield check_steps(subject, finds)
-    yield check_restarts(subject, finds)
-    yield check_loss(subject, finds)
-    yield check_members(subject, finds)
-    yield check_queries(subject, finds)
+    for name, make in (
+        ('steps', check_steps),
+        ('restarts', check_restarts),
+        ('loss', check_loss),
+        ('members', check_members),
+        ('queries', check_queries),
+    ):
+        if np.any(finds.standing):
+            yield make(subject, finds)
+        else:
+            yield check(subject, name, None, 'No image stands any more.', '')
     yield check_transfer(subject)
 
 

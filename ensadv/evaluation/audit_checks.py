@@ -256,7 +256,8 @@ def check_gradients(subject: Subject) -> Iterator[Check]:
         subject,
         'pixels with gradients',
         None if not len(there) else few > SHARE_WITH_FEW_PIXELS,
-        f'On {few:.0%} of {len(there)} images fewer than 5 % of the pixels have a gradient.',
+        f'On {100 * few:.0f} % of {len(there)} images fewer than 5 % of the pixels have a '
+        'gradient.',
         'Find what stops the gradient of the other pixels.',
         len(there),
     )
