@@ -40,7 +40,7 @@ MODES = {
 }
 WITHOUT_CONFIG = ('compare', 'report')
 FOR_A_RUN = ('evaluate', 'audit', 'planes')  # need an existing run
-FOR_A_MODEL = ('evaluate', 'audit')  # take a --model, or the workdir of one
+EVALUATION_MODES = ('evaluate', 'audit')  # take a model, or members that are runs
 CONFIGS = epath.Path(__file__).parents[1] / 'configs'
 EXAMPLE = 'python main.py --config=configs/small.py --config.data.name=digits --workdir=runs/small'
 FLAGS = flags.FLAGS
@@ -408,13 +408,14 @@ def config() -> ConfigDict:
             f'--config: a reference to a field cannot be computed ({cause})'
         ) from error
     config_lib.validate(found)
-    if found.ensemble.members_from and FLAGS.mode != 'evaluate':
+    if found.ensemble.members_from and FLAGS.mode not in EVALUATION_MODES:
+        allowed = ' and '.join(EVALUATION_MODES)
         raise ConfigError(
-            f'ensemble.members_from: only for --mode=evaluate, found --mode={FLAGS.mode}'
+            f'ensemble.members_from: only for --mode={allowed}, found --mode={FLAGS.mode}'
         )
-    if FLAGS.model and FLAGS.mode not in FOR_A_MODEL:
+    if FLAGS.model and FLAGS.mode not in EVALUATION_MODES:
         raise UserError(
-            f'--model: only for --mode={" and ".join(FOR_A_MODEL)}, found --mode={FLAGS.mode}'
+            f'--model: only for --mode={" and ".join(EVALUATION_MODES)}, found --mode={FLAGS.mode}'
         )
     if FLAGS.mode == 'train' and found.study.systems and found.system == 'custom':
         raise ConfigError('study.systems: names systems, so this is for --mode=study')
@@ -442,10 +443,9 @@ def _file_of_model(record: Mapping[str, Any]) -> str:
     """Returns FILE:FUNCTION of the model in --workdir; raises UserError as `model_path` does."""
     file, function = record['model']['file'], record['model']['function']
     belongs = f'--workdir={FLAGS.workdir}: belongs to the model {function}'
-    if FLAGS.mode not in FOR_A_MODEL:
-        raise UserError(
-            f'{belongs}; expected --mode={", ".join(FOR_A_MODEL)} or report, found {FLAGS.mode}'
-        )
+    if FLAGS.mode not in EVALUATION_MODES:
+        modes = ', '.join(EVALUATION_MODES)
+        raise UserError(f'{belongs}; expected --mode={modes} or report, found {FLAGS.mode}')
     if not file:
         raise UserError(
             f'{belongs} of a program, which goes on by ensadv.evaluate; --mode=report shows its '

@@ -106,9 +106,9 @@ def test_floats_that_are_bytes_are_taken_and_the_floor_is_over_all_attacks():
     assert 'robust' not in str(found)  # nobody attacked
     # An image that stands where an attack found no gradient counts, if another one attacked it.
     margin = np.array([1.0, 1.0, -1.0, 1.0], np.float32)
-    results = {key: {'name': f'pgd{key}', 'no_gradient': 0} for key in '12'}
+    results = {key: {'name': f'pgd{key}', 'key': key, 'no_gradient': 0} for key in '12'}
     both = any_model.Evaluation(
-        results | {'1': {'name': 'pgd1', 'no_gradient': 1}},
+        results | {'1': results['1'] | {'no_gradient': 1}},
         {'1': np.array([False, True, False, True]), '2': np.array([True, True])},
         {'1': margin, '2': np.ones(2, np.float32)},
         None,
@@ -126,13 +126,13 @@ def test_an_audit_is_of_the_same_model_and_images(monkeypatch):
     check = {'name': 'scale', 'verdict': 'failed', 'evidence': 'Too large.', 'remedy': 'Divide.'}
     asked = []
 
-    def of(config, path, network, variables, step, split, places):
+    def audit_network(config, path, network, variables, step, split, places):
         asked.append((config.audit.examples, len(split[0]), len(places)))
         logits = network.member_logits(variables, split[0] / np.float32(255))[0]
         np.testing.assert_allclose(logits, linear(IMAGES / np.float32(255)), atol=1e-5)
         return {'n': 7, 'checks': [check, check | {'name': 'steps', 'verdict': 'passed'}]}
 
-    monkeypatch.setattr(any_model.audit_lib, 'of', of)
+    monkeypatch.setattr(any_model.audit_lib, 'audit_network', audit_network)
     found = ensadv.evaluate(linear, IMAGES, LABELS, THREAT, 'clean', audit=7)
     assert asked == [(7, 40, 40)]
     assert str(found).splitlines()[-2:] == [

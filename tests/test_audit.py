@@ -10,11 +10,12 @@ import scipy.fft
 from etils import epath
 from test_follow import config_for, make_run
 
+from ensadv import config as config_lib
 from ensadv import study
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import UserError
 from ensadv.evaluation import audit, audit_attacks, audit_checks, evaluate, on_device
-from ensadv.evaluation.audit_attacks import Finds
+from ensadv.evaluation.audit_attacks import FurtherAttacks
 from ensadv.evaluation.audit_checks import Subject
 from ensadv.evaluation.evaluator import Evaluator
 from ensadv.models import functions
@@ -114,6 +115,16 @@ def test_a_broken_defence_is_found_by_the_check_that_names_its_cause(name):
     assert check.n
 
 
+def test_what_is_reported_of_attacks_in_stages_is_apgd_with_as_many_steps_and_not_queries():
+    autoattack = {'attack': 'autoattack', 'gradient_steps': 70, 'queries': 5000}
+    square = {'attack': 'square', 'steps': 5000}
+    for settings, steps in (([autoattack, square], 70), ([square], 100), ([autoattack, PGD], 20)):
+        results = [{'name': each['attack'], 'settings': each} for each in settings]
+        found = Subject(None, WEIGHTS, IMAGES, LABELS, np.arange(N), THREAT, results, None)
+        assert found.reported['steps'] == steps
+        assert found.reported['attack'] == ('pgd' if PGD in settings else 'apgd')
+
+
 def test_random_noise_on_the_input_is_found():
     def noisy(x, key):
         return linear(WEIGHTS[0], x + 0.1 * jax.random.normal(key, x.shape))
@@ -136,10 +147,12 @@ def test_an_epsilon_below_the_stated_one_is_found():
 
 def test_an_attack_that_was_stopped_early_is_found():
     found = subject(one(linear), steps=1, step_size=0.003, sigma=0.0)
-    check = audit_attacks.check_steps(found, Finds(found, found.standing))
+    check = audit_attacks.check_steps(found, FurtherAttacks(found, found.standing))
     assert check.verdict == 'failed', check
     found = subject(one(linear))
-    assert audit_attacks.check_steps(found, Finds(found, found.standing)).verdict == 'passed'
+    assert (
+        audit_attacks.check_steps(found, FurtherAttacks(found, found.standing)).verdict == 'passed'
+    )
 
 
 def test_a_saturated_member_is_found_by_examples_made_on_each_member():
@@ -147,7 +160,7 @@ def test_a_saturated_member_is_found_by_examples_made_on_each_member():
     found = dataclasses.replace(subject(network), variables=W)
     margin = found.evaluator.evaluate(W, PGD, IMAGES, LABELS, 'test').margin
     found = dataclasses.replace(found, stands=(margin > 0)[None])
-    check = audit_attacks.check_members(found, Finds(found, found.standing))
+    check = audit_attacks.check_members(found, FurtherAttacks(found, found.standing))
     assert check.verdict == 'failed', check
 
 
@@ -167,7 +180,7 @@ def test_where_nothing_stands_no_further_attack_is_made():
         Evaluator(one(linear), N), WEIGHTS, IMAGES, LABELS, np.arange(N), THREAT,
         [{'name': 'pgd20', 'settings': PGD}], np.zeros((1, N), bool),
     )  # fmt: skip
-    checks = list(audit_attacks.check_attacks(found, Finds(found, found.standing)))
+    checks = list(audit_attacks.check_attacks(found, FurtherAttacks(found, found.standing)))
     assert {check.verdict for check in checks} == {'not made'}
 
 
@@ -185,6 +198,23 @@ def test_slopes_and_noise_are_of_the_threat_models_norm():
 
 
 # The job.
+
+
+def _audit_an_ensemble_of_runs(run, tmp_path, seen):
+    config = config_for(
+        train__steps=2, eval__attacks=('clean', 'ifgsm5'), eval__long_attacks=(),
+        eval__examples=0, audit__examples=4, ensemble__members_from=str(run),
+        ensemble__training='separate',
+    )  # fmt: skip
+    ensemble = epath.Path(tmp_path / 'ensemble')
+    evaluate.run_members(config, ensemble)
+    stored = workdir.read_record(ensemble)['config']
+    config = config_lib.from_dict(stored, config)
+    audit.run(config, ensemble)
+    assert audits.read(ensemble, 2)['attacks'] == ['clean', 'ifgsm5']
+    np.testing.assert_array_equal(seen[-1].stands, seen[0].stands)
+    found, expected = (s.log_probs(audit_checks.pixels(s)) for s in (seen[-1], seen[0]))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_runs_audit_is_of_its_own_results_and_stands_in_json_page_and_report(
@@ -221,6 +251,7 @@ def test_a_runs_audit_is_of_its_own_results_and_stands_in_json_page_and_report(
     np.testing.assert_array_equal(seen[0].labels, ledger['label'][:4])
     content = audits.read(run, 2)
     assert content['reported'] == np.mean(np.all(expected, axis=0))
+    _audit_an_ensemble_of_runs(run, tmp_path, seen)
     assert (content['found'], content['n']) == (0, 4)
     assert audits.verdict(content) == 'failed: loss'
     assert audit.is_made(config, run)

@@ -86,7 +86,8 @@ class Evaluation:
         """
         ledger = {f'{key}_margin': margin for key, margin in self.margin.items()}
         ledger |= {f'{key}_correct': correct for key, correct in self.correct.items()}
-        return ledgers.correct(ledger, list(self.results), self._attacks or list(self.results))
+        found = ledgers.robust_examples(list(self.results.values()), ledger)
+        return self.correct['clean'] if found is None else found
 
     @property
     def robust_accuracy(self) -> float:
@@ -202,7 +203,7 @@ def _audit(config, path, model, dataset) -> dict[str, Any]:
     variables = distributed.replicate(list(model.weights))
     split = build.test_split(config, dataset)
     places = build.test_places(config, len(dataset.label_test))
-    return audit_lib.of(config, path, model.network, variables, STEP, split, places)
+    return audit_lib.audit_network(config, path, model.network, variables, STEP, split, places)
 
 
 def open_model(

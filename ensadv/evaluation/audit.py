@@ -17,7 +17,7 @@ from ensadv.evaluation.audit_checks import Check, Subject
 from ensadv.evaluation.evaluator import Evaluator
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
-from ensadv.storage import audits, selection, workdir
+from ensadv.storage import audits, ledgers, selection, workdir
 
 
 def run(config: ConfigDict, path: epath.Path) -> dict[str, Any]:
@@ -44,8 +44,9 @@ def run(config: ConfigDict, path: epath.Path) -> dict[str, Any]:
     dataset = build.dataset(config)
     workdir.check_data(path, build.describe_data(config, dataset))
     distributed.check_same('the data', dataset.fingerprint)
-    return of(config, path, network, variables, step, build.test_split(config, dataset),
-       build.test_places(config, len(dataset.label_test)))  # fmt: skip
+    split = build.test_split(config, dataset)
+    places = build.test_places(config, len(dataset.label_test))
+    return audit_network(config, path, network, variables, step, split, places)
 
 
 def is_made(config: ConfigDict, path: epath.Path) -> bool:
@@ -59,7 +60,7 @@ def is_made(config: ConfigDict, path: epath.Path) -> bool:
     return content is not None and audits.is_current(content, results)
 
 
-def of(
+def audit_network(
     config: ConfigDict,
     path: epath.Path,
     network: ensemble.Network,
@@ -113,7 +114,7 @@ def of(
         'n': n,
         'places': [int(places[0]), int(places[n - 1])],
         'attacks': [selection.ledger_key(result) for result in results],
-        'reported': float(np.mean(subject.standing)),
+        'reported': float(np.mean(ledgers.robust_examples(results, ledger)[:n])),
         'found': float(np.mean(standing)),
         'settings': subject.settings(),
         'checks': [dataclasses.asdict(check) for check in checks],
@@ -137,20 +138,20 @@ def make(
     Returns:
       The checks, and which images stood under the audit's own attacks, too, bool [n].
     """
-    finds = audit_attacks.Finds(subject, subject.standing)
+    further = audit_attacks.FurtherAttacks(subject, subject.standing)
     checks = []
-    for check in _checks(subject, finds):
+    for check in _checks(subject, further):
         tell(check)
         checks.append(check)
-    return checks, finds.standing
+    return checks, further.standing
 
 
-def _checks(subject: Subject, finds: audit_attacks.Finds) -> Iterator[Check]:
+def _checks(subject: Subject, further: audit_attacks.FurtherAttacks) -> Iterator[Check]:
     yield from audit_checks.check_network(subject)
     clean = subject.log_probs(audit_checks.pixels(subject)).argmax(-1) == subject.labels
     yield audit_attacks.check_noise(subject, clean)
     yield audit_attacks.check_rounding(subject, clean)
-    yield from audit_attacks.check_attacks(subject, finds)
+    yield from audit_attacks.check_attacks(subject, further)
     yield audit_attacks.check_large_epsilon(subject, clean)
 
 

@@ -59,7 +59,6 @@ class Subject:
       results: as eval/<step>.json has them, of the attacks that were made.
       stands: bool [attacks, n], what each of them left standing, in their order.
       seed: of the audit's attacks.
-      dtype: in which the network is evaluated.
     """
 
     evaluator: Evaluator
@@ -71,7 +70,6 @@ class Subject:
     results: Sequence[Mapping[str, Any]]
     stands: np.ndarray
     seed: int = 0
-    dtype: str = 'float32'
 
     @property
     def n(self) -> int:
@@ -88,15 +86,14 @@ class Subject:
 
         Of attacks in stages, APGD's on cross-entropy with as many.
         """
-        found = [result['settings'] for result in self.results]
+        # Of Square the steps are queries.
+        found = [r['settings'] for r in self.results if r['settings']['attack'] != 'square']
         steps = lambda settings: settings.get('steps', settings.get('gradient_steps', 0))
         single = [s for s in found if 'steps' in s and not registry.KINDS[s['attack']].stages]
         if single:
             return max(single, key=steps)
-        staged = max(found, key=steps, default={})
-        return self.settings(
-            attack='apgd', loss='cross_entropy', steps=steps(staged) or 100, restarts=1
-        )
+        most = max(map(steps, found), default=0)
+        return self.settings(attack='apgd', loss='cross_entropy', steps=most or 100, restarts=1)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
         """Returns settings of an attack in the stated threat model."""
@@ -169,8 +166,9 @@ def check_randomness(subject: Subject) -> Check:
     """The prediction is a function of the image."""
     draws = subject.evaluator.network.draws
     x = pixels(subject)
-    differ = int(np.sum(np.any(subject.log_probs(x) != subject.log_probs(x), axis=-1)))
-    evidence = f'Two passes differ on {differ} of {subject.n} images.'
+    moved = _moved(subject.log_probs(x), subject.log_probs(x))
+    differ = int(np.sum(moved > ROUNDING))
+    evidence = f'Two passes differ beyond rounding on {differ} of {subject.n} images.'
     if draws is not None:
         evidence = 'The model draws at random.'
     return check(
@@ -189,18 +187,21 @@ def check_batch(subject: Subject) -> Check:
     others = np.concatenate([subject.log_probs(x[half:]), subject.log_probs(x[:half])])
     others = np.roll(others, half, axis=0)
     smaller = Evaluator(subject.evaluator.network, max(1, subject.n // 5))
-    moved = [np.abs(found - whole) for found in (others, subject.log_probs(x, smaller))]
-    scale = 1 + np.abs(whole)
-    alters = np.any(np.maximum(*moved) > ROUNDING * scale, axis=-1)
-    most = float(np.max(np.maximum(*moved) / scale))
+    moved = np.maximum(_moved(others, whole), _moved(subject.log_probs(x, smaller), whole))
+    altered = int(np.sum(moved > ROUNDING))
     return check(
         subject,
         'batch',
-        bool(np.any(alters)),
-        f'Other batch mates, another order and another batch size alter {int(np.sum(alters))} of '
-        f'{subject.n} predictions beyond rounding (at most by {most:.2g}).',
+        altered > 0,
+        f'Other batch mates, another order and another batch size alter {altered} of {subject.n} '
+        f'predictions beyond rounding (at most by {np.max(moved):.2g}).',
         "Evaluate with running averages, not with the batch's statistics.",
     )
+
+
+def _moved(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Returns the largest relative difference of each image's log-probabilities, [n]."""
+    return np.max(np.abs(found - expected) / (1 + np.abs(expected)), axis=-1)
 
 
 def check_scale(subject: Subject) -> Check:
@@ -211,14 +212,14 @@ def check_scale(subject: Subject) -> Check:
         step(subject.variables, (subject.places[b], subject.images[b], subject.labels[b]))
         for b in evaluator.batches(np.arange(n), n)
     ]
-    medians = np.median(np.concatenate(found), axis=0)
+    whole, *members = np.median(np.concatenate(found), axis=0)
     low, high = LOGIT_GAPS
-    names = ['the network', *(f'member {i}' for i in range(1, len(medians)))]
-    if len(medians) == 2:  # the only member
-        medians = medians[:1]
-    off = [i for i, median in enumerate(medians) if not low <= median <= high]
-    shown = off or [0]
-    parts = ', '.join(f'{medians[i]:.3g} for {names[i]}' for i in shown)
+    medians = {'the network': whole}
+    if len(members) > 1:
+        medians |= {f'member {i}': median for i, median in enumerate(members, start=1)}
+    off = {name: median for name, median in medians.items() if not low <= median <= high}
+    shown = off or {'the network': whole}
+    parts = ', '.join(f'{median:.3g} for {name}' for name, median in shown.items())
     return check(
         subject,
         'scale',

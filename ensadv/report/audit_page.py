@@ -45,7 +45,7 @@ def summary(content: Mapping[str, Any]) -> str:
     )
 
 
-def of_run(run: Run) -> dict[str, Any] | None:
+def read(run: Run) -> dict[str, Any] | None:
     """Returns the audit of a run's last step; None where there is none that can be read."""
     try:
         return audits.read(run.path, run.steps)
@@ -53,23 +53,23 @@ def of_run(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def cell(run: Run) -> str:
+def _run_cell(run: Run) -> str:
     """Returns what a run's row says of its audit."""
-    content = of_run(run)
+    content = read(run)
     if content is None:
         return NOT_AUDITED
     old = '' if audits.is_current(content, run.results(run.steps)) else ' (of fewer attacks)'
     return audits.verdict(content) + old
 
 
-def of_runs(runs: Sequence[Run]) -> str:
+def system_cell(runs: Sequence[Run]) -> str:
     """Returns what the row of a system, of these runs, says of their audits."""
-    return '; '.join(dict.fromkeys(map(cell, runs)))
+    return '; '.join(dict.fromkeys(map(_run_cell, runs)))
 
 
 def section(collection: Collection) -> page.Section:
     """Returns what the audits of the last snapshots found; nothing where none was made."""
-    found = {run: content for run in collection.runs if (content := of_run(run))}
+    found = {run: content for run in collection.runs if (content := read(run))}
     rows = [
         Row(
             (
@@ -77,7 +77,7 @@ def section(collection: Collection) -> page.Section:
                 f'{100 * content["reported"]:.1f}',
                 f'{100 * content["found"]:.1f}',
                 f'{content["n"]:,}',
-                cell(run),
+                _run_cell(run),
             )
         )
         for run, content in found.items()

@@ -197,13 +197,13 @@ def _numbers(
     # Clean and black-box accuracy have no iterates.
     known = [v for run in collection.runs for v in values[run].values() if not math.isnan(v.last)]
     shows_last = any(value.last != value.accuracy for value in known)
-    audited = name == 'last_snapshot' and any(map(audit_page.of_run, collection.runs))
+    audited = name == 'last_snapshot' and any(map(audit_page.read, collection.runs))
     nothing = [''] * audited
     rows, csv_rows = [], []
     for system, runs in collection.systems.items():
         mine = [values[run] for run in runs]
         facts = _facts(runs[0])
-        audit = [audit_page.of_runs(runs)] if audited else []
+        audit = [audit_page.system_cell(runs)] if audited else []
         cells = (_cell(mine, attack) for attack in attacks)
         rows.append(Row((system, *facts, *cells, str(len(runs)), *audit)))
         if shows_last:

@@ -36,8 +36,8 @@ def correct(ledger: Ledger, keys: Sequence[str], attacks: Sequence[str]) -> np.n
     return standing & np.any(attacked, axis=0)
 
 
-def robust(results: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, Any] | None:
-    """Returns the robust accuracy over results of the test split, as eval/<step>.json has it.
+def robust_examples(results: Sequence[Mapping[str, Any]], ledger: Ledger) -> np.ndarray | None:
+    """Returns which examples count for robust accuracy over results of the test split, bool [n].
 
     An example counts only if it stands under every one of them, clean and blackbox included. These
     two look for no gradient: where there are other attacks, one of those has to have attacked it.
@@ -47,21 +47,33 @@ def robust(results: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, An
       ledger: the step's.
 
     Returns:
-      Its accuracy, correct, no_gradient and n, of the examples that all results are of, and the
-      keys of the results as attacks. None if none of them is an attack, or the ledger lacks one.
+      Of the examples that all results are of. None if no result is an attack's, or the ledger lacks
+      one.
     """
     keys = {selection.ledger_key(result): result['name'] for result in results}
     attacks = [key for key, name in keys.items() if name not in registry.WITHOUT_SETTINGS]
     attacks = attacks or [key for key, name in keys.items() if name != 'clean']
     if not attacks or any(f'{key}_{of}' not in ledger for key in keys for of in _READ):
         return None
-    right = correct(ledger, list(keys), attacks)
+    return correct(ledger, list(keys), attacks)
+
+
+def robust(results: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, Any] | None:
+    """Returns the accuracy of `robust_examples`, as eval/<step>.json has it; None where that is.
+
+    Returns:
+      accuracy, correct, no_gradient, n, and the keys of the results as attacks.
+    """
+    right = robust_examples(results, ledger)
+    if right is None:
+        return None
+    keys = list(map(selection.ledger_key, results))
     return {
         'n': len(right),
         'correct': int(np.sum(right)),
         'accuracy': float(np.mean(right)),
-        'no_gradient': int(np.sum(stands(ledger, list(keys)) & ~right)),
-        'attacks': list(keys),
+        'no_gradient': int(np.sum(stands(ledger, keys) & ~right)),
+        'attacks': keys,
     }
 
 
