@@ -43,7 +43,7 @@ class FurtherAttacks:
         return self._verdicts.margin > 0
 
     def attack(self, name: str, settings: Mapping[str, Any], **changes: Any) -> int:
-        """Makes an attack, and returns how many images it fells."""
+        """Makes an attack, and returns how many images it fooled."""
         subject = self._subject
         stated = {**settings, **subject.settings(), **changes}
         self._made.append(registry.Stage(name, stated))
@@ -71,8 +71,8 @@ def check_noise(subject: Subject, clean: np.ndarray) -> Check:
         subject,
         'noise',
         by_noise >= ALARM[1] and by_noise > SHARE_BY_NOISE * by_attack,
-        f'Noise of the length epsilon fells {by_noise} of {int(np.sum(clean))} images, the attacks '
-        f'{by_attack}.',
+        f'Noise of length epsilon fools {by_noise} of {int(np.sum(clean))} images, and the attacks '
+        f'fool {by_attack}.',
         'The attacks are hardly better than noise: take stronger ones.',
     )
 
@@ -102,7 +102,7 @@ def check_rounding(subject: Subject, clean: np.ndarray) -> Check:
         count, kept = int(np.sum(fools)), int(np.sum(fools & still))
     if not count:
         return check(
-            subject, '8 bits', None, 'The reported attack fells no image.', '', len(places)
+            subject, '8 bits', None, 'The reported attack fools no image.', '', len(places)
         )
     return check(
         subject,
@@ -139,7 +139,7 @@ def check_steps(subject: Subject, further: FurtherAttacks) -> Check:
         subject,
         'steps',
         found,
-        f'{MORE * steps} steps in place of {steps} fell {found} of the {standing} images that '
+        f'{MORE * steps} steps in place of {steps} fooled {found} of the {standing} images that '
         'stood under all attacks made.',
         'The attack was stopped too early: take more steps.',
     )
@@ -155,7 +155,7 @@ def check_restarts(subject: Subject, further: FurtherAttacks) -> Check:
         subject,
         'restarts',
         found,
-        f'{MORE} restarts fell {found} more.',
+        f'{MORE} restarts fooled {found} more images.',
         'One start is not enough: take more restarts.',
     )
 
@@ -167,7 +167,7 @@ def check_loss(subject: Subject, further: FurtherAttacks) -> Check:
         subject,
         'loss',
         found,
-        f'APGD on a loss that does not depend on the scale of logits fells {found} more.',
+        f'APGD on a loss that does not depend on the scale of logits fooled {found} more.',
         'Add apgd_nce or autoattack to the attacks that are reported.',
     )
 
@@ -188,8 +188,8 @@ def check_members(subject: Subject, further: FurtherAttacks) -> Check:
         subject,
         'members',
         found,
-        f'Examples made on each of the {members} members, and on members reweighed, fell {found} '
-        'more.',
+        f'Examples made on each of the {members} members, and on members reweighed, fooled {found} '
+        'more images.',
         'The ensemble hides its members from attacks on the whole: add members and mora to the '
         'attacks that are reported.',
         alarm=ALARM_OF_MEMBERS,
@@ -203,7 +203,7 @@ def check_queries(subject: Subject, further: FurtherAttacks) -> Check:
         subject,
         'queries',
         found,
-        f'Square, which needs no gradient, fells {found} more.',
+        f'Square, which needs no gradient, fooled {found} more images.',
         'Gradients mislead the attacks: find what hides them.',
         alarm=ALARM_WITHOUT_GRADIENTS,
     )
@@ -221,7 +221,7 @@ def check_transfer(subject: Subject) -> Check:
         subject,
         'transfer',
         found,
-        f'The transfer set fells {found} images that all attacks by gradients left standing.',
+        f'The transfer set fools {found} images that all attacks by gradients left standing.',
         'Gradients mislead the attacks: find what hides them.',
         alarm=ALARM_WITHOUT_GRADIENTS,
     )
@@ -236,7 +236,7 @@ def _finding(
     *,
     alarm: tuple[float, int] = ALARM,
 ) -> Check:
-    """Returns the check that fails where an attack fells more images than the alarm allows."""
+    """Returns the check that fails where an attack fooled more images than the alarm allows."""
     return check(subject, name, _exceeds(subject, found, alarm), evidence, remedy)
 
 
