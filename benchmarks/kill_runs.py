@@ -1,12 +1,13 @@
 """Kills real runs at random moments, goes on with the same command, and compares the results.
 
-    python benchmarks/kill_runs.py [--kills=17] [--seed=0] [--work=NAME]
+    python benchmarks/kill_runs.py [--kills=17] [--seed=0] [--work=NAME] [--within=1]
 
 Four kinds of work on digits: a trainer that evaluates its own snapshots, a trainer with an
 evaluator beside it, of which one or both are killed, a study with a transfer set, and AutoAttack
 on a run that is trained already. Each is done
 once undisturbed. Then it is started again and again in a new workdir, and killed (SIGKILL) after a
-time drawn anew from the whole length of the work, until it comes to its end. By then
+time drawn anew from the whole length of the work, or from that --within of it, so that one workdir
+is killed more often; until it comes to its end. By then
 
 - the weights of every snapshot that is left are to the bit those of the undisturbed work,
 - so are all results, their ledgers and the transfer set, but for times,
@@ -245,6 +246,9 @@ def main():
     parser.add_argument('--kills', type=int, default=17, help='of each kind of work (17)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (0)')
     parser.add_argument('--work', choices=WORK, help='one kind of work only')
+    parser.add_argument(
+        '--within', type=float, default=1, help='part of the length of the work (1)'
+    )
     args = parser.parse_args()
     rng = random.Random(args.seed)
     load = os.getloadavg()[0]
@@ -260,7 +264,9 @@ def main():
         folder = pathlib.Path(temporary)
         for name in [args.work] if args.work else WORK:
             expected, seconds = undisturbed(name, folder, folder / 'compiled')
-            survived = killed(name, args.kills, folder, folder / 'compiled', rng, expected, seconds)
+            survived = killed(
+                name, args.kills, folder, folder / 'compiled', rng, expected, args.within * seconds
+            )
             in_each = ', '.join(map(str, survived))
             lines.append(
                 f'| {name} | {seconds:.0f} | {args.kills} | {len(survived)} | {in_each} '

@@ -18,10 +18,12 @@ from ensadv.storage import checkpoints, files, workdir
 pytestmark = pytest.mark.usefixtures('small_network')
 
 FIELDS = TINY | {
+    'epsilon': 0.08,
+    'eval.num_examples': 90,
     'batch_norm.sync': True,
     'train.steps': 3,
     'train.snapshot_every': 3,
-    'eval.long_attacks': ('pgd6',),
+    'eval.long_attacks': ('pgd6', 'autoattack_short(gradient_steps=4,targets=2,queries=12)'),
     'eval.iterate_examples': 7,
 }
 
@@ -71,12 +73,19 @@ def ledgers(runs):
     ]
 
 
-@pytest.mark.parametrize('name', ['clean', 'ifgsm2', 'pgd6'])
+@pytest.mark.parametrize('name', ['clean', 'ifgsm2', 'pgd6', 'autoattack_short'])
 def test_the_evaluation_is_the_same(ledgers, name):
     for other in ledgers[1:]:
         np.testing.assert_array_equal(other['label'], ledgers[0]['label'])
         np.testing.assert_array_equal(other[f'{name}_correct'], ledgers[0][f'{name}_correct'])
         np.testing.assert_allclose(other[f'{name}_margin'], ledgers[0][f'{name}_margin'], atol=5e-4)
+
+
+def test_each_stage_of_autoattack_fells_the_same_examples(ledgers):
+    felled_by = [ledger['autoattack_short_felled_by'] for ledger in ledgers]
+    assert {-1, 0, 1, 2} <= set(felled_by[0])  # some stand, are errors, fall to different stages
+    for other in felled_by[1:]:
+        np.testing.assert_array_equal(other, felled_by[0])
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):

@@ -142,6 +142,7 @@ FIELDS = TINY | {
     'batch_norm.sync': True,
     'train.steps_per_call': 1,
     'train.checkpoint_every': 1,
+    'eval.attacks': ('clean', 'ifgsm2', 'apgd_t4_short(targets=2)'),
     'eval.long_attacks': ('ifgsm4',),
     'eval.iterate_examples': 7,
     'eval.examples': 2,
@@ -199,14 +200,14 @@ def test_the_evaluation_is_that_of_one_process(runs):
         files.read_arrays(workdir_lib.evaluation_path(root / name, 2, '.npz'))
         for name in ('pod', 'mixed')
     ]
-    for name in ('clean', 'ifgsm2'):
+    for name in ('clean', 'ifgsm2', 'apgd_t4_short'):
         np.testing.assert_array_equal(*(ledger[f'{name}_correct'] for ledger in ledgers))
         # 2.4e-7 at most, as measured.
         np.testing.assert_allclose(
             *(ledger[f'{name}_margin'] for ledger in ledgers), rtol=0, atol=1e-5
         )
     names = [r['name'] for r in workdir_lib.read_evaluations(root / 'pod')[2]['attacks']]
-    assert names == ['clean', 'ifgsm2', 'ifgsm4']
+    assert names == ['clean', 'ifgsm2', 'apgd_t4_short', 'ifgsm4']
     examples = workdir_lib.read_examples(root / 'pod', 2)
     assert examples['adversarial'].shape == (2, 8, 8, 1)
 
