@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     train.momentum = 0.9  # of the SGD
     train.nesterov = False  # plain, as the paper words it; Zagoruyko & Komodakis use Nesterov's
     train.weight_decay = 5e-4  # coupled (added to the gradient), on every parameter
+    train.ema_decay = 0.0  # of the weights' exponential moving average; 0: none is kept
     train.steps_per_call = 10  # steps per call of the compiled function
     train.log_every = 100  # steps between two writings of metrics
     train.checkpoint_every = 1_000  # steps between two checkpoints
@@ -104,6 +105,7 @@ def get_config() -> ConfigDict:
     evaluation.num_examples = placeholder(int)  # the first of the test split; None: all
     # A text file, one whole number a line, as np.savetxt(file, places, fmt='%d') writes it.
     evaluation.indices = placeholder(str)  # file of places in the test split; None: the first ones
+    evaluation.weights = 'auto'  # trained or averaged; auto: averaged where train.ema_decay is set
     evaluation.dtype = 'float32'  # compute of the evaluated network: float32 or bfloat16
     evaluation.inline = True  # evaluate each snapshot in the training process
     evaluation.follow = False  # in --mode=evaluate: wait for snapshots until the last is evaluated

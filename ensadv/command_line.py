@@ -413,6 +413,12 @@ def config() -> ConfigDict:
         raise ConfigError(
             f'ensemble.members_from: only for --mode={allowed}, found --mode={FLAGS.mode}'
         )
+    other_weights = found.train.ema_decay and found.eval.weights == 'trained'
+    if other_weights and FLAGS.mode not in EVALUATION_MODES:
+        raise ConfigError(
+            'eval.weights: trained weights of a run with train.ema_decay are evaluated by '
+            f'--mode=evaluate, beside the averaged ones; found --mode={FLAGS.mode}'
+        )
     if FLAGS.model and FLAGS.mode not in EVALUATION_MODES:
         raise UserError(
             f'--model: only for --mode={" and ".join(EVALUATION_MODES)}, found --mode={FLAGS.mode}'

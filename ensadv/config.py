@@ -32,6 +32,7 @@ MUTABLE_FIELDS = (
     'eval.iterate_examples',
     'eval.long_attacks',
     'eval.seed',
+    'eval.weights',  # those of a run that are not its usual ones have a folder of their own
     'model.conv',
     'model.remat',
     'planes',
@@ -62,7 +63,14 @@ MAX_MEMBERS = 1000
 MAX_ROUNDS = 20
 MAX_RESOLUTION = 10_000
 SPLITS = ('test', 'validation')
+WEIGHTS = ('trained', 'averaged')
 DTYPES = ('float32', 'bfloat16')
+
+
+def weights(config: ConfigDict) -> str:
+    """Returns which weights of a run's snapshots are evaluated: 'trained' or 'averaged'."""
+    found = config.eval.weights
+    return ('averaged' if config.train.ema_decay else 'trained') if found == 'auto' else found
 
 
 def nearest_field(found: str, fields: Iterable[str], prefix: str = '') -> str:
@@ -185,6 +193,7 @@ def _validate_train(config: ConfigDict) -> None:
     _number(config, 'train.learning_rate_factor', 0, above=True)
     _number(config, 'train.momentum', 0, 1, below=True)
     _number(config, 'train.weight_decay', 0)
+    _number(config, 'train.ema_decay', 0, 1, below=True)
     steps = tuple(config.train.learning_rate_steps)
     if not all(is_integer(s, 1) for s in steps) or list(steps) != sorted(set(steps)):
         raise ConfigError(
@@ -265,6 +274,12 @@ def _validate_evaluation(config: ConfigDict) -> None:
             'eval.attacks names only blackbox'
         )
     _one_of(config, 'eval.dtype', DTYPES)
+    _one_of(config, 'eval.weights', ('auto', *WEIGHTS))
+    if group.weights == 'averaged' and not config.train.ema_decay:
+        raise ConfigError(
+            'eval.weights: averaged weights need an average, as in --config.train.ema_decay=0.995, '
+            'from the start of training'
+        )
     _number(config, 'eval.follow_timeout', 0, above=True)
 
 

@@ -11,6 +11,7 @@ from ensadv import systems
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.evaluation import any_model, audit, blackbox, decision_planes, evaluate
 from ensadv.runtime import distributed
+from ensadv.storage import workdir
 from ensadv.training import train
 
 
@@ -68,7 +69,11 @@ def make_audit(
       path: the workdir.
       model: whose it is, where it is no run's.
     """
-    content = any_model.audit_model(config, path, model) if model else audit.run(config, path)
+    if model:
+        content = any_model.audit_model(config, path, model)
+    else:
+        content = audit.run(config, path)
+        path = workdir.weights_folder(path, config)
     if not distributed.is_main():
         return None
     from ensadv.report import audit_page

@@ -35,3 +35,15 @@ def test_sgd_equals_the_formula(nesterov):
         updates, state = optimizer.update({'w': jnp.array(gradient)}, state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(params['w'], w, rtol=1e-6)
+
+
+@pytest.mark.parametrize('decay', [0.5, 0.9999])
+def test_a_moving_average_weighs_the_values_so_far(decay):
+    """With weights decay^age that sum to one, as a loop has them."""
+    values = np.array([3.0, -1.0, 4.0, 1.0, -5.0])
+    averaged = 100.0
+    for step in range(1, 6):
+        averaged = optim.moving_average(averaged, values[step - 1], jnp.int32(step), decay)
+        weights = decay ** np.arange(step - 1, -1, -1)
+        expected = np.sum(weights * values[:step]) / np.sum(weights)
+        np.testing.assert_allclose(averaged, expected, rtol=1e-5)

@@ -41,6 +41,7 @@ def run(config: ConfigDict, path: epath.Path) -> dict[str, Any]:
         raise UserError(f'--workdir={path}: {workdir.no_run(path)}')
     workdir.check_config(path, config, ignore=('model.dtype',))
     network, variables, step = _network(config, path, record)
+    path = workdir.weights_folder(path, config)
     dataset = build.dataset(config)
     workdir.check_data(path, build.describe_data(config, dataset))
     distributed.check_same('the data', dataset.fingerprint)
@@ -161,6 +162,7 @@ def _network(
     """Returns what a workdir is about: a network, its weights, and the number of its last step."""
     if not record.get('members'):
         found = finished_runs.find(path, '--workdir', config)
+        found.config.eval.weights = config.eval.weights
         return *finished_runs.load_one(found, config.eval.dtype), found.step
     members = [
         finished_runs.find(

@@ -21,7 +21,7 @@ from ensadv.errors import UserError
 from ensadv.evaluation import attack_settings, finished_runs, planes
 from ensadv.evaluation.evaluator import Evaluator
 from ensadv.runtime import distributed
-from ensadv.storage import checkpoints, files, plane_files, workdir
+from ensadv.storage import files, plane_files, workdir
 from ensadv.storage.plane_files import Planes
 
 # Of the record: what decides the planes, beside the weights.
@@ -251,11 +251,7 @@ def _models(
 
 
 def _load(config: ConfigDict, run: finished_runs.Run) -> Model:
-    run.config.eval.dtype = config.eval.dtype
-    network = build.network(run.config, run.record['dataset'])
-    snapshots = checkpoints.open_snapshots(run.path)
-    variables = snapshots.restore(run.step, network.variables)
-    snapshots.close()
+    network, variables = finished_runs.load_one(run, config.eval.dtype)
     name = f'{run.config.system}, seed {run.config.seed}'
     return Model(name, Evaluator(network, config.eval.batch_size), variables)
 

@@ -36,10 +36,11 @@ class Job:
         """See `Results`."""
         self._config = config
         self._workdir = workdir_path
+        self._folder = workdir.weights_folder(workdir_path, config)
         self._results = Results(
-            config, workdir_path, label, lambda dataset: build.network(config, dataset.describe())
+            config, self._folder, label, lambda dataset: build.network(config, dataset.describe())
         )
-        self._leases = leases.open_leases(workdir_path)
+        self._leases = leases.open_leases(self._folder)
         self._looked_for_damage = False
         self._complete: dict[int, Evaluated] = {}  # which need not be read again
         self._damaged: dict[int, checkpoints.DamagedError] = {}  # snapshots
@@ -75,7 +76,8 @@ class Job:
                     logging.info('%s: waiting: %s is at step %d', self._label, holder, step)
                 waited = True
             time.sleep(POLL_SECONDS)
-        if evaluated or wait:
+        # Which snapshots stay is decided by the weights that are evaluated in the workdir itself.
+        if (evaluated or wait) and self._folder == self._workdir:
             self._prune(snapshots, view)
         snapshots.close()
         if wait and self._damaged:
@@ -132,7 +134,7 @@ class Job:
         What has all that is asked of every snapshot is not read again by later looks: results are
         added, and never replaced.
         """
-        record = workdir.read_record(self._workdir)
+        record = workdir.read_record(self._folder)
         config = record['config'] if record else config_lib.to_dict(self._config)
         view = View(
             config,
@@ -169,7 +171,11 @@ class Job:
             if mine and step in snapshots.steps():
                 try:
                     self._results.evaluate(
-                        step, units, lambda network: snapshots.restore(step, network.variables)
+                        step,
+                        units,
+                        lambda network: finished_runs.restore(
+                            snapshots, step, self._config, network
+                        ),
                     )
                 except checkpoints.DamagedError as error:
                     logging.error('%s: damaged; going on without it', error)
@@ -178,7 +184,7 @@ class Job:
 
     def _put_aside_damaged(self, snapshots: Sequence[int]) -> None:
         """Has damaged results made again, once: it reads them all."""
-        for step in distributed.agree(workdir.evaluated_steps(self._workdir)):
+        for step in distributed.agree(workdir.evaluated_steps(self._folder)):
             with self._taken(step) as mine:
                 if mine and distributed.is_main():
                     self._results.files.put_aside_damaged(step, again=step in snapshots)
@@ -237,6 +243,10 @@ def run(config: ConfigDict, workdir_path: epath.Path) -> None:
         return
     if not config.eval.follow and workdir.read_record(workdir_path) is None:
         raise UserError(f'--workdir={workdir_path}: {workdir.no_run(workdir_path)}')
+    folder = workdir.weights_folder(workdir_path, config)
+    if folder != workdir_path:
+        config.system += ', trained weights'
+        _describe_folder(config, workdir_path, folder)
     job = Job(config, workdir_path, label=config.system)
     try:
         if config.eval.follow:
@@ -245,8 +255,21 @@ def run(config: ConfigDict, workdir_path: epath.Path) -> None:
             job.evaluate_pending(wait=True)
     finally:
         job.close()
-    if not show(workdir_path):
+    if not show(folder):
         raise UserError(f'--workdir={workdir_path}: no snapshot to evaluate yet')
+
+
+def _describe_folder(config: ConfigDict, workdir_path: epath.Path, folder: epath.Path) -> None:
+    """Writes config.json of other weights than those that a run's eval/ is of."""
+    if not distributed.is_main():
+        return
+    found = workdir.read_record(folder)
+    if found and found['config']['train']['steps'] == config.train.steps:
+        return
+    facts = workdir.read_record(workdir_path)
+    session = facts.pop('sessions')[-1] | {'command': sys.argv, **build.environment()}
+    del facts['config']
+    workdir.write_record(folder, config, facts, session)
 
 
 def run_members(config: ConfigDict, workdir_path: epath.Path) -> None:

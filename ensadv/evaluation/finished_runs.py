@@ -100,9 +100,31 @@ def load_one(run: Run, dtype: str) -> tuple[ensemble.Network, Any]:
     run.config.eval.dtype = dtype
     network = build.network(run.config, run.record['dataset'])
     snapshots = checkpoints.open_snapshots(run.path)
-    variables = snapshots.restore(run.step, network.variables)
+    variables = restore(snapshots, run.step, run.config, network)
     snapshots.close()
     return network, variables
+
+
+def restore(
+    snapshots: checkpoints.Checkpoints, step: int, config: ConfigDict, network: ensemble.Network
+) -> Any:
+    """Returns the weights of a run's snapshot that its config has evaluated, replicated.
+
+    Args:
+      snapshots: the run's.
+      step: of the snapshot.
+      config: the run's; eval.weights picks.
+      network: as it is evaluated.
+
+    Raises:
+      DamagedError: see `Checkpoints.restore`.
+    """
+    like = network.variables
+    if not config.train.ema_decay:
+        return snapshots.restore(step, like)
+    found = snapshots.restore(step, {**like, 'averaged': like})
+    averaged = found.pop('averaged')
+    return averaged if config_lib.weights(config) == 'averaged' else found
 
 
 def refuse_sources(config: Mapping[str, Any], set_record: Mapping[str, Any]) -> None:

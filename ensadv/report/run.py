@@ -199,6 +199,8 @@ def find(root: epath.Path) -> Iterator[epath.Path]:
         else:
             if isinstance(content, dict) and isinstance(content.get('config'), dict):
                 yield root
+                if (other := root / workdir.TRAINED / 'config.json').exists():
+                    yield other.parent
                 return
     for path in _entries(root):
         if path.is_dir():

@@ -234,5 +234,8 @@ def open_checkpoints(path: epath.Path, keep: int, *, tidy: bool = False) -> Chec
 
 
 def open_snapshots(path: epath.Path, *, tidy: bool = False) -> Checkpoints:
-    """Opens what evaluation needs: {'params', 'batch_stats'}, every leaf [k, ...]."""
+    """Opens what evaluation needs: {'params', 'batch_stats'}, every leaf [k, ...].
+
+    Where training keeps averages over the steps, 'averaged' has the same of them.
+    """
     return Checkpoints(path / 'snapshots', tidy=tidy)

@@ -13,6 +13,8 @@ from ensadv import config as config_lib
 from ensadv.errors import ConfigError, UserError
 from ensadv.storage import files, records
 
+# In the workdir of a run whose averaged weights eval/ is of: config.json and eval/ of the trained.
+TRAINED = 'trained'
 _MOST_FOLDERS = 500  # that are looked at for the names of runs
 
 
@@ -216,6 +218,16 @@ def add_to_session(workdir: epath.Path, facts: Mapping[str, Any]) -> None:
     record = read_record(workdir)
     record['sessions'][-1] |= facts
     files.write_json(workdir / 'config.json', record)
+
+
+def weights_folder(workdir: epath.Path, config: ConfigDict) -> epath.Path:
+    """Returns where eval/ is of the weights that the config has evaluated.
+
+    That is a run's workdir. The trained weights of a run whose averaged ones are evaluated there
+    have a folder in it, with a config.json of its own.
+    """
+    is_other = config.train.ema_decay and config_lib.weights(config) == 'trained'
+    return workdir / TRAINED if is_other else workdir
 
 
 def evaluation_path(workdir: epath.Path, step: int, suffix: str) -> epath.Path:

@@ -63,4 +63,5 @@ def step_settings(config: ConfigDict, model: nn.Module) -> dict[str, Any]:
         'attack': training_attack(config),
         'attack_batch_norm': config.attack.batch_norm,
         'objective': objective(config),
+        'ema_decay': config.train.ema_decay,
     }

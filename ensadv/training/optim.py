@@ -1,9 +1,11 @@
 """The optimizer, its schedule, and the state of training."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -40,6 +42,26 @@ class TrainState:
     @classmethod
     def tree_unflatten(cls, names, children):
         return cls(**dict(zip(names, children, strict=True)))
+
+
+def moving_average(averaged: Any, new: Any, step: Array, decay: float) -> Any:
+    """Returns the exponential moving average of a tree's values after a step.
+
+    Early averages are corrected as `optax.ema` does it (Kingma & Ba, 2015, section 3): they weigh
+    the values so far alone, and none of those before the first step.
+
+    Args:
+      averaged: after the step before; at the first step its values make no difference.
+      new: the values after this step.
+      step: int32 [], from 1.
+      decay: of the weight of a value with each step, in (0, 1).
+
+    >>> after_one = moving_average(0.0, 1.0, jnp.int32(1), decay=0.5)
+    >>> round(float(moving_average(after_one, 4.0, jnp.int32(2), decay=0.5)), 5)  # (1 + 2 * 4) / 3
+    3.0
+    """
+    weight = (1 - decay) / -jnp.expm1(step * math.log(decay))
+    return optax.incremental_update(new, averaged, jnp.minimum(weight, 1))
 
 
 def learning_rate(initial: float, steps: tuple[int, ...], factor: float) -> optax.Schedule:

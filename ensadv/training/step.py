@@ -11,6 +11,7 @@ from jax import Array
 
 from ensadv.cpu import order
 from ensadv.models import ensemble
+from ensadv.training import optim
 from ensadv.training.objectives import Metrics, Objective, Predict
 from ensadv.training.optim import TrainState
 
@@ -23,14 +24,25 @@ def initial_state(
     k: int,
     image_shape: tuple[int, ...],
     optimizer: optax.GradientTransformation,
+    averages: bool = False,
 ) -> TrainState:
-    """Returns the state before the first step of an ensemble with k members."""
+    """Returns the state before the first step of an ensemble with k members.
+
+    Args:
+      model: the members' network.
+      rng: key of the first weights.
+      k: members.
+      image_shape: (H, W, C).
+      optimizer: turns gradients into updates.
+      averages: whether averages over the steps are kept.
+    """
     variables = ensemble.init(model, rng, k, image_shape)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables['params'],
         batch_stats=variables['batch_stats'],
         opt_state=optimizer.init(variables['params']),
+        averaged=jax.tree.map(jnp.zeros_like, variables) if averages else None,
     )
 
 
@@ -78,6 +90,7 @@ def train_step(
     attack: Callable[..., Array],
     attack_batch_norm: str = 'running',
     objective: Objective,
+    ema_decay: float = 0,
     mean_over_devices: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[TrainState, Metrics]:
     """Makes one step: attacks the ensemble, then descends the objective with every member.
@@ -92,6 +105,7 @@ def train_step(
       attack: `attack(log_prob_fn, rng, x, target) -> x_adv`.
       attack_batch_norm: statistics while attacking: 'running' averages or the 'batch' itself's.
       objective: what is descended, and whether there is an attack, and on what.
+      ema_decay: of the averages over the steps, where the state has them.
       mean_over_devices: averages a tree over the devices that share the global batch.
 
     Returns:
@@ -118,7 +132,8 @@ def train_step(
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics['parameter_norm'] = optax.tree.norm(params)
-    state = state.replace(
-        step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
-    )
-    return state, metrics
+    step, averaged = state.step + 1, state.averaged
+    if averaged is not None:
+        new = {'params': params, 'batch_stats': batch_stats}
+        averaged = optim.moving_average(averaged, new, step, ema_decay)
+    return TrainState(step, params, batch_stats, opt_state, averaged), metrics

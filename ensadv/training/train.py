@@ -39,15 +39,21 @@ def init_state(
     Every leaf has a leading [k] axis of members; in separate training there is one more in front,
     [k, 1, ...], since each member is an ensemble of its own.
     """
-    optimizer = from_config.optimizer(config)
+    optimizer, averages = from_config.optimizer(config), bool(config.train.ema_decay)
+
+    def of_members(key, k):
+        return initial_state(model, key, k, image_shape, optimizer, averages)
+
     if config.ensemble.training == 'joint':
-        return initial_state(model, keys.init, config.ensemble.size, image_shape, optimizer)
-    return jax.vmap(lambda key: initial_state(model, key, 1, image_shape, optimizer))(keys.init)
+        return of_members(keys.init, config.ensemble.size)
+    return jax.vmap(lambda key: of_members(key, 1))(keys.init)
 
 
 def snapshot_of(config: ConfigDict, state: TrainState) -> dict[str, Any]:
-    """Returns what evaluation needs of a state: {'params', 'batch_stats'}, every leaf [k, ...]."""
+    """Returns what evaluation needs of a state, see `checkpoints.open_snapshots`."""
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    if state.averaged is not None:
+        variables['averaged'] = state.averaged
     if config.ensemble.training == 'joint':
         return variables
     return jax.tree.map(lambda leaf: leaf[:, 0], variables)
