@@ -56,12 +56,25 @@ def get_config() -> ConfigDict:
     train.steps = 500_000  # updates of the weights
     train.batch_size = 128  # examples per step over all devices
     train.adversarial_weight = 1.0  # rho in (L + rho * L_adv) / (1 + rho); 0: clean training
-    train.learning_rate = 0.1  # of the first steps
+    # paper: as above; trades (Zhang et al., 2019), mart (Wang et al., 2020): weighed by beta
+    # instead, so that train.adversarial_weight stays 1, or is 0 for clean training.
+    train.objective = 'paper'  # what training descends: paper, trades or mart
+    train.beta = 6.0  # of trades and mart: weight of the divergence of adversarial from clean
+    train.label_smoothing = 0.0  # share of a label's mass spread over all classes; not of mart
+    # Adversarial weight perturbation (Wu et al., 2020), of any objective, the clean one too.
+    train.awp_gamma = 0.0  # norm of a layer's perturbation / norm of its weights; 0: none
+    train.awp_start = 0  # first step with perturbed weights
+    train.learning_rate = 0.1  # the highest: of the first steps, or of those after the warm-up
+    # cosine and linear end at 0 at train.steps; one_cycle rises along a cosine over warmup_steps
+    # (0: the first 30 % of train.steps) and falls along one. The next two are of steps alone.
+    train.schedule = 'steps'  # of the learning rate: steps, cosine, one_cycle or linear
     train.learning_rate_steps = (30_000, 60_000, 90_000)  # each is the first step with a new rate
     train.learning_rate_factor = 0.2  # new rate / old rate
+    train.warmup_steps = 0  # steps over which the learning rate rises from 0 to its highest
     train.momentum = 0.9  # of the SGD
     train.nesterov = False  # plain, as the paper words it; Zagoruyko & Komodakis use Nesterov's
-    train.weight_decay = 5e-4  # coupled (added to the gradient), on every parameter
+    train.weight_decay = 5e-4  # coupled (added to the gradient)
+    train.weight_decay_on = 'all'  # all parameters, or kernels: none on biases and batch norm's
     train.ema_decay = 0.0  # of the weights' exponential moving average; 0: none is kept
     train.steps_per_call = 10  # steps per call of the compiled function
     train.log_every = 100  # steps between two writings of metrics

@@ -47,8 +47,19 @@ MUTABLE_FIELDS = (
     'train.steps_per_call',
 )
 
-# What a run of an older version had, which did not say so.
-_FIELDS_OF_OLDER_RUNS = {'norm': 'linf'}
+# What runs of older versions had, which did not say so.
+_OF_OLDER_RUNS = {
+    'norm': 'linf',
+    'train.objective': 'paper',
+    'train.beta': 6.0,
+    'train.label_smoothing': 0.0,
+    'train.awp_gamma': 0.0,
+    'train.awp_start': 0,
+    'train.schedule': 'steps',
+    'train.warmup_steps': 0,
+    'train.weight_decay_on': 'all',
+    'train.ema_decay': 0.0,
+}
 
 DEVICES = ('auto', 'cpu', 'gpu', 'tpu')
 DATASETS = ('cifar10', 'cifar100', 'svhn_cropped', 'mnist', 'digits', 'npz')
@@ -56,6 +67,8 @@ MODELS = ('wide_resnet', 'vgg')
 VGG_DEPTHS = (11, 13, 16, 19)
 COMBINES = ('probs', 'logits', 'gating')
 TRAININGS = ('joint', 'separate')
+OBJECTIVES = ('paper', 'trades', 'mart')
+SCHEDULES = ('steps', 'cosine', 'one_cycle', 'linear')
 # Far beyond what anyone trains. What is made for each of so many would take all memory, or hours.
 MAX_DEPTH = 1000
 MAX_WIDTH = 1000
@@ -194,12 +207,64 @@ def _validate_train(config: ConfigDict) -> None:
     _number(config, 'train.momentum', 0, 1, below=True)
     _number(config, 'train.weight_decay', 0)
     _number(config, 'train.ema_decay', 0, 1, below=True)
-    steps = tuple(config.train.learning_rate_steps)
+    _one_of(config, 'train.weight_decay_on', ('all', 'kernels'))
+    _validate_schedule(config)
+    _validate_objective(config)
+
+
+def _validate_schedule(config: ConfigDict) -> None:
+    train = config.train
+    steps = tuple(train.learning_rate_steps)
     if not all(is_integer(s, 1) for s in steps) or list(steps) != sorted(set(steps)):
         raise ConfigError(
             f'train.learning_rate_steps: expected increasing steps >= 1 and '
             f'<= {values.MAX_INTEGER}, found {shown(steps)}'
         )
+    _one_of(config, 'train.schedule', SCHEDULES)
+    _integer(config, 'train.warmup_steps', 0)
+    by_steps = train.schedule == 'steps'
+    first, of_what = (
+        (min(steps, default=train.warmup_steps + 1), 'the first of train.learning_rate_steps')
+        if by_steps
+        else (train.steps, 'train.steps')
+    )
+    if train.warmup_steps >= first:
+        raise ConfigError(
+            f'train.warmup_steps: expected fewer than {of_what}, {first}, found '
+            f'{train.warmup_steps}'
+        )
+
+
+def _validate_objective(config: ConfigDict) -> None:
+    train, attack = config.train, config.attack
+    _one_of(config, 'train.objective', OBJECTIVES)
+    _number(config, 'train.beta', 0)
+    _number(config, 'train.label_smoothing', 0, 1, below=True)
+    _number(config, 'train.awp_gamma', 0)
+    _integer(config, 'train.awp_start', 0)
+    if train.objective == 'paper' or not train.adversarial_weight:
+        return
+    if train.adversarial_weight != 1:
+        raise ConfigError(
+            f'train.adversarial_weight: expected 1 with train.objective={train.objective}, which '
+            f'train.beta weighs, or 0 for clean training, found {train.adversarial_weight}'
+        )
+    if train.objective == 'mart' and train.label_smoothing:
+        raise ConfigError(
+            'train.label_smoothing: expected 0 with train.objective=mart, whose loss needs labels, '
+            f'found {train.label_smoothing}'
+        )
+    if train.objective == 'trades':
+        if attack.loss != 'cross_entropy':
+            raise ConfigError(
+                'attack.loss: expected cross_entropy with train.objective=trades, whose attack '
+                f'climbs the divergence from the clean prediction, found {shown(attack.loss)}'
+            )
+        if not registry.starts_differ(attack.start, attack.sigma):
+            raise ConfigError(
+                'attack.start, attack.sigma: expected uniform, or gaussian with sigma > 0, with '
+                'train.objective=trades: at the image itself its attack has no gradient'
+            )
 
 
 def _validate_attacks(config: ConfigDict) -> None:
@@ -424,17 +489,27 @@ def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a run's settings, flat, with those that an older version had and did not write."""
+    return _OF_OLDER_RUNS | flatten(config)
+
+
 def changed_fields(
     old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...] = ()
 ) -> list[str]:
     """Returns 'field: old -> new' for each field in which two resolved configs differ.
 
-    Fields of `MUTABLE_FIELDS` and of `ignore` are passed over.
+    Fields of `MUTABLE_FIELDS` and of `ignore` are passed over; but not `train.steps` where every
+    step's learning rate depends on it.
     """
-    old, new = _FIELDS_OF_OLDER_RUNS | flatten(old), flatten(new)
-    mutable = (*MUTABLE_FIELDS, *(f'eval.{kind}' for kind in registry.KINDS), *ignore)
+    old, new = settings(old), settings(new)
+    mutable = [*MUTABLE_FIELDS, *(f'eval.{kind}' for kind in registry.KINDS), *ignore]
+    why = {}
+    if (schedule := old['train.schedule']) != 'steps':
+        mutable.remove('train.steps')
+        why['train.steps'] = f', where train.schedule={schedule} ends'
     return [
-        f'{field}: {old[field]} -> {new.get(field)}'
+        f'{field}: {old[field]} -> {new.get(field)}{why.get(field, "")}'
         for field in old
         if old[field] != new.get(field)
         and not any(field == m or field.startswith(f'{m}.') for m in mutable)

@@ -138,7 +138,7 @@ def _network(config: ConfigDict) -> str:
 
 
 def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
-    k, weight = config.ensemble.size, config.train.adversarial_weight
+    k = config.ensemble.size
     training = (
         'one loss, of the ensemble'
         if config.ensemble.training == 'joint'
@@ -147,12 +147,28 @@ def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     return {
         'network': _network(config),
         'members': f'{k}, combined by {_COMBINES[config.ensemble.combine]}',
-        'training': f'{training}, {"clean" if not weight else f"adversarial weight {weight:g}"}',
+        'training': f'{training}, {_objective(config)}',
         'data': f'{dataset["name"]}, images {tuple(dataset["image_shape"])}, '
         f'{dataset["num_classes"]} classes',
         'threat model': registry.threat_model_words(config.norm, config.epsilon),
         'steps': f'{config.train.steps:,} of {config.train.batch_size} examples',
     }
+
+
+def _objective(config: ConfigDict) -> str:
+    """Returns what each of training's losses is."""
+    train = config.train
+    if not from_config.objective(config).attacks:
+        text = 'clean'
+    elif train.objective == 'paper':
+        text = f'adversarial weight {train.adversarial_weight:g}'
+    else:
+        text = f'{train.objective.upper()} with beta {train.beta:g}'
+    if train.label_smoothing:
+        text += f', label smoothing {train.label_smoothing:g}'
+    if train.awp_gamma:
+        text += f', AWP with gamma {train.awp_gamma:g} from step {train.awp_start:,}'
+    return text
 
 
 def _computation(config: ConfigDict) -> dict[str, str]:
@@ -170,13 +186,18 @@ def _parameters(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str
 def _flops(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     operations = costs.operations(config, dataset)
     rows = {'forward': _giga(operations.forward)}
-    if config.train.adversarial_weight:
-        rows['adversarial step'] = (
-            f'{_giga(operations.train_step)} ({config.attack.steps} attack steps of '
-            f'{_giga(operations.attack_step)}, 2 passes of {_giga(operations.update)})'
-        )
-    else:
-        rows['clean step'] = _giga(operations.train_step)
+    made = costs.passes(config)
+    parts = []
+    if made.predictions:
+        parts.append(f'a prediction of {_giga(operations.forward)}')
+    if made.attack_steps:
+        parts.append(f'{made.attack_steps} attack steps of {_giga(operations.attack_step)}')
+    if made.attack_steps or made.perturbed_share:
+        number = (1 + made.perturbed_share) * made.updates
+        mean = ' on average' * (0 < made.perturbed_share < 1)
+        parts.append(f'{number:.3g} passes of {_giga(operations.update)}{mean}')
+    kind = 'adversarial' if made.attack_steps else 'clean'
+    rows[f'{kind} step'] = _giga(operations.train_step) + f' ({", ".join(parts)})' * bool(parts)
     total = operations.train_step * config.train.batch_size * config.train.steps
     rows['whole training'] = f'{total:.3g}'
     return rows
@@ -195,28 +216,39 @@ def _memory(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
 
     # The weights are among what is kept, and counted already.
     activations = _bytes(jax.eval_shape(kept, params, variables['batch_stats'], x)) - _bytes(params)
-    passes = 2 if config.train.adversarial_weight else 1
-    state = 3 * _bytes(params) + _bytes(variables['batch_stats'])
+    passes = costs.passes(config).updates
+    perturbed = bool(config.train.awp_gamma)
+    state = (3 + perturbed) * _bytes(params) + _bytes(variables['batch_stats'])
+    weights = 'weights, perturbed weights' if perturbed else 'weights'
     return {
-        'on every device': f'{_mebi(state)} (weights, momentum and gradients, float32)',
+        'on every device': f'{_mebi(state)} ({weights}, momentum and gradients, float32)',
         'over all devices': f'{_mebi(passes * activations)} (activations for the backward pass, '
         f'{passes} x {_mebi(activations)})',
     }
 
 
 def _learning_rate(config: ConfigDict) -> dict[str, str]:
-    schedule = from_config.schedule(config)
-    steps = [0, *(s for s in config.train.learning_rate_steps if s < config.train.steps)]
-    return {f'from step {step:,}': f'{float(schedule(step)):g}' for step in steps}
+    train, schedule = config.train, from_config.schedule(config)
+    last = train.steps - 1
+    if train.schedule == 'steps' and not train.warmup_steps:
+        from_on = [0, *(s for s in train.learning_rate_steps if s <= last)]
+        return {f'from step {step:,}': f'{float(schedule(step)):g}' for step in from_on}
+    at = {train.warmup_steps, *(quarter * last // 4 for quarter in range(5))}
+    if train.schedule == 'steps':
+        at |= {*train.learning_rate_steps}
+    rates = {f'at step {s:,}': f'{float(schedule(s)):g}' for s in sorted(at) if s <= last}
+    return {'schedule': train.schedule} | rates
 
 
 def _training_attack(config: ConfigDict) -> dict[str, str]:
-    if not config.train.adversarial_weight:
+    objective = from_config.objective(config)
+    if not objective.attacks:
         return {'none': 'clean training'}
     attack = config.attack
     settings = {'step_size': attack.step_size, 'start': attack.start, 'sigma': attack.sigma}
+    loss = 'divergence from the clean prediction' if objective.attack_target else attack.loss
     return {
-        f'{attack.name}{attack.steps}': _settings(settings | {'loss': attack.loss}),
+        f'{attack.name}{attack.steps}': _settings(settings | {'loss': loss}),
         'batch norm': f'{attack.batch_norm} statistics',
     }
 

@@ -7,13 +7,69 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def cross_entropy(log_probs: Array, labels: Array) -> Array:
-    """Returns -log p(label), float [B], for log_probs float [B, classes] and labels int [B].
+def cross_entropy(log_probs: Array, targets: Array) -> Array:
+    """Returns -log p(label), or -sum_y q(y) log p(y) for distributions q, float [B].
 
-    >>> cross_entropy(jnp.array([[-2.0, -0.5], [-1.0, -1.5]]), jnp.array([0, 1]))
+    Args:
+      log_probs: finite floats [B, classes].
+      targets: labels int [B], or distributions float [B, classes].
+
+    >>> log_probs = jnp.array([[-2.0, -0.5], [-1.0, -1.5]])
+    >>> cross_entropy(log_probs, jnp.array([0, 1]))
     Array([2. , 1.5], dtype=float32)
+    >>> cross_entropy(log_probs, jnp.array([[0.5, 0.5], [0.0, 1.0]]))
+    Array([1.25, 1.5 ], dtype=float32)
     """
-    return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    if targets.ndim == log_probs.ndim:
+        return -jnp.sum(targets * log_probs, axis=-1)
+    return -jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
+
+
+def labels_of(targets: Array) -> Array:
+    """Returns the labels int [B] of targets: of distributions float [B, classes] the likeliest.
+
+    >>> labels_of(jnp.array([[0.1, 0.9], [0.6, 0.4]]))
+    Array([1, 0], dtype=int32)
+    """
+    return jnp.argmax(targets, axis=-1) if targets.ndim == 2 else targets
+
+
+def kl_divergence(log_p: Array, log_q: Array) -> Array:
+    """Returns KL(p || q) = sum_y p(y) (log p(y) - log q(y)), float [B].
+
+    A class whose p is 0 in floating point adds nothing, to the gradient either, so both stay finite
+    where a network is sure.
+
+    Args:
+      log_p, log_q: log-probabilities, float [B, classes].
+
+    >>> log_p = jax.nn.log_softmax(jnp.array([[0.0, 0.0], [200.0, 0.0]]))
+    >>> log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0], [0.0, 200.0]]))
+    >>> [f'{value:.4f}' for value in kl_divergence(log_p, log_q)]
+    ['0.1201', '200.0000']
+    """
+    p = jnp.exp(log_p)
+    return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0), axis=-1)
+
+
+def boosted_cross_entropy(log_probs: Array, labels: Array) -> Array:
+    """Returns -log p(label) - log(1 - p(rival)), float [B], where the rival is the likeliest other.
+
+    It is MART's (Wang et al., ICLR 2020, section 3). Their code has 1.0001 - p(rival) there, so
+    that it is finite; here log(1 - p(rival)) is computed from the other classes' log-probabilities,
+    and is.
+
+    Args:
+      log_probs: normalised, float [B, classes].
+      labels: int [B].
+
+    >>> loss = boosted_cross_entropy(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.array([0]))
+    >>> f'{loss[0]:.4f}'  # -log 0.5 - log 0.7
+    '1.0498'
+    """
+    is_rival = jnp.arange(log_probs.shape[-1]) == ranked_class(log_probs, labels, 1)[:, None]
+    others = jax.nn.logsumexp(jnp.where(is_rival, -jnp.inf, log_probs), axis=-1)
+    return cross_entropy(log_probs, labels) - others
 
 
 def margin(log_probs: Array, labels: Array) -> Array:

@@ -112,6 +112,15 @@ def test_sizes_follow_epsilon_unless_set():
         ('train.learning_rate', 0.0, '> 0'),
         ('train.learning_rate_steps', (5, 3), 'increasing'),
         ('train.momentum', 1.0, '>= 0 and < 1'),
+        ('train.objective', 'trade', "did you mean 'trades'?"),
+        ('train.beta', -1.0, '>= 0'),
+        ('train.label_smoothing', 1.0, '>= 0 and < 1'),
+        ('train.awp_gamma', -0.1, '>= 0'),
+        ('train.awp_start', -1, '>= 0'),
+        ('train.schedule', 'cosin', "did you mean 'cosine'?"),
+        ('train.warmup_steps', -1, '>= 0'),
+        ('train.warmup_steps', 30_000, 'fewer than the first of train.learning_rate_steps, 30000'),
+        ('train.weight_decay_on', 'kernel', "did you mean 'kernels'?"),
         ('attack.name', 'fgsm', "did you mean 'ifgsm'?"),
         ('attack.steps', 0, '>= 1'),
         ('attack.start', 'normal', 'gaussian, uniform, none'),
@@ -176,6 +185,31 @@ def test_values_that_are_not_allowed_are_refused_by_name(field, value, told):
     assert field.partition('.')[0] in str(caught.value)
     assert '\n' not in str(caught.value)
     assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize(
+    'objective, fields, told',
+    [
+        ('trades', {'train.adversarial_weight': 2.0}, 'train.adversarial_weight: expected 1 with'),
+        ('mart', {'train.adversarial_weight': 0.5}, 'train.beta weighs, or 0 for clean training'),
+        ('mart', {'train.label_smoothing': 0.1}, 'train.label_smoothing: expected 0'),
+        ('trades', {'attack.loss': 'margin'}, 'attack.loss: expected cross_entropy'),
+        ('trades', {'attack.start': 'none'}, 'attack.start, attack.sigma: expected uniform, or'),
+        ('trades', {'attack.sigma': 0.0}, 'at the image itself its attack has no gradient'),
+        ('paper', {'train.schedule': 'linear', 'train.warmup_steps': 500_000}, 'than train.steps,'),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(objective, fields, told):
+    config = default.get_config()
+    config.update_from_flattened_dict({'train.objective': objective} | fields)
+    with pytest.raises(ConfigError) as caught:
+        config_lib.validate(config)
+    assert told in str(caught.value)
+    assert '\n' not in str(caught.value)
+    # In clean training there is neither an attack nor a divergence.
+    if objective != 'paper':
+        config.train.adversarial_weight = 0.0
+        config_lib.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +280,31 @@ def test_a_run_that_does_not_say_its_norm_had_linf():
     del old['norm']
     assert config_lib.changed_fields(old, old | {'norm': 'linf'}) == []
     assert config_lib.changed_fields(old, new) == ['norm: linf -> l2']
+
+
+def test_runs_from_before_there_were_other_recipes_had_the_papers():
+    old = config_lib.to_dict(default.get_config())
+    new = json.loads(json.dumps(old))
+    fields = [field for field in config_lib.settings({}) if field.startswith('train.')]
+    for field in fields:
+        assert config_lib.settings({})[field] == flat(default.get_config())[field]
+        del old['train'][field.removeprefix('train.')]
+    assert config_lib.changed_fields(old, new) == []
+    new['train'] |= {'objective': 'trades', 'awp_gamma': 0.01}
+    assert config_lib.changed_fields(old, new) == [
+        'train.objective: paper -> trades', 'train.awp_gamma: 0.0 -> 0.01',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'one_cycle'])
+def test_steps_are_fixed_where_the_learning_rates_depend_on_them(schedule):
+    old = config_lib.to_dict(default.get_config())
+    old['train']['schedule'] = schedule
+    new = json.loads(json.dumps(old))
+    new['train'] |= {'steps': 7, 'log_every': 3}
+    assert config_lib.changed_fields(old, new) == [
+        f'train.steps: 500000 -> 7, where train.schedule={schedule} ends'
+    ]
 
 
 def test_a_config_survives_json():

@@ -275,6 +275,31 @@ def test_describe_refuses_what_does_not_fit_the_data(shape, changes, told):
             describe.describe(config, dataset)
 
 
+def test_describe_tells_the_recipe():
+    config = small.get_config()
+    assert describe._objective(config) == 'adversarial weight 1'
+    assert describe._learning_rate(config) == {
+        'from step 0': '0.1', 'from step 350': '0.02', 'from step 450': '0.004',
+    }  # fmt: skip
+    config.train.update(
+        objective='trades', label_smoothing=0.1, awp_gamma=0.005, awp_start=50, steps=401,
+        schedule='linear', warmup_steps=1,
+    )  # fmt: skip
+    assert describe._objective(config) == (
+        'TRADES with beta 6, label smoothing 0.1, AWP with gamma 0.005 from step 50'
+    )
+    found = describe._learning_rate(config)
+    assert found.pop('schedule') == 'linear'
+    assert list(found.items())[:3] == [
+        ('at step 0', '0'), ('at step 1', '0.1'), ('at step 100', '0.07525'),
+    ]  # fmt: skip
+    assert [*found] == [f'at step {step}' for step in (0, 1, 100, 200, 300, 400)]
+    (attack, *_) = describe._training_attack(config).values()
+    assert attack.endswith('loss divergence from the clean prediction')
+    config.train.adversarial_weight = 0.0
+    assert describe._objective(config).startswith('clean, label smoothing')
+
+
 @pytest.mark.parametrize(
     'labels, n, told', [([0] * 50 + [1] * 50 + [2] * 50, 50, True), ([0, 1, 2] * 50, 50, False)]
 )

@@ -147,6 +147,20 @@ def test_a_step_that_is_finite_has_no_such_place(small_ensemble):
     assert find(state) is None
 
 
+def test_finds_what_other_objectives_do_besides(small):
+    """A prediction by running averages for the attack; passes at weights that are perturbed."""
+    recipe = {'train__objective': 'trades', 'train__awp_gamma': 1e38}
+    state, find = finder(tiny_config('ensemble2adv', **recipe))
+    assert find(state).startswith(
+        'clean forward pass at perturbed weights, members 0 and 1, first, its output: '
+    )
+    stats = jax.tree.map(lambda leaf: leaf, state.batch_stats)
+    stats['norm']['mean'] = stats['norm']['mean'].at[1].set(-3e38)  # its outputs' sum is infinite
+    assert find(state.replace(batch_stats=stats)).startswith(
+        "forward pass of the attack's target, member 1, linear, its output: "
+    )
+
+
 @pytest.mark.parametrize('member', [0, 1])
 def test_finds_the_member_that_is_trained_by_itself(small, member):
     state, find = finder(

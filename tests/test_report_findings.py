@@ -140,6 +140,9 @@ SHORTER = [
     ({'train__batch_size': 64}, 'train.batch_size 64, not 128'),
     ({'train__learning_rate_steps': (9,)}, 'train.learning_rate_steps (9), not (30,000, 60,000, '),
     ({'attack__steps': 3}, 'attack.steps 3, not 7'),
+    ({'train__objective': 'trades'}, 'train.objective trades, not paper'),
+    ({'train__awp_gamma': 0.005}, 'train.awp_gamma 0.005, not 0'),
+    ({'train__schedule': 'cosine'}, 'train.schedule cosine, not steps'),
 ]
 
 

@@ -75,6 +75,30 @@ def test_a_column_for_each_settings_and_the_worst_case_counts(tmp_path):
     assert 'loss margin' in line
 
 
+def test_the_recipe_is_told(tmp_path):
+    recipe = {
+        'train__objective': 'trades', 'train__label_smoothing': 0.1, 'train__awp_gamma': 0.005,
+        'train__schedule': 'cosine', 'train__warmup_steps': 5, 'train__weight_decay_on': 'kernels',
+    }  # fmt: skip
+    write(tmp_path / 'paper', {40: LAST})
+    rate, attack = basis.training(collected(tmp_path / 'paper'))
+    assert 'learning rate 0.1 times 0.2 at 3, momentum 0.9, weight decay 0.0005, auto.' in rate
+    assert attack.endswith('; rho 1.')
+    write(tmp_path / 'trades', {40: LAST}, **recipe)
+    rate, attack = basis.training(collected(tmp_path / 'trades'))
+    assert 'learning rate 0.1 (cosine) after 5 steps of warm-up, momentum 0.9, ' in rate
+    assert 'weight decay 0.0005 on kernels, ' in rate
+    assert attack.endswith('; TRADES, beta 6, label smoothing 0.1, AWP with gamma 0.005.')
+    # A run from before there were such fields, beside one that says what it did.
+    path = write(tmp_path / 'paper', {40: LAST}, seed=1)
+    record = json.loads((path / 'config.json').read_text())
+    for field in ('objective', 'beta', 'schedule', 'warmup_steps', 'awp_gamma', 'awp_start'):
+        del record['config']['train'][field]
+    (path / 'config.json').write_text(json.dumps({k: record[k] for k in record if k != 'crc32'}))
+    found = collected(tmp_path / 'paper')
+    assert (names(found), found.apart) == (['singleadv0', 'singleadv1'], [])
+
+
 def test_without_a_ledger_that_of_the_settings_which_fools_the_most_counts(tmp_path):
     path = write(tmp_path, {40: with_margin(0.3)})
     write(tmp_path, {40: with_margin(0.4)}, 'baseline')

@@ -73,7 +73,11 @@ def test_scalars_reach_tensorboard(workdir):
 
 
 def test_going_on_gives_the_same_bits(workdir):
-    config = tiny_config('ensemble2adv', train__snapshot_every=100)
+    recipe = {
+        'train__objective': 'trades', 'train__label_smoothing': 0.1, 'train__awp_gamma': 0.01,
+        'train__awp_start': 3, 'train__warmup_steps': 2, 'train__weight_decay_on': 'kernels',
+    }  # fmt: skip
+    config = tiny_config('ensemble2adv', train__snapshot_every=100, **recipe)
     train.run(config, workdir / 'whole')
     config.train.steps = 2
     train.run(config, workdir / 'parts')
@@ -81,6 +85,10 @@ def test_going_on_gives_the_same_bits(workdir):
     train.run(config, workdir / 'parts')
     whole, parts = (snapshot_bytes(config, workdir / name, 4) for name in ('whole', 'parts'))
     assert whole == parts
+    # The attack's target is a prediction, and one step of four has its passes twice.
+    operations = json.loads((workdir / 'parts' / 'config.json').read_text())['operations']
+    attack = operations['forward'] + 2 * operations['attack_step']
+    assert operations['train_step'] == attack + 2.5 * operations['update']
 
 
 def test_calls_of_any_length_give_the_same_bits(workdir):
@@ -186,7 +194,9 @@ def test_a_finished_run_is_left_alone(workdir, monkeypatch):
 
 def test_separate_training_equals_single_runs(workdir):
     """Member i of Separate2Adv with seed s is SingleAdv with seed 2s + i."""
-    changes = {'train__steps': 3, 'train__snapshot_every': 3}
+    # Each by its own gradient and norms, where weights are perturbed.
+    recipe = {'train__objective': 'trades', 'train__awp_gamma': 0.01, 'train__schedule': 'cosine'}
+    changes = {'train__steps': 3, 'train__snapshot_every': 3, **recipe}
     separate = tiny_config('separate2adv', seed=3, **changes)
     train.run(separate, workdir / 'separate')
     both = snapshot(separate, workdir / 'separate', 3)

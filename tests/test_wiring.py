@@ -170,6 +170,24 @@ def test_the_training_attack_is_the_configs(changes):
     np.testing.assert_allclose(found.reshape(X.shape), attacked(config, WEIGHTS[:1]), atol=2e-5)
 
 
+@pytest.mark.parametrize('name', ['ifgsm', 'pgd'])
+def test_the_attack_climbs_the_divergence_from_a_distribution(name):
+    """As TRADES has it, from the clean prediction; here from another, where its start is not 0."""
+    config = config_of(attack__name=name, train__objective='trades')
+    predict = lambda x: jax.nn.log_softmax(x.reshape(len(x), -1) @ jnp.float32(WEIGHTS[0]))
+    keys = jax.random.split(jax.random.key(0), len(Y))
+    p = np.exp(log_probs(WEIGHTS[1:], X))
+    found = from_config.training_attack(config)(
+        predict, keys, jnp.float32(X.reshape(IMAGES.shape)), jnp.float32(p)
+    )
+    # Of sum_y p(y) (log p(y) - log q(y)) by the image, on which q depends.
+    climbed = lambda x: (
+        -sum(p[:, [label]] * slope(WEIGHTS[:1], x, np.full(len(Y), label)) for label in range(3))
+    )
+    expected = points(name, 3, config.attack.step_size, config.epsilon, climbed)[-1]
+    np.testing.assert_allclose(found.reshape(X.shape), expected, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     'start, sigma, deviation', [('gaussian', 0.03, 0.03), ('uniform', 0.03, 0.1 / np.sqrt(3))]
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from ensadv import config as config_lib
 from ensadv.attacks import registry
 from ensadv.report import paper
 from ensadv.report.collect import Collection
@@ -64,22 +65,53 @@ def training(collection: Collection) -> list[str]:
         return []
     # An adversarially trained one tells more.
     run = next((run for run in runs if run.config['train']['adversarial_weight']), runs[0])
-    train, attack, model = (run.config[group] for group in ('train', 'attack', 'model'))
-    schedule = ', '.join(f'{step:,}' for step in train['learning_rate_steps'])
+    settings = config_lib.settings(run.config)
+    train = {field.removeprefix('train.'): value for field, value in settings.items()}
+    attack, model = run.config['attack'], run.config['model']
+    on = ' on kernels' if train['weight_decay_on'] == 'kernels' else ''
     lines = [
-        f'Trained for {run.steps:,} steps of {train["batch_size"]} examples, learning rate '
-        f'{train["learning_rate"]:.4g} times {train["learning_rate_factor"]:.4g} at {schedule}, '
-        f'momentum {train["momentum"]:.4g}, weight decay {train["weight_decay"]:.4g}, '
-        f'{model["dtype"]}. {run.system}: {model["name"]}, depth {model["depth"]}, width '
-        f'{model["width"]}.'
+        f'Trained for {run.steps:,} steps of {train["batch_size"]} examples, '
+        f'{_learning_rate(train)}, momentum {train["momentum"]:.4g}, weight decay '
+        f'{train["weight_decay"]:.4g}{on}, {model["dtype"]}. {run.system}: {model["name"]}, depth '
+        f'{model["depth"]}, width {model["width"]}.'
     ]
+    objective = _objective(train)
     if train['adversarial_weight']:
         lines.append(
             f'Attack in training: {attack["name"].upper()}{attack["steps"]}, step_size '
             f'{attack["step_size"]:.4g}, start {attack["start"]}, sigma {attack["sigma"]:.4g}; '
-            f'rho {train["adversarial_weight"]:.4g}.'
+            f'{objective}.'
         )
+    elif objective:
+        lines.append(f'Trained with {objective}.')
     return lines
+
+
+def _learning_rate(train: Mapping[str, Any]) -> str:
+    """Returns a run's schedule, by its settings of training."""
+    text = f'learning rate {train["learning_rate"]:.4g}'
+    if train['schedule'] == 'steps':
+        steps = ', '.join(f'{step:,}' for step in train['learning_rate_steps'])
+        text += f' times {train["learning_rate_factor"]:.4g} at {steps}'
+    else:
+        text += f' ({train["schedule"]})'
+    if train['warmup_steps']:
+        text += f' after {train["warmup_steps"]:,} steps of warm-up'
+    return text
+
+
+def _objective(train: Mapping[str, Any]) -> str:
+    """Returns what a run descended, by its settings of training; '' is the clean loss alone."""
+    texts = []
+    if train['adversarial_weight'] and train['objective'] == 'paper':
+        texts.append(f'rho {train["adversarial_weight"]:.4g}')
+    elif train['adversarial_weight']:
+        texts.append(f'{train["objective"].upper()}, beta {train["beta"]:.4g}')
+    if train['label_smoothing']:
+        texts.append(f'label smoothing {train["label_smoothing"]:.4g}')
+    if train['awp_gamma']:
+        texts.append(f'AWP with gamma {train["awp_gamma"]:.4g}')
+    return ', '.join(texts)
 
 
 def models(collection: Collection) -> list[str]:

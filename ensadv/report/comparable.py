@@ -199,7 +199,7 @@ def _kept(config: Mapping[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
     ignore = (*config_lib.MUTABLE_FIELDS, *ignore)
     return {
         field: value
-        for field, value in config_lib.flatten(config).items()
+        for field, value in config_lib.settings(config).items()
         if not any(field == other or field.startswith(f'{other}.') for other in ignore)
     }
 

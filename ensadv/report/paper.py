@@ -48,6 +48,12 @@ _TRAINING = {
     'train.learning_rate_steps': [30_000, 60_000, 90_000],
     'train.learning_rate_factor': 0.2,
     'train.momentum': 0.9,
+    'train.objective': 'paper',
+    'train.label_smoothing': 0.0,
+    'train.awp_gamma': 0.0,
+    'train.schedule': 'steps',
+    'train.warmup_steps': 0,
+    'train.ema_decay': 0.0,
 }
 _ATTACK = {'attack.name': 'ifgsm', 'attack.steps': 7}
 

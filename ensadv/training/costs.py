@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ensadv import build, losses, prng
 from ensadv.models import ensemble
+from ensadv.training import from_config
 
 
 class Operations(NamedTuple):
@@ -23,13 +24,40 @@ class Operations(NamedTuple):
       forward: a prediction.
       attack_step: a gradient step of an attack.
       update: a forward and backward pass of training, for one of its losses.
-      train_step: a whole training step, its attack and both of its losses.
+      train_step: a whole training step, its attack and all passes of its objective; where weights
+        are perturbed only from some step on, the average over training.
     """
 
     forward: float
     attack_step: float
     update: float
     train_step: float
+
+
+class Passes(NamedTuple):
+    """What a training step is made of.
+
+    Attributes:
+      predictions: for the attack's target.
+      attack_steps: gradient steps of the attack.
+      updates: forward and backward passes of the objective.
+      perturbed_share: share of training's steps that have the updates twice, see `objectives.awp`.
+    """
+
+    predictions: int
+    attack_steps: int
+    updates: int
+    perturbed_share: float
+
+
+def passes(config: ConfigDict) -> Passes:
+    """Returns what a training step is made of: its objective takes clean and adversarial images."""
+    objective, share = from_config.objective(config), 0.0
+    if objective.perturbation:
+        share = max(0.0, 1 - objective.perturbation.start / config.train.steps)
+    if not objective.attacks:
+        return Passes(0, 0, 1, share)
+    return Passes(int(objective.attack_target is not None), config.attack.steps, 2, share)
 
 
 def size(tree: Any) -> int:
@@ -65,9 +93,12 @@ def operations(config: ConfigDict, dataset: Mapping[str, Any]) -> Operations:
         one_device(config, dataset), config.ensemble.combine, tuple(dataset['image_shape'])
     )
     forward, attack_step, update = (count * config.ensemble.size for count in counts)
-    train_step = update
-    if config.train.adversarial_weight:
-        train_step = config.attack.steps * attack_step + 2 * update
+    made = passes(config)
+    train_step = (
+        made.predictions * forward
+        + made.attack_steps * attack_step
+        + (1 + made.perturbed_share) * made.updates * update
+    )
     return Operations(forward, attack_step, update, train_step)
 
 

@@ -12,15 +12,20 @@ from ml_collections import ConfigDict
 from ensadv import losses
 from ensadv.attacks import driver, registry
 from ensadv.attacks.threat_model import ThreatModel
-from ensadv.training import optim
-from ensadv.training.objectives import OBJECTIVES, Objective
+from ensadv.training import objectives, optim
+from ensadv.training.objectives import Objective
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
     """Returns the learning rate as a function of the step."""
     train = config.train
     return optim.learning_rate(
-        train.learning_rate, tuple(train.learning_rate_steps), train.learning_rate_factor
+        train.schedule,
+        train.learning_rate,
+        num_steps=train.steps,
+        warmup_steps=train.warmup_steps,
+        steps=tuple(train.learning_rate_steps),
+        factor=train.learning_rate_factor,
     )
 
 
@@ -32,6 +37,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
         momentum=train.momentum,
         nesterov=train.nesterov,
         weight_decay=train.weight_decay,
+        decays=optim.are_kernels if train.weight_decay_on == 'kernels' else None,
     )
 
 
@@ -50,8 +56,10 @@ def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
 
 
 def objective(config: ConfigDict) -> Objective:
-    """Returns what training descends."""
-    return OBJECTIVES['paper'](config.train.adversarial_weight)
+    """Returns what training descends: without an adversarial weight the clean loss."""
+    train = config.train
+    name = train.objective if train.adversarial_weight else 'paper'
+    return objectives.awp(objectives.OBJECTIVES[name](train), train.awp_gamma, train.awp_start)
 
 
 def step_settings(config: ConfigDict, model: nn.Module) -> dict[str, Any]:

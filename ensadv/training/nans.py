@@ -26,7 +26,7 @@ from ensadv.models import ensemble
 from ensadv.runtime import distributed, progress
 from ensadv.training import from_config
 from ensadv.training.optim import TrainState
-from ensadv.training.step import train_step
+from ensadv.training.step import attack_images, perturbed, train_step
 
 # (state, number of steps) -> (state, sums of metrics)
 Advance = Callable[[TrainState, int], tuple[TrainState, Mapping[str, Array]]]
@@ -241,7 +241,10 @@ class Finder:
         model = build.model(config, dataset.describe(), dtype=config.model.dtype)
         self._config, self._draw, self._arrays, self._keys = config, draw, arrays, keys
         self._settings = from_config.step_settings(config, model)
-        self._attack_steps = config.attack.steps if config.train.adversarial_weight else 0
+        objective = self._settings['objective']
+        self._attack_steps = config.attack.steps if objective.attacks else 0
+        self._attack_has_target = objective.attacks and objective.attack_target is not None
+        self._perturbed_from = objective.perturbation.start if objective.perturbation else math.inf
 
         def on_devices(function, **settings):
             compiled = distributed.run_on_devices(partial(function, **settings), 4)
@@ -249,9 +252,15 @@ class Finder:
 
         of_batch = config.attack.batch_norm == 'batch'
         self._clean = on_devices(self._count_forward, train=True, attacked=False)
+        self._target = on_devices(self._count_forward, train=of_batch, attacked=False)
         self._attack = on_devices(self._count_forward, train=of_batch, attacked=True)
         self._adversarial = on_devices(self._count_forward, train=True, attacked=True)
-        self._update = on_devices(self._count_in_update)
+        self._gradient = on_devices(self._count_in_update, perturbs=False)
+        self._update = on_devices(self._count_in_update, perturbs=True)
+        self._perturbed = [
+            on_devices(self._count_forward, train=True, attacked=attacked, perturbs=True)
+            for attacked in (False, True)
+        ]
 
     def find(self, state: TrainState) -> str | None:
         """Names the first place in the step from a state that is not finite; None if all is.
@@ -276,7 +285,11 @@ class Finder:
         counts = self._clean(args, 0)
         yield 'clean forward pass', counts
         layers = [layer for layer, _ in counts]
-        backward = lambda item: -layers.index(item[0][0])
+        in_order = lambda counts: Counts(
+            sorted(counts.items(), key=lambda item: -layers.index(item[0][0]))
+        )
+        if self._attack_has_target:
+            yield "forward pass of the attack's target", self._target(args, 0)
         passes = [
             (f'attack step {done + 1} of {self._attack_steps}, forward pass', self._attack, done)
             for done in range(self._attack_steps)
@@ -287,46 +300,64 @@ class Finder:
             counts = forward(args, done)
             if _is_bad(counts[_IMAGES]):
                 # They come of a gradient at the images before, whose forward pass was finite.
-                gradient, _ = self._update(args, done - 1)
-                gradient = Counts(sorted(gradient.items(), key=backward))
+                gradient, _ = self._gradient(args, done - 1)
                 name = f'attack step {done} of {self._attack_steps}, backward pass'
-                yield name, gradient | counts
+                yield name, in_order(gradient) | counts
             yield name, counts
+        where = ''
+        if int(args[0].step) >= self._perturbed_from:
+            yield 'backward pass', in_order(self._gradient(args, self._attack_steps)[0])
+            where = ' at perturbed weights'
+            for name, forward in zip(('clean', 'adversarial'), self._perturbed, strict=True):
+                if name == 'clean' or self._attack_steps:
+                    yield f'{name} forward pass{where}', forward(args, self._attack_steps)
         gradient, counts = self._update(args, self._attack_steps)
-        yield 'backward pass', Counts(sorted(gradient.items(), key=backward))
+        yield f'backward pass{where}', in_order(gradient)
         yield 'update', counts
 
-    def _count_forward(self, state, arrays, keys, num_steps, train, attacked) -> Counts:
+    def _count_forward(
+        self, state, arrays, keys, num_steps, train, attacked, perturbs=False
+    ) -> Counts:
         """Counts in a forward pass on the images, or on what the attack makes of them so far."""
-        (images, labels), rng = self._draw(state.step, arrays, keys)
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
-        model, combine = self._settings['model'], self._settings['combine']
-
-        def log_probs(images):
-            if self._settings['attack_batch_norm'] == 'batch':
-                logits, _ = ensemble.apply_train(model, variables, images)
-            else:
-                logits = ensemble.apply(model, variables, images)
-            return ensemble.combine(logits, combine)
-
+        batch, rng = self._draw(state.step, arrays, keys)
+        images, settings = batch[0], self._settings_for(num_steps)
         if attacked:
-            images = self._settings['attack'](log_probs, rng, images, labels, num_steps=num_steps)
+            given = ('model', 'combine', 'attack', 'attack_batch_norm', 'objective')
+            images = attack_images(state, batch, rng, **{name: settings[name] for name in given})
+        if perturbs:
+            gradient = self._step(state, batch, rng, num_steps, perturbs=False)[0].opt_state
+            gamma = settings['objective'].perturbation.gamma
+            state = state.replace(params=perturbed(state.params, gradient, gamma))
         counts = Counts({_IMAGES: _count(images)})
-        counts |= count_in_layers(model, variables, images, combine=combine, train=train)
+        counts |= count_in_layers(
+            settings['model'],
+            {'params': state.params, 'batch_stats': state.batch_stats},
+            images,
+            combine=settings['combine'],
+            train=train,
+        )
         return jax.tree.map(_over_devices, counts)
 
-    def _count_in_update(self, state, arrays, keys, num_steps) -> tuple[Counts, Counts]:
+    def _count_in_update(self, state, arrays, keys, num_steps, perturbs) -> tuple[Counts, Counts]:
         """Counts in the gradient, and in what the step gives, with so many steps of the attack."""
-        replaced = {
-            'attack': partial(self._settings['attack'], num_steps=num_steps),
-            'optimizer': _giving_gradient(self._settings['optimizer']),
-            'mean_over_devices': distributed.mean_over_devices,
-        }
         batch, rng = self._draw(state.step, arrays, keys)
-        after, metrics = train_step(state, batch, rng, **(self._settings | replaced))
+        after, metrics = self._step(state, batch, rng, num_steps, perturbs=perturbs)
         counts = _count_in_leaves('its new {}', after.params)
         counts |= {('', f'the {name}'): _count(value) for name, value in metrics.items()}
         return _count_in_leaves('the gradient of its {}', after.opt_state), counts
+
+    def _settings_for(self, num_steps) -> dict[str, Any]:
+        """Returns the step's settings, with so many steps of the attack."""
+        return self._settings | {'attack': partial(self._settings['attack'], num_steps=num_steps)}
+
+    def _step(self, state, batch, rng, num_steps, *, perturbs) -> tuple[TrainState, Any]:
+        """Makes the step; its state's `opt_state` is the gradient."""
+        settings = self._settings_for(num_steps)
+        settings['optimizer'] = _giving_gradient(settings['optimizer'])
+        if not perturbs:
+            settings['objective'] = settings['objective']._replace(perturbation=None)
+        average = distributed.mean_over_devices
+        return train_step(state, batch, rng, **settings, mean_over_devices=average)
 
 
 def _is_bad(counts: np.ndarray) -> bool:

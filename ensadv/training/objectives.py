@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from ensadv import losses
@@ -50,8 +52,9 @@ class Predict:
         return Prediction(logits, ensemble.combine(logits, self.combine))
 
 
-# (predict, x, x_adv, y) -> (loss [], metrics) of images x and x_adv [B, H, W, C] and labels y [B].
-# The loss is an average over the batch, differentiated with respect to `predict.params`.
+# (predict, x, x_adv, y) -> (loss [], metrics) of images x and x_adv [B, H, W, C] and targets y:
+# labels int32 [B], or distributions float32 [B, classes]. The loss is an average over the batch,
+# differentiated with respect to `predict.params`.
 Loss = Callable[[Predict, Array, Array | None, Array], tuple[Array, Metrics]]
 
 
@@ -60,6 +63,18 @@ class Term(NamedTuple):
 
     weight: float
     loss: Loss
+
+
+class WeightPerturbation(NamedTuple):
+    """How far and from when on weights are perturbed, see `awp`.
+
+    Attributes:
+      gamma: norm of a layer's perturbation / norm of its weights.
+      start: number of the first step with it, from 0.
+    """
+
+    gamma: float
+    start: int = 0
 
 
 class Objective(NamedTuple):
@@ -72,32 +87,36 @@ class Objective(NamedTuple):
       scale: of the sum.
       attacks: whether there are adversarial images; if not, x_adv is None.
       attack_target: (log_prob_fn, x, y) -> an array [B, ...], which the attack's loss is given in
-        place of the labels, where `log_prob_fn` is what is attacked; None: the labels.
+        place of `y`, where `log_prob_fn` is what is attacked; None: `y`.
+      perturbation: of the weights, see `awp`; None: they stay as they are.
     """
 
     terms: tuple[Term, ...]
     scale: float = 1.0
     attacks: bool = True
     attack_target: Callable[[Callable[[Array], Array], Array, Array], Array] | None = None
+    perturbation: WeightPerturbation | None = None
 
 
-def paper(adversarial_weight: float) -> Objective:
+def paper(adversarial_weight: float, label_smoothing: float = 0.0) -> Objective:
     """Returns the objective of Algorithm 1: (L(x) + rho L(x_adv)) / (1 + rho).
 
     L is the ensemble's cross-entropy. The clean and the adversarial images are two forward passes
-    with a batch norm each; running averages take both, the clean ones first.
+    with a batch norm each; running averages take both, the clean ones first. That is so in all
+    objectives here.
 
     Args:
       adversarial_weight: rho. At 0 it is clean training, without an attack.
+      label_smoothing: share of the targets' mass that is spread over all classes evenly.
     """
 
     def clean(predict, x, x_adv, y):
         del x_adv
-        return _cross_entropy('clean', predict(x).log_probs, y)
+        return _cross_entropy('clean', predict(x).log_probs, y, label_smoothing)
 
     def adversarial(predict, x, x_adv, y):
         del x
-        return _cross_entropy('adversarial', predict(x_adv).log_probs, y)
+        return _cross_entropy('adversarial', predict(x_adv).log_probs, y, label_smoothing)
 
     if not adversarial_weight:
         return Objective((Term(1, clean),), attacks=False)
@@ -105,11 +124,93 @@ def paper(adversarial_weight: float) -> Objective:
     return Objective(terms, scale=1 / (1 + adversarial_weight))
 
 
-def _cross_entropy(name: str, log_probs: Array, y: Array) -> tuple[Array, Metrics]:
+def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
+    """Returns TRADES: L(x) + beta KL(p(x) || p(x_adv)) (Zhang et al., ICML 2019).
+
+    The attack climbs that KL too, from the ensemble's prediction at x, which it takes as given. The
+    objective's gradient goes through both predictions, as in the authors' code.
+
+    Args:
+      beta: 1 / lambda of the paper. At 0 it is clean training, without an attack.
+      label_smoothing: of L, as in `paper`.
+    """
+
+    def loss(predict, x, x_adv, y):
+        clean, adversarial = predict(x).log_probs, predict(x_adv).log_probs
+        natural, metrics = _cross_entropy('clean', clean, y, label_smoothing)
+        metrics |= _cross_entropy('adversarial', adversarial, y, label_smoothing)[1]
+        metrics['divergence'] = divergence = jnp.mean(losses.kl_divergence(clean, adversarial))
+        return natural + beta * divergence, metrics
+
+    def clean_prediction(log_prob_fn, x, y):
+        # The cross-entropy to a distribution is KL but for its entropy, which x_adv does not alter.
+        del y
+        return jnp.exp(log_prob_fn(x))
+
+    if not beta:
+        return paper(0.0, label_smoothing)
+    return Objective((Term(1, loss),), attack_target=clean_prediction)
+
+
+def mart(beta: float) -> Objective:
+    """Returns MART: BCE(x_adv) + beta (1 - p(y | x)) KL(p(x) || p(x_adv)) (Wang et al., ICLR 2020).
+
+    BCE is `losses.boosted_cross_entropy`. The KL counts the more, the less sure the ensemble is of
+    the clean image's label. Targets have to be labels.
+
+    Args:
+      beta: lambda of the paper.
+    """
+
+    def loss(predict, x, x_adv, y):
+        clean, adversarial = predict(x).log_probs, predict(x_adv).log_probs
+        boosted = jnp.mean(losses.boosted_cross_entropy(adversarial, y))
+        doubt = -jnp.expm1(-losses.cross_entropy(clean, y))
+        divergence = jnp.mean(doubt * losses.kl_divergence(clean, adversarial))
+        metrics = _cross_entropy('clean', clean, y)[1]
+        metrics |= _cross_entropy('adversarial', adversarial, y)[1]
+        metrics |= {'boosted_loss': boosted, 'divergence': divergence}
+        return boosted + beta * divergence, metrics
+
+    return Objective((Term(1, loss),))
+
+
+def awp(objective: Objective, gamma: float, start: int = 0) -> Objective:
+    """Returns an objective at adversarially perturbed weights (AWP, Wu et al., NeurIPS 2020).
+
+    After the attack, each layer of each member moves along the objective's gradient g, by gamma
+    times the norm of its weights w: v = gamma |w| g / |g|, in one step as the authors have it. The
+    gradient at w + v, of the same images, is what w descends. Kernels alone are perturbed: so it is
+    in the authors' code, which passes over biases and batch norm's parameters.
+
+    Metrics, and batch norm's running averages, are of the passes at w, for w is what is evaluated.
+    The authors' running averages are of the passes at w + v.
+
+    Args:
+      objective: any.
+      gamma: at 0 nothing is perturbed.
+      start: number of the first step with it, from 0; before it no time is spent.
+    """
+    return objective._replace(perturbation=WeightPerturbation(gamma, start) if gamma else None)
+
+
+def _cross_entropy(
+    name: str, log_probs: Array, y: Array, label_smoothing: float = 0.0
+) -> tuple[Array, Metrics]:
     """Returns the loss, and the metrics <name>_loss and <name>_accuracy."""
+    labels = losses.labels_of(y)
+    if label_smoothing:
+        classes = log_probs.shape[-1]
+        y = y if y.ndim == 2 else jax.nn.one_hot(y, classes)
+        y = optax.smooth_labels(y, label_smoothing)
     loss = jnp.mean(losses.cross_entropy(log_probs, y))
-    accuracy = jnp.mean(losses.margin(log_probs, y) > 0)
+    accuracy = jnp.mean(losses.margin(log_probs, labels) > 0)
     return loss, {f'{name}_loss': loss, f'{name}_accuracy': accuracy}
 
 
-OBJECTIVES = {'paper': paper}
+# From the config's group `train`, by `train.objective`.
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    'paper': lambda train: paper(train.adversarial_weight, train.label_smoothing),
+    'trades': lambda train: trades(train.beta, train.label_smoothing),
+    'mart': lambda train: mart(train.beta),
+}

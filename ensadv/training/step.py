@@ -15,7 +15,8 @@ from ensadv.training import optim
 from ensadv.training.objectives import Metrics, Objective, Predict
 from ensadv.training.optim import TrainState
 
-Batch = tuple[Array, Array]  # images float32 [B, H, W, C] in [0, 1], labels int32 [B]
+# Images float32 [B, H, W, C] in [0, 1]; labels int32 [B], or distributions float32 [B, classes].
+Batch = tuple[Array, Array]
 
 
 def initial_state(
@@ -79,6 +80,46 @@ def descend(
     return gradient, batch_stats, metrics | {'loss': objective.scale * total}
 
 
+def attack_images(
+    state: TrainState,
+    batch: Batch,
+    rng: Array,
+    *,
+    model: nn.Module,
+    combine: str,
+    attack: Callable[..., Array],
+    attack_batch_norm: str,
+    objective: Objective,
+) -> Array | None:
+    """Returns the adversarial images, if the objective has such; arguments as in `train_step`."""
+    if not objective.attacks:
+        return None
+    x, y = batch
+
+    def attacked(images):
+        if attack_batch_norm == 'batch':
+            return Predict(model, combine, state.params, state.batch_stats)(images).log_probs
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        return ensemble.combine(ensemble.apply(model, variables, images), combine)
+
+    target = objective.attack_target(attacked, x, y) if objective.attack_target else y
+    return attack(attacked, rng, x, target)
+
+
+def perturbed(params: Any, gradient: Any, gamma: float) -> Any:
+    """Returns weights [k, ...] that are moved along their gradient, see `objectives.awp`."""
+
+    def norm(leaf):
+        of_member = tuple(range(1, leaf.ndim))
+        return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=of_member, keepdims=True))
+
+    def moved(is_kernel, w, g):
+        # Of a gradient of zero no direction is known.
+        return w + gamma * norm(w) / (norm(g) + 1e-20) * g if is_kernel else w
+
+    return jax.tree.map(moved, optim.are_kernels(params), params, gradient)
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -110,24 +151,35 @@ def train_step(
 
     Returns:
       The next state, and the metrics: the objective's own, its value as loss, gradient_norm, and
-      parameter_norm of the next state. What the objective measures is of the forward passes that
-      the update uses, so with the batch's statistics in batch norm.
+      parameter_norm of the next state; with perturbed weights (see `objectives.awp`) also its value
+      there as perturbed_loss. What the objective measures is of forward passes with the batch's
+      statistics in batch norm, before the update.
     """
     x, y = batch
+    x_adv = attack_images(
+        state, batch, rng, model=model, combine=combine, attack=attack,
+        attack_batch_norm=attack_batch_norm, objective=objective,
+    )  # fmt: skip
 
-    def attacked(images):
-        if attack_batch_norm == 'batch':
-            return Predict(model, combine, state.params, state.batch_stats)(images).log_probs
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
-        return ensemble.combine(ensemble.apply(model, variables, images), combine)
+    def passes(params, x, x_adv):
+        at = state.replace(params=params)
+        return mean_over_devices(descend(objective, model, combine, at, x, x_adv, y))
 
-    x_adv = None
-    if objective.attacks:
-        target = objective.attack_target(attacked, x, y) if objective.attack_target else y
-        x_adv = attack(attacked, rng, x, target)
+    gradient, batch_stats, metrics = passes(state.params, x, x_adv)
+    if objective.perturbation:
+        gamma, start = objective.perturbation
 
-    gradient, batch_stats, metrics = descend(objective, model, combine, state, x, x_adv, y)
-    gradient, batch_stats, metrics = mean_over_devices((gradient, batch_stats, metrics))
+        def at_perturbed_weights(gradient):
+            params = perturbed(state.params, gradient, gamma)
+            found, _, at = passes(params, *order.wait_for(gradient, (x, x_adv)))
+            return found, at['loss']
+
+        as_they_are = lambda gradient: (gradient, metrics['loss'])
+        gradient, metrics['perturbed_loss'] = (
+            jax.lax.cond(state.step >= start, at_perturbed_weights, as_they_are, gradient)
+            if start
+            else at_perturbed_weights(gradient)
+        )
     metrics['gradient_norm'] = optax.tree.norm(gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
