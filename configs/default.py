@@ -30,9 +30,13 @@ def get_config() -> ConfigDict:
     data.flip = placeholder(bool)  # random horizontal flip; None: yes, unless images show digits
 
     config.model = model = ConfigDict()
-    model.name = 'wide_resnet'  # architecture: wide_resnet or vgg
+    # A network of your own is FILE.py:Class, or FILE.py:Class(argument=value), see
+    # docs/extending.md. depth and width are not for it.
+    model.name = 'wide_resnet'  # architecture: wide_resnet, vgg, or FILE.py:Class
+    model.source = placeholder(str)  # text of that file: not to be set, config.json keeps it here
     model.depth = 28  # layers: 6n + 4 for wide_resnet; 11, 13, 16 or 19 for vgg
     model.width = 10  # widening factor; the first channels of vgg are 16 times this
+    model.activation = 'relu'  # relu or silu
     model.dtype = 'auto'  # training compute: float32, bfloat16; auto: float32 on CPU, else bfloat16
     model.conv = 'auto'  # convolutions: grouped, separate, onednn; auto: onednn on CPU only
     model.remat = False  # training keeps fewer activations and computes them again: less memory
@@ -81,17 +85,26 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1_000  # steps between two checkpoints
     train.checkpoints_to_keep = 3  # newest checkpoints kept
     train.snapshot_every = 5_000  # steps between two snapshots; the last step always gives one
+    # Where the attack has one step, each writing of metrics also has the accuracy under that step
+    # and under two steps, and a warning when the first leaves the second behind: the network has
+    # learned to resist that step, and nothing else.
+    train.overfitting_gap = 0.2  # by which it may, in accuracy
+    train.stop_on_overfitting = False  # stop there, and keep the checkpoint before
     train.profile_step = 0  # profile from the first call at or after this step on; 0: never
     train.profile_steps = 20  # steps that the profile covers
 
     config.attack = attack = ConfigDict()  # the attack inside training
-    attack.name = 'ifgsm'  # ifgsm (sign of the gradient) or pgd (Adam on the gradient)
+    # fgsm and n_fgsm make one step: for them steps, step_size, start and sigma do not count, but
+    # what their own groups attack.fgsm and attack.n_fgsm have, which are as published.
+    attack.name = 'ifgsm'  # ifgsm (sign of the gradient), pgd (Adam on it), fgsm or n_fgsm
     attack.steps = 7  # gradient steps
     attack.step_size = config.get_oneway_ref('epsilon') / 4  # of each step; for pgd Adam's rate
     attack.start = 'gaussian'  # gaussian, uniform (in the ball) or none
     attack.sigma = config.get_oneway_ref('epsilon') / 2  # size of the gaussian start
     attack.loss = 'cross_entropy'  # what the attack climbs: cross_entropy or margin
     attack.batch_norm = 'running'  # statistics while attacking: running averages, or the batch's
+    for kind in registry.ONE_STEP:
+        attack[kind] = ConfigDict(registry.defaults(kind, config.get_oneway_ref('epsilon')))
 
     config.eval = evaluation = ConfigDict()
     evaluation.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20')  # name and number of steps

@@ -16,18 +16,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import ensadv
+from ensadv import architectures, prng, python_files
 from ensadv import config as config_lib
-from ensadv import prng
 from ensadv.data import checks, datasets
 from ensadv.errors import ConfigError
-from ensadv.models import conv, ensemble
+from ensadv.models import conv, ensemble, own_networks
 from ensadv.models.gated import Gated
-from ensadv.models.vgg import VGG
-from ensadv.models.wide_resnet import WideResNet
 from ensadv.runtime import distributed, switches
 from ensadv.storage import environments
-
-MODELS = {'wide_resnet': WideResNet, 'vgg': VGG}
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -36,9 +32,21 @@ def resolve(config: ConfigDict) -> ConfigDict:
     A run that goes on elsewhere then computes in the type that it began with, or is refused.
     """
     config = config.copy_and_resolve_references()
+    config_lib.keep_network(config)
     if config.model.dtype == 'auto':
-        config.model.dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+        is_float32 = jax.default_backend() == 'cpu' or not _takes(config, 'dtype')
+        config.model.dtype = 'float32' if is_float32 else 'bfloat16'
     return config
+
+
+def _takes(config: ConfigDict, argument: str) -> bool:
+    """Returns whether the config's network has a setting that all of this program's have."""
+    own = architectures.own(config.model.name)
+    return not own or own_networks.takes(own, _text(config, own), argument)
+
+
+def _text(config: ConfigDict, own: architectures.Own) -> str:
+    return config.model.source or python_files.read(own.file)
 
 
 @contextlib.contextmanager
@@ -81,7 +89,8 @@ def computation(config: ConfigDict, dtype: str) -> str:
     count, kind = found['devices']['count'], found['devices']['kind']
     processes = distributed.num_processes()
     # Of a model that is given nothing is known.
-    library = conv.library(config.model.conv, dtype) if 'model' in config else ''
+    by_ours = 'model' in config and _takes(config, 'conv')
+    library = conv.library(config.model.conv, dtype) if by_ours else ''
     return (
         f'on {count} device{"s" * (count > 1)} ({kind})'
         f'{f" of {processes} processes" if processes > 1 else ""}, in {dtype}, '
@@ -169,23 +178,28 @@ def model(
 
     Args:
       config: the run's.
-      dataset: 'num_classes', 'mean' and 'std', as `data.Dataset.describe` gives them.
+      dataset: 'num_classes', 'mean', 'std' and 'image_shape', as `data.Dataset.describe` gives
+        them.
       dtype: compute type: float32 or bfloat16.
       remat: whether backward passes compute activations again, see `models.base`.
     """
-    member = MODELS[config.model.name](
-        num_classes=dataset['num_classes'],
-        mean=tuple(dataset['mean']),
-        std=tuple(dataset['std']),
-        depth=config.model.depth,
-        width=config.model.width,
-        dtype=jnp.dtype(dtype),
-        conv=config.model.conv,
-        remat=remat,
-        norm_momentum=config.batch_norm.momentum,
-        norm_epsilon=config.batch_norm.epsilon,
-        norm_axis=distributed.AXIS if config.batch_norm.sync else None,
-    )
+    settings = {
+        'num_classes': dataset['num_classes'],
+        'mean': tuple(dataset['mean']),
+        'std': tuple(dataset['std']),
+        'dtype': jnp.dtype(dtype),
+        'conv': config.model.conv,
+        'remat': remat,
+        'activation': config.model.activation,
+        'norm_momentum': config.batch_norm.momentum,
+        'norm_epsilon': config.batch_norm.epsilon,
+        'norm_axis': distributed.AXIS if config.batch_norm.sync else None,
+    }
+    if own := architectures.own(config.model.name):
+        member = own_networks.make(own, _text(config, own), settings, dataset['image_shape'])
+    else:
+        sizes = {'depth': config.model.depth, 'width': config.model.width}
+        member = architectures.network(config.model.name)(**settings, **sizes)
     if config.ensemble.combine == 'gating':
         return Gated(member=member, width=config.ensemble.gate_width)
     return member

@@ -408,6 +408,7 @@ def config() -> ConfigDict:
             f'--config: a reference to a field cannot be computed ({cause})'
         ) from error
     config_lib.validate(found)
+    config_lib.keep_network(found, check_unchanged=FLAGS.mode == 'train')
     if found.ensemble.members_from and FLAGS.mode not in EVALUATION_MODES:
         allowed = ' and '.join(EVALUATION_MODES)
         raise ConfigError(

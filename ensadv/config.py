@@ -7,9 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from ensadv import values
+from ensadv import architectures, python_files, values
 from ensadv.attacks import registry
-from ensadv.errors import ConfigError
+from ensadv.errors import ConfigError, UserError
 from ensadv.values import is_integer, nearest, shown
 
 # Fields that may change when a run goes on in its workdir: no step computes with them.
@@ -40,16 +40,20 @@ MUTABLE_FIELDS = (
     'train.checkpoint_every',
     'train.checkpoints_to_keep',
     'train.log_every',
+    'train.overfitting_gap',
     'train.profile_step',
     'train.profile_steps',
     'train.snapshot_every',
     'train.steps',
     'train.steps_per_call',
+    'train.stop_on_overfitting',
 )
 
 # What runs of older versions had, which did not say so.
 _OF_OLDER_RUNS = {
     'norm': 'linf',
+    'model.activation': 'relu',
+    'model.source': None,
     'train.objective': 'paper',
     'train.beta': 6.0,
     'train.label_smoothing': 0.0,
@@ -63,14 +67,11 @@ _OF_OLDER_RUNS = {
 
 DEVICES = ('auto', 'cpu', 'gpu', 'tpu')
 DATASETS = ('cifar10', 'cifar100', 'svhn_cropped', 'mnist', 'digits', 'npz')
-MODELS = ('wide_resnet', 'vgg')
-VGG_DEPTHS = (11, 13, 16, 19)
 COMBINES = ('probs', 'logits', 'gating')
 TRAININGS = ('joint', 'separate')
 OBJECTIVES = ('paper', 'trades', 'mart')
 SCHEDULES = ('steps', 'cosine', 'one_cycle', 'linear')
 # Far beyond what anyone trains. What is made for each of so many would take all memory, or hours.
-MAX_DEPTH = 1000
 MAX_WIDTH = 1000
 MAX_MEMBERS = 1000
 MAX_ROUNDS = 20
@@ -154,22 +155,15 @@ def _validate_data(config: ConfigDict) -> None:
 
 
 def _validate_network(config: ConfigDict) -> None:
-    _one_of(config, 'model.name', MODELS)
-    depth = config.model.depth
-    if config.model.name == 'vgg':
-        if depth not in VGG_DEPTHS:
-            allowed = ', '.join(map(str, VGG_DEPTHS))
-            raise ConfigError(
-                f'model.depth: expected one of {allowed} for vgg, found {shown(depth)}'
-            )
-    elif not is_integer(depth, 10, MAX_DEPTH) or (depth - 4) % 6:
-        raise ConfigError(
-            f'model.depth: expected 6n + 4 with n >= 1 (10, 16, 22, ...) and <= {MAX_DEPTH}, found '
-            f'{shown(depth)}'
-        )
+    name, depth = config.model.name, config.model.depth
+    if not architectures.own(name):
+        _one_of(config, 'model.name', (*architectures.ARCHITECTURES, 'FILE.py:Class'))
+        if mistake := architectures.depth_mistake(name, depth):
+            raise ConfigError(f'model.depth: {mistake}')
     _integer(config, 'model.width', 1, MAX_WIDTH)
     _one_of(config, 'model.dtype', ('auto', *DTYPES))
     _one_of(config, 'model.conv', ('auto', 'grouped', 'onednn', 'separate'))
+    _one_of(config, 'model.activation', architectures.ACTIVATIONS)
     _number(config, 'batch_norm.momentum', 0, 1, below=True)
     _number(config, 'batch_norm.epsilon', 0, above=True)
     _integer(config, 'ensemble.size', 1, MAX_MEMBERS)
@@ -207,6 +201,8 @@ def _validate_train(config: ConfigDict) -> None:
     _number(config, 'train.momentum', 0, 1, below=True)
     _number(config, 'train.weight_decay', 0)
     _number(config, 'train.ema_decay', 0, 1, below=True)
+    _number(config, 'train.overfitting_gap', 0, 1, above=True)
+    _boolean(config, 'train.stop_on_overfitting')
     _one_of(config, 'train.weight_decay_on', ('all', 'kernels'))
     _validate_schedule(config)
     _validate_objective(config)
@@ -260,7 +256,8 @@ def _validate_objective(config: ConfigDict) -> None:
                 'attack.loss: expected cross_entropy with train.objective=trades, whose attack '
                 f'climbs the divergence from the clean prediction, found {shown(attack.loss)}'
             )
-        if not registry.starts_differ(attack.start, attack.sigma):
+        made = registry.training_settings(attack)
+        if not registry.starts_differ(made.get('start'), made.get('sigma')):
             raise ConfigError(
                 'attack.start, attack.sigma: expected uniform, or gaussian with sigma > 0, with '
                 'train.objective=trades: at the image itself its attack has no gradient'
@@ -272,7 +269,15 @@ def _validate_attacks(config: ConfigDict) -> None:
     _number(config, 'epsilon', 0, registry.longest(config.norm))
     _one_of(config, 'attack.name', registry.FOR_TRAINING)
     _one_of(config, 'attack.batch_norm', ('running', 'batch'))
-    _attack_group(config, 'attack', config.attack.name)
+    if (name := config.attack.name) in registry.ONE_STEP:
+        norms = registry.ONE_STEP[name].norms
+        if config.norm not in norms:
+            allowed = ', '.join(norms)
+            raise ConfigError(f'attack.name: {name} needs norm={allowed}, found {config.norm}')
+        _one_of(config, 'attack.loss', registry.LOSSES)
+        _attack_group(config, f'attack.{name}', name)
+    else:
+        _attack_group(config, 'attack', name)
 
 
 def _attack_group(config: ConfigDict, group: str, kind: str) -> None:
@@ -489,6 +494,42 @@ def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def keep_network(config: ConfigDict, *, check_unchanged: bool = False) -> None:
+    """Has model.source hold the text of the file that model.name names; of any other name nothing.
+
+    A text that is there stays: it is that of the run, whatever became of the file.
+
+    Args:
+      config: validated; is changed.
+      check_unchanged: whether a file that is there has to have the text that the config holds.
+
+    Raises:
+      ConfigError: if there is no such file, or it has another text.
+    """
+    own, kept = architectures.own(config.model.name), config.model.source
+    if not own:
+        config.model.source = None
+    elif kept is None:
+        config.model.source = _text_of(own)
+    elif check_unchanged:
+        try:
+            now = _text_of(own)
+        except ConfigError:
+            return
+        if now != kept:
+            raise ConfigError(
+                f'model.name: {own.file} is not what it was when the run began, whose text '
+                'config.json has as model.source; put that back, or use another workdir'
+            )
+
+
+def _text_of(own: architectures.Own) -> str:
+    try:
+        return python_files.read(own.file)
+    except UserError as error:
+        raise ConfigError(f'model.name: {error}') from error
+
+
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a run's settings, flat, with those that an older version had and did not write."""
     return _OF_OLDER_RUNS | flatten(config)
@@ -509,8 +550,21 @@ def changed_fields(
         mutable.remove('train.steps')
         why['train.steps'] = f', where train.schedule={schedule} ends'
     return [
-        f'{field}: {old[field]} -> {new.get(field)}{why.get(field, "")}'
+        f'{_change(field, old[field], new.get(field))}{why.get(field, "")}'
         for field in old
-        if old[field] != new.get(field)
+        if _differs(field, old[field], new.get(field))
         and not any(field == m or field.startswith(f'{m}.') for m in mutable)
     ]
+
+
+def _differs(field: str, old: Any, new: Any) -> bool:
+    if field == 'model.name' and old != new and architectures.own(old) and architectures.own(new):
+        # The file may have moved: its text is compared instead.
+        return architectures.own(old)[1:] != architectures.own(new)[1:]
+    return old != new
+
+
+def _change(field: str, old: Any, new: Any) -> str:
+    if field == 'model.source':
+        return f'{field}: the text of the file that model.name names has changed'
+    return f'{field}: {old} -> {new}'

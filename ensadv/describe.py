@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, prng, study
+from ensadv import architectures, build, prng, study
 from ensadv.attacks import registry
 from ensadv.data import datasets
 from ensadv.evaluation import attack_settings, blackbox
@@ -131,10 +131,11 @@ _COMBINES = {
 
 
 def _network(config: ConfigDict) -> str:
-    depth, width = config.model.depth, config.model.width
-    if config.model.name == 'vgg':
-        return f'VGG-{depth} with batch norm, {16 * width} to {128 * width} channels'
-    return f'WRN-{depth}-{width}'
+    name = config.model.name
+    if not architectures.own(name):
+        words = architectures.ARCHITECTURES[name].words
+        name = words(config.model.depth, config.model.width)
+    return name if config.model.activation == 'relu' else f'{name}, {config.model.activation}'
 
 
 def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
@@ -191,7 +192,8 @@ def _flops(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     if made.predictions:
         parts.append(f'a prediction of {_giga(operations.forward)}')
     if made.attack_steps:
-        parts.append(f'{made.attack_steps} attack steps of {_giga(operations.attack_step)}')
+        steps = f'{made.attack_steps} attack step{"s" * (made.attack_steps > 1)}'
+        parts.append(f'{steps} of {_giga(operations.attack_step)}')
     if made.attack_steps or made.perturbed_share:
         number = (1 + made.perturbed_share) * made.updates
         mean = ' on average' * (0 < made.perturbed_share < 1)
@@ -244,12 +246,13 @@ def _training_attack(config: ConfigDict) -> dict[str, str]:
     objective = from_config.objective(config)
     if not objective.attacks:
         return {'none': 'clean training'}
-    attack = config.attack
-    settings = {'step_size': attack.step_size, 'start': attack.start, 'sigma': attack.sigma}
-    loss = 'divergence from the clean prediction' if objective.attack_target else attack.loss
+    settings = registry.training_settings(config.attack)
+    name, steps = settings.pop('attack'), settings.pop('steps')
+    if objective.attack_target:
+        settings['loss'] = 'divergence from the clean prediction'
     return {
-        f'{attack.name}{attack.steps}': _settings(settings | {'loss': loss}),
-        'batch norm': f'{attack.batch_norm} statistics',
+        name if name in registry.ONE_STEP else f'{name}{steps}': _settings(settings),
+        'batch norm': f'{config.attack.batch_norm} statistics',
     }
 
 
@@ -307,7 +310,7 @@ def _evaluation_flops(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[st
 def _settings(settings: Mapping[str, Any]) -> str:
     if settings.get('start') != 'gaussian':
         settings = {name: value for name, value in settings.items() if name != 'sigma'}
-    in_pixels = ('step_size', 'sigma')
+    in_pixels = ('step_size', 'sigma', 'noise')
     return ', '.join(
         f'{name} {_pixels(value) if name in in_pixels else value}'
         for name, value in settings.items()

@@ -3,11 +3,22 @@
 import traceback
 
 
-def line_of(error: BaseException, file: str) -> str:
-    """Returns 'line 12: ', the innermost line of a file that led to an error; '' if none did."""
+def place(error: BaseException, file: str) -> int | None:
+    """Returns the number of the innermost line of a file that led to an error; None if none did."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
-    return f'line {lines[-1]}: ' if lines else ''
+    return lines[-1] if lines else None
+
+
+def line_of(error: BaseException, file: str) -> str:
+    """Returns 'line 12: ', see `place`; '' if no line led to the error."""
+    found = place(error, file)
+    return f'line {found}: ' if found else ''
+
+
+def in_a_line(error: BaseException) -> str:
+    """Returns an error's type and message."""
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
 
 
 class UserError(Exception):

@@ -1,5 +1,6 @@
 """Python files that the user names: configs, and models."""
 
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -10,7 +11,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from ensadv import values
-from ensadv.errors import UserError, line_of
+from ensadv.errors import UserError, in_a_line, line_of, place
 
 
 class _UncachedLoader(importlib.machinery.SourceFileLoader):
@@ -34,6 +35,46 @@ def execute(file: str, name: str) -> ModuleType:
     return module
 
 
+def read(file: str) -> str:
+    """Returns the text of a Python file.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    path = Path(file).expanduser()
+    try:
+        if not path.is_file():  # a pipe might never end
+            raise UserError(f'{file}: found no such file')
+        return path.read_text('utf-8')
+    except (OSError, ValueError) as error:
+        raise UserError(f'{file}: cannot be read ({error})') from error
+
+
+@functools.cache
+def of_text(text: str, file: str) -> ModuleType:
+    """Returns a text as a module, always the same one.
+
+    It imports nothing from beside the file, which may be gone: what it needs is in it or installed.
+
+    Args:
+      text: of the file.
+      file: where it is from, which tracebacks name.
+
+    Raises:
+      UserError: if it cannot be executed.
+    """
+    name = f'ensadv_text_{hashlib.sha256(f"{file}:{text}".encode()).hexdigest():.16}'
+    module = ModuleType(name)
+    module.__file__ = file
+    sys.modules[name] = module  # dataclasses look for their module there
+    try:
+        exec(compile(text, file, 'exec'), vars(module))
+    except (Exception, SystemExit) as error:
+        where = f'{file}:{place(error, file) or getattr(error, "lineno", None) or 1}'
+        raise UserError(f'{where}: {in_a_line(error)}') from error
+    return module
+
+
 def function(path: str) -> tuple[Callable[..., Any], str, str, str]:
     """Reads FILE.py:FUNCTION of --model, and runs the file as `python FILE.py` would.
 
@@ -54,8 +95,8 @@ def function(path: str) -> tuple[Callable[..., Any], str, str, str]:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         module = execute(str(file), 'model_file')
     except (Exception, SystemExit) as error:
-        what = ' '.join(f'{type(error).__name__}: {error}'.split())
-        raise UserError(f'--model={path}: {line_of(error, str(file))}{what}') from error
+        where = line_of(error, str(file))
+        raise UserError(f'--model={path}: {where}{in_a_line(error)}') from error
     found = getattr(module, name, None)
     if not callable(found):
         there = [n for n, each in vars(module).items() if callable(each) and not n.startswith('_')]

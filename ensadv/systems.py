@@ -7,6 +7,7 @@ from collections.abc import Callable
 from etils import epath
 from ml_collections import ConfigDict
 
+from ensadv import architectures, values
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError
 from ensadv.values import nearest
@@ -49,7 +50,8 @@ def make_config(
       ConfigError: if there is no such system, or its config is not valid.
     """
     # The base must not set what makes a system what its name says.
-    if (config.model.name, config.ensemble.size) != ('wide_resnet', 1):
+    is_own = architectures.own(config.model.name)
+    if not (is_own or config.model.name == 'wide_resnet') or config.ensemble.size != 1:
         raise ConfigError(f'model.name, ensemble.size: set by the systems of {field}, not for them')
     if (config.ensemble.combine, config.ensemble.training) not in _COMMON:
         raise ConfigError(
@@ -65,7 +67,14 @@ def make_config(
         )
     run_config = copy.deepcopy(config)
     importlib.import_module(f'configs.{name}').system(run_config)
+    sizes = [(each.model.depth, each.model.width) for each in (config, run_config)]
+    if is_own and architectures.own(run_config.model.name) and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f'{field}: {name} is {name} by model.depth and model.width, which a network of your '
+            f'own (model.name={values.shown(config.model.name)}) does not have'
+        )
     run_config.seed = seed
     run_config = run_config.copy_and_resolve_references()
     config_lib.validate(run_config)
+    config_lib.keep_network(run_config)
     return run_config

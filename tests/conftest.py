@@ -44,7 +44,7 @@ import small_network as small
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build
+from ensadv.architectures import ARCHITECTURES
 
 ROOT = pathlib.Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / 'shared' / 'tfds'
@@ -202,7 +202,7 @@ def variables_like(config: ConfigDict):
 def small_network():
     """Makes every Wide ResNet of this process small, see small_network.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(build.MODELS, 'wide_resnet', small.SmallNetwork)
+        patch.setitem(ARCHITECTURES, 'wide_resnet', small.wide_resnet(small.SmallNetwork))
         yield
 
 

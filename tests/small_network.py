@@ -7,7 +7,7 @@ as well.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ensadv import build
+from ensadv.architectures import ARCHITECTURES, Architecture
 from ensadv.models.base import ImageNetwork
 
 
@@ -21,6 +21,11 @@ class SmallNetwork(ImageNetwork):
         return self.linear()(jnp.mean(x, axis=(1, 2)))
 
 
+def wide_resnet(network) -> Architecture:
+    """Returns what makes another network of every Wide ResNet, in ARCHITECTURES['wide_resnet']."""
+    return ARCHITECTURES['wide_resnet']._replace(network=network)
+
+
 def install():
     """Makes every Wide ResNet of this process small."""
-    build.MODELS['wide_resnet'] = SmallNetwork
+    ARCHITECTURES['wide_resnet'] = wide_resnet(SmallNetwork)

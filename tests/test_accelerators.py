@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from conftest import tiny_config, variables_like
 from jax.sharding import Mesh, PartitionSpec
+from small_network import wide_resnet
 
 from ensadv import build
+from ensadv.architectures import ARCHITECTURES
 from ensadv.cpu import backend
 from ensadv.evaluation import evaluate
 from ensadv.models.base import ImageNetwork
@@ -42,7 +44,7 @@ class TwoConvolutions(ImageNetwork):
 
 @pytest.fixture(autouse=True)
 def _two_convolutions(monkeypatch):
-    monkeypatch.setitem(build.MODELS, 'wide_resnet', TwoConvolutions)
+    monkeypatch.setitem(ARCHITECTURES, 'wide_resnet', wide_resnet(TwoConvolutions))
 
 
 @pytest.fixture

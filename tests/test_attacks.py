@@ -7,7 +7,7 @@ from conftest import tiny_config
 
 from ensadv import losses, prng
 from ensadv.attacks import driver
-from ensadv.attacks.first_order import IFGSM, PGD
+from ensadv.attacks.first_order import IFGSM, NFGSM, PGD
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.training import from_config
 
@@ -48,6 +48,26 @@ def test_one_step_without_start_is_fgsm():
     gradient = jax.grad(lambda x: -jnp.sum(linear(x)[jnp.arange(5), Y]))(X)
     x_adv = attack('ifgsm', 1, 0.03, start='none')(linear, KEYS, X, Y)
     np.testing.assert_allclose(x_adv, X + 0.03 * jnp.sign(gradient), atol=1e-7)
+
+
+def test_n_fgsm_is_noise_and_a_step_that_leave_the_ball_and_not_the_box():
+    """Algorithm 1 of de Jorge et al. (2022), the noise from another call with the same keys."""
+    one = NFGSM(noise=0.2, step_size=0.15)
+    noise = THREAT.uniform_moves(KEYS, X)
+    assert 0.9 < np.abs(noise).max() <= 1
+    noisy = np.clip(X + 0.2 * noise, 0, 1)
+    away = worst_of_linear() - X
+    x_adv = driver.last_iterate(one, linear, THREAT, KEYS, X, Y)
+    np.testing.assert_allclose(x_adv, np.clip(noisy + 0.15 * np.sign(away), 0, 1), atol=1e-6)
+    assert np.abs(x_adv - X).max() > 2.5 * EPSILON
+    assert np.any((x_adv == 0) | (x_adv == 1))
+    with pytest.raises(ValueError, match='N-FGSM is defined for linf'):
+        driver.last_iterate(one, linear, ThreatModel('l2', 0.1), KEYS, X, Y)
+    # As an attack on a network its points do not count where they are outside of the ball.
+    outcome = driver.worst_case(one, linear, THREAT, KEYS, X, Y)
+    far = THREAT.distance(x_adv, X) > EPSILON
+    clean = losses.margin(linear(X), Y)
+    np.testing.assert_allclose(outcome.margin[far], clean[far], atol=1e-6)
 
 
 def test_pgd_is_optax_adam_with_a_projection():

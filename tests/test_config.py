@@ -62,8 +62,8 @@ def test_every_field_is_explained_where_it_is_declared_and_read_somewhere():
     code = '\n'.join(path.read_text() for path in sources if path.name != 'config.py')
     for field in flat(default.get_config()):
         group, _, name = field.rpartition('.')
-        if group.removeprefix('eval.') in registry.KINDS:
-            settings = registry.KINDS[group.removeprefix('eval.')].settings
+        if (kind := group.partition('.')[2]) in (kinds := registry.KINDS | registry.ONE_STEP):
+            settings = kinds[kind].settings
             words = '\n'.join(base.__doc__ for base in settings.__mro__)
             assert f'\n      {name}: ' in words, field
             assert name in {known.name for known in dataclasses.fields(settings)}
@@ -121,8 +121,10 @@ def test_sizes_follow_epsilon_unless_set():
         ('train.warmup_steps', -1, '>= 0'),
         ('train.warmup_steps', 30_000, 'fewer than the first of train.learning_rate_steps, 30000'),
         ('train.weight_decay_on', 'kernel', "did you mean 'kernels'?"),
-        ('attack.name', 'fgsm', "did you mean 'ifgsm'?"),
+        ('attack.name', 'igfsm', "did you mean 'ifgsm'?"),
         ('attack.steps', 0, '>= 1'),
+        ('model.activation', 'swish', 'allowed: relu, silu'),
+        ('train.overfitting_gap', 0.0, '> 0 and <= 1'),
         ('attack.start', 'normal', 'gaussian, uniform, none'),
         ('attack.batch_norm', 'runing', "did you mean 'running'?"),
         ('eval.attacks', ('clean', 'pgd'), "unknown attack 'pgd'"),
@@ -272,6 +274,41 @@ def test_a_length_is_of_the_norm():
     config.norm = 'l2'
     config_lib.validate(config)
     assert config.eval.pgd.step_size == 0.75
+
+
+@pytest.mark.parametrize(
+    'fields, told',
+    [
+        ({'attack.fgsm.step_size': 8.0}, r'attack\.fgsm\.step_size: .*8/255, not 8'),
+        ({'attack.fgsm.start': 'gaussian'}, r"attack\.fgsm\.start: unknown 'gaussian'"),
+        ({'attack.fgsm.step_size': 0.0}, r'attack\.fgsm\.step_size: 0 would be no attack'),
+        ({'attack.loss': 'mrgin'}, r"attack\.loss: .*did you mean 'margin'"),
+        ({'attack.name': 'n_fgsm', 'attack.n_fgsm.noise': -0.1}, r'attack\.n_fgsm\.noise'),
+        (
+            {'attack.name': 'n_fgsm', 'norm': 'l2'},
+            r'attack\.name: n_fgsm needs norm=linf, fo',
+        ),
+    ],
+)
+def test_attacks_of_one_step_have_groups_of_their_own(fields, told):
+    config = default.get_config()
+    config.epsilon = 0.04
+    assert config.attack.fgsm.to_dict() == {'step_size': 0.05, 'start': 'uniform'}
+    assert config.attack.n_fgsm.to_dict() == {'step_size': 0.04, 'noise': 0.08}
+    config.attack.name = 'fgsm'
+    config_lib.validate(config)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=told):
+        config_lib.validate(config)
+
+
+def test_what_an_older_run_did_not_say_it_had_as_it_was_then():
+    old, new = (config_lib.to_dict(default.get_config()) for _ in range(2))
+    del old['model']['activation'], old['model']['source'], old['attack']['fgsm']
+    assert config_lib.changed_fields(old, new) == []
+    new['model']['activation'] = 'silu'
+    assert config_lib.changed_fields(old, new) == ['model.activation: relu -> silu']
+    assert config_lib.settings(old)['model.source'] is None
 
 
 def test_a_run_that_does_not_say_its_norm_had_linf():

@@ -17,7 +17,7 @@ from ensadv.attacks import registry
 
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md'))]
-CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 BLOCK = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 GROUPS = [name for name, kind in default.get_config().items() if hasattr(kind, 'keys')]
 FIELDS = config_lib.field_types(default.get_config())

@@ -3,8 +3,10 @@
 import flax.linen as nn
 from conftest import tiny_config
 from etils import epath
+from small_network import wide_resnet
 
-from ensadv import build, study
+from ensadv import study
+from ensadv.architectures import ARCHITECTURES
 from ensadv.models.base import ImageNetwork
 from ensadv.storage import workdir
 
@@ -36,7 +38,7 @@ def accuracies(system, path):
 
 
 def test_robust_accuracy_comes_of_adversarial_training(tmp_path, monkeypatch):
-    monkeypatch.setitem(build.MODELS, 'wide_resnet', Network)
+    monkeypatch.setitem(ARCHITECTURES, 'wide_resnet', wide_resnet(Network))
     clean = accuracies('baseline', tmp_path / 'baseline')
     assert clean['clean'] > 0.93
     assert clean['pgd10'] < 0.1

@@ -1,4 +1,5 @@
 import itertools
+import re
 from functools import partial
 
 import jax
@@ -6,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ensadv import config as config_lib
+from ensadv import architectures
 from ensadv.cpu import backend
-from ensadv.models import ensemble, vgg
+from ensadv.models import ensemble
 from ensadv.models.vgg import VGG
-from ensadv.models.wide_resnet import WideResNet
+from ensadv.models.wide_resnet import Block, WideResNet
 
 CIFAR = {'mean': (0.49, 0.48, 0.45), 'std': (0.25, 0.24, 0.26)}
 WRN_10_1 = partial(WideResNet, 5, depth=10, width=1)
@@ -46,15 +47,11 @@ def test_parameter_count_of_vgg_16():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes['params'])) == expected
 
 
-@pytest.mark.parametrize('depth', vgg.DEPTHS)
+@pytest.mark.parametrize('depth', architectures.VGG_DEPTHS)
 def test_depth_of_vgg_counts_convolutions_and_the_originals_linear_layers(depth):
     model = VGG(10, depth=depth, width=1)
     shapes = jax.eval_shape(lambda: ensemble.init(model, jax.random.key(0), 1, (8, 8, 1)))
     assert sum(name.startswith('conv') for name in shapes['params']) == depth - 3
-
-
-def test_config_allows_the_depths_of_vgg():
-    assert config_lib.VGG_DEPTHS == vgg.DEPTHS
 
 
 @small_networks
@@ -121,6 +118,28 @@ def test_batch_norm_updates_the_running_averages_as_told():
     found = updated['batch_stats']['group_1_block_1']['norm_1']
     np.testing.assert_allclose(found['mean'], 0.25 * activations.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(found['var'], 0.75 + 0.25 * activations.var((0, 1, 2)), atol=1e-5)
+
+
+def test_activations():
+    x = jnp.array([[-1.0, 0.0, 1.0]])
+    as_it_is = lambda *_, **__: lambda x: x
+    block = lambda activate: Block(3, 1, as_it_is, as_it_is, activate).apply({}, x)
+    once = x / (1 + np.exp(-x))
+    np.testing.assert_allclose(once, [[-0.26894143, 0, 0.73105860]], atol=1e-7)
+    expected = x + once / (1 + np.exp(-once))
+    np.testing.assert_allclose(block(WRN_10_1(activation='silu').activate), expected, atol=1e-6)
+    np.testing.assert_allclose(block(WRN_10_1().activate), x + np.maximum(x, 0), atol=1e-6)
+
+
+@small_networks
+@pytest.mark.parametrize('activation', architectures.ACTIVATIONS)
+def test_all_activations_of_a_network_are_of_one_kind(network, activation):
+    model = network(activation=activation)
+    x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
+    forward = lambda x: model.init_with_output(jax.random.key(0), x, train=True)[0]
+    program = re.sub(r'\s+', '', str(jax.make_jaxpr(forward)(x)))
+    found = {name: program.count(f'jit[name={name}') for name in ('relu', 'silu')}
+    assert found == {'relu': 0, 'silu': 0, activation: {WRN_10_1: 7, VGG_11_1: 8}[network]}
 
 
 @pytest.mark.parametrize('depth', [9, 4, 27])

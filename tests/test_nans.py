@@ -13,9 +13,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import TINY, overrides, run_main, tiny_config
+from small_network import wide_resnet
 
 from ensadv import build
 from ensadv import config as config_lib
+from ensadv.architectures import ARCHITECTURES
 from ensadv.errors import ConfigError, TrainingError
 from ensadv.models import ensemble
 from ensadv.models.base import ImageNetwork
@@ -67,7 +69,7 @@ class Small(ImageNetwork):
 @pytest.fixture
 def small(monkeypatch):
     """Every network is a small one, in which trouble can be planted."""
-    monkeypatch.setitem(build.MODELS, 'wide_resnet', Small)
+    monkeypatch.setitem(ARCHITECTURES, 'wide_resnet', wide_resnet(Small))
 
 
 def planted(state, leaf, member, value):
@@ -98,7 +100,7 @@ def finder(config):
 @pytest.fixture(scope='module')
 def small_ensemble():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(build.MODELS, 'wide_resnet', Small)
+        patch.setitem(ARCHITECTURES, 'wide_resnet', wide_resnet(Small))
         return finder(tiny_config('ensemble2adv', attack__start='none'))
 
 

@@ -19,6 +19,7 @@ from scipy.special import log_softmax, logsumexp
 from ensadv import build
 from ensadv.evaluation import attack_settings, blackbox, evaluator, results
 from ensadv.models import ensemble
+from ensadv.models.wide_resnet import WideResNet
 from ensadv.runtime import distributed
 from ensadv.training import from_config
 from ensadv.training.step import initial_state, train_step
@@ -39,6 +40,10 @@ FIELDS = {
     'attack.start': 'none',
     'attack.sigma': 0.03,
     'attack.loss': 'cross_entropy',
+    'attack.fgsm.step_size': 0.06,
+    'attack.fgsm.start': 'none',
+    'attack.n_fgsm.step_size': 0.17,  # to beyond the ball
+    'attack.n_fgsm.noise': 0.0,
     'eval.ifgsm.step_size': 0.013,
     'eval.ifgsm.sigma': 0.021,
     'eval.ifgsm.start': 'none',
@@ -136,10 +141,13 @@ def points(kind, num_steps, step_size, epsilon, climbed, schedule=lambda share: 
 
 def attacked(config, weights=WEIGHTS):
     """Where training's attack of these weights ends."""
-    attack = config.attack
+    attack, epsilon = config.attack, config.epsilon
     climbed = lambda x: SLOPES[attack.loss](weights, x, Y)
-    given = attack.name, attack.steps, attack.step_size, config.epsilon, climbed
-    return points(*given, norm=config.norm)[-1]
+    kind, steps, step_size = attack.name, attack.steps, attack.step_size
+    if kind in ('fgsm', 'n_fgsm'):
+        epsilon = 1 if kind == 'n_fgsm' else epsilon
+        kind, steps, step_size = 'ifgsm', 1, attack[kind].step_size
+    return points(kind, steps, step_size, epsilon, climbed, norm=config.norm)[-1]
 
 
 TRAINING = pytest.mark.parametrize(
@@ -147,6 +155,10 @@ TRAINING = pytest.mark.parametrize(
     [
         {},
         {'attack__name': 'pgd'},
+        {'attack__name': 'fgsm'},
+        {'attack__name': 'fgsm', 'attack__fgsm__step_size': 0.125, 'attack__loss': 'margin'},
+        {'attack__name': 'fgsm', 'norm': 'l2', 'epsilon': 0.3, 'attack__fgsm__step_size': 0.2},
+        {'attack__name': 'n_fgsm'},
         {'attack__steps': 4},
         {'attack__steps': 9, 'attack__step_size': 0.05},
         {'attack__loss': 'margin'},
@@ -189,17 +201,41 @@ def test_the_attack_climbs_the_divergence_from_a_distribution(name):
 
 
 @pytest.mark.parametrize(
-    'start, sigma, deviation', [('gaussian', 0.03, 0.03), ('uniform', 0.03, 0.1 / np.sqrt(3))]
+    'changes, deviation, kurtosis',
+    [
+        ({'start': 'gaussian'}, 0.03, 3),
+        ({'start': 'uniform'}, 0.1 / np.sqrt(3), 1.8),
+        ({'name': 'fgsm', 'fgsm__start': 'uniform'}, 0.1 / np.sqrt(3), 1.8),
+        ({'name': 'n_fgsm', 'n_fgsm__noise': 0.25}, 0.25 / np.sqrt(3), 1.8),
+    ],
 )
-def test_the_training_attack_starts_as_the_config_says(start, sigma, deviation):
-    config = config_of(attack__start=start, attack__sigma=sigma, attack__step_size=1e-7)
+def test_the_training_attack_starts_as_the_config_says(changes, deviation, kurtosis):
+    steps = {f'attack__{group}step_size': 1e-7 for group in ('', 'fgsm__', 'n_fgsm__')}
+    config = config_of(**steps, **{f'attack__{field}': value for field, value in changes.items()})
     x = jnp.full((500, 2, 2, 3), 0.5)
     keys = jax.random.split(jax.random.key(0), len(x))
     y = jnp.zeros(len(x), int)
     predict = lambda x: jax.nn.log_softmax(x.reshape(len(x), -1) @ jnp.float32(WEIGHTS[0]))
     noise = np.asarray(from_config.training_attack(config)(predict, keys, x, y)) - 0.5
     np.testing.assert_allclose(noise.std(), deviation, rtol=0.04)
-    assert abs(np.mean(noise**4) / deviation**4 - {'gaussian': 3, 'uniform': 1.8}[start]) < 0.3
+    assert abs(np.mean(noise**4) / deviation**4 - kurtosis) < 0.3
+    # What the watch tries begins there too, or with the same noise where the ball ends before it.
+    tried = from_config.two_step_attack(config)(predict, keys, x, y, num_steps=0) - 0.5
+    if config.attack.name != 'ifgsm' or config.attack.start != 'gaussian':
+        noise = noise * (0.1 / np.sqrt(3) / deviation)
+    np.testing.assert_allclose(tried, noise, atol=1e-6)
+
+
+def test_the_watch_tries_two_steps_of_half_epsilon():
+    config = config_of(attack__name='fgsm', attack__loss='margin')
+    predict = lambda x: jax.nn.log_softmax(x.reshape(len(x), -1) @ jnp.float32(WEIGHTS[0]))
+    keys = jax.random.split(jax.random.key(0), len(Y))
+    found = from_config.two_step_attack(config)(
+        predict, keys, jnp.float32(X.reshape(IMAGES.shape)), Y
+    )
+    climbed = lambda x: margin_slope(WEIGHTS[:1], x, Y)
+    expected = points('ifgsm', 2, 0.05, 0.1, climbed)[-1]
+    np.testing.assert_allclose(found.reshape(X.shape), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -256,16 +292,16 @@ def test_a_network_is_the_configs():
     fields = {
         'batch_norm__momentum': 0.8, 'batch_norm__epsilon': 1e-3, 'batch_norm__sync': True,
         'model__depth': 16, 'model__width': 3, 'model__conv': 'separate', 'eval__dtype': 'bfloat16',
-        'model__dtype': 'float32',
+        'model__dtype': 'float32', 'model__activation': 'silu',
     }  # fmt: skip
     description = {'num_classes': 7, 'mean': [0.4], 'std': [0.3]}
     model = build.model(config_of(**fields), description, dtype='bfloat16', remat=True)
-    assert isinstance(model, build.MODELS['wide_resnet'])
+    assert isinstance(model, WideResNet)
     found = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     expected = {
         'num_classes': 7, 'mean': (0.4,), 'std': (0.3,), 'depth': 16, 'width': 3,
         'dtype': jnp.dtype('bfloat16'), 'conv': 'separate', 'remat': True, 'norm_momentum': 0.8,
-        'norm_epsilon': 1e-3, 'norm_axis': distributed.AXIS,
+        'norm_epsilon': 1e-3, 'norm_axis': distributed.AXIS, 'activation': 'silu',
     }  # fmt: skip
     assert expected == {name: found[name] for name in expected}
     # Evaluation computes in a type of its own.

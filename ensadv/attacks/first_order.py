@@ -1,7 +1,8 @@
-"""Attacks by steps along the loss's gradient: IFGSM and PGD."""
+"""Attacks by steps along the loss's gradient: IFGSM, PGD, and one step after noise."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +78,7 @@ class IFGSM(registry.IFGSMSettings):
         self, predict: Predict, threat: ThreatModel, state: State, x: Array, y: Array
     ) -> tuple[State, Query]:
         """See `attack.Attack`."""
-        gradient, outputs = self._gradient(predict, state.x, y)
+        gradient, outputs = _gradient(self.loss, predict, state.x, y)
         move, memory = self.move(threat, gradient, state.memory)
         point = threat.project(state.x + self._sizes(state.taken, x) * move, x)
         return State(point, state.taken + 1, memory), Query(outputs, informs(gradient))
@@ -89,17 +90,6 @@ class IFGSM(registry.IFGSMSettings):
     def move(self, threat: ThreatModel, gradient: Array, memory: Any) -> tuple[Array, Any]:
         """Returns the direction [B, H, W, C] of a step, of length 1, and what is remembered."""
         return threat.steepest(gradient), memory
-
-    def _gradient(self, predict: Predict, x: Array, y: Array) -> tuple[Array, Any]:
-        """Returns the loss's gradient at each image, and the outputs there."""
-        named = isinstance(self.loss, str)
-        loss = losses.LOSSES_OF_LOGITS[self.loss] if named else self.loss
-
-        def objective(x):
-            outputs = predict(x)
-            return jnp.sum(loss(outputs, y)), outputs
-
-        return jax.grad(objective, has_aux=True)(x)
 
     def _sizes(self, taken: Array, x: Array) -> float | Array:
         """Returns the step size: one number, or each example's, [B, 1, 1, 1]."""
@@ -132,3 +122,51 @@ class PGD(registry.PGDSettings, IFGSM):
 
 
 _ADAM = optax.chain(optax.scale(2.0**40), optax.scale_by_adam(eps=1e-16))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NFGSM(registry.NFGSMSettings):
+    """Noise-FGSM (de Jorge et al., 2022): uniform noise, and a step from there, for training.
+
+    What the paper has against a network that learns to resist one step alone: the noise reaches
+    beyond the ball, and neither it nor the step's end is projected into it, but into the box.
+
+    Attributes: see `registry.NFGSMSettings`; `steps` is 1, and may be traced, for 0: the noise.
+    """
+
+    loss: str | Callable[..., Any] = 'cross_entropy'
+    steps: int = 1
+
+    bounded = False
+
+    def init(self, predict: Predict, threat: ThreatModel, rng: Array, x: Array, y: Array) -> State:
+        """See `attack.Attack`."""
+        del predict, y
+        if threat.norm != 'linf':
+            raise ValueError(f'norm: N-FGSM is defined for linf, found {threat.norm}')
+        for field in ('step_size', 'noise'):
+            threat.check_length(field, getattr(self, field))
+        x = jnp.clip(x + self.noise * threat.uniform_moves(rng, x), 0, 1)
+        return State(x, jnp.zeros(len(x), jnp.int32), None)
+
+    def step(
+        self, predict: Predict, threat: ThreatModel, state: State, x: Array, y: Array
+    ) -> tuple[State, Query]:
+        """See `attack.Attack`."""
+        del x
+        gradient, outputs = _gradient(self.loss, predict, state.x, y)
+        point = jnp.clip(state.x + self.step_size * threat.steepest(gradient), 0, 1)
+        return State(point, state.taken + 1, None), Query(outputs, informs(gradient))
+
+
+def _gradient(
+    loss: str | Callable[..., Any], predict: Predict, x: Array, y: Array
+) -> tuple[Array, Any]:
+    """Returns the loss's gradient at each image, and the outputs there."""
+    function = losses.LOSSES_OF_LOGITS[loss] if isinstance(loss, str) else loss
+
+    def objective(x):
+        outputs = predict(x)
+        return jnp.sum(function(outputs, y)), outputs
+
+    return jax.grad(objective, has_aux=True)(x)

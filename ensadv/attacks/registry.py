@@ -98,6 +98,32 @@ class PGDSettings(IFGSMSettings):
     step_size: float = length(1 / 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class FGSMSettings:
+    """What decides the outcome of `fgsm`: one step from a random start (Wong et al., 2020).
+
+    Attributes:
+      step_size: the step's length in the threat model's norm; its end is projected into the ball.
+      start: 'uniform' (in the ball) or 'none' (the image itself: Goodfellow et al., 2015).
+    """
+
+    step_size: float = length(5 / 4)
+    start: str = choice('uniform', 'none', default='uniform')
+
+
+@dataclasses.dataclass(frozen=True)
+class NFGSMSettings:
+    """What decides the outcome of `n_fgsm`: one step after noise (de Jorge et al., 2022).
+
+    Attributes:
+      step_size: the step's length, in pixels.
+      noise: the largest move of a pixel by the noise, which is uniform.
+    """
+
+    step_size: float = length(1)
+    noise: float = length(2)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagedSettings:
     """What all attacks in stages have.
@@ -264,11 +290,13 @@ class Kind:
       attack: the class of its code, which has the settings' fields, see `attacks.attack.Attack`;
         or where that is, as 'module:class'; None for an attack in stages.
       stages: (settings, number of classes, of members) -> stages, one after another.
+      norms: in which it is defined.
     """
 
     settings: type
     attack: type | str | None = None
     stages: Callable[[Mapping[str, Any], int, int], Iterator[Stage]] | None = None
+    norms: tuple[str, ...] = tuple(NORMS)
 
 
 KINDS: dict[str, Kind] = {
@@ -296,7 +324,12 @@ STAGE_ATTACKS = {
     'square': 'ensadv.attacks.square:Square',
 }
 WITHOUT_SETTINGS = ('clean', 'blackbox')  # evaluations that attack nothing
-FOR_TRAINING = ('ifgsm', 'pgd')
+# Attacks of one step, for training alone. Their settings are the config's group attack.<name>.
+ONE_STEP: dict[str, Kind] = {
+    'fgsm': Kind(FGSMSettings, 'ensadv.attacks.first_order:IFGSM'),
+    'n_fgsm': Kind(NFGSMSettings, 'ensadv.attacks.first_order:NFGSM', norms=('linf',)),
+}
+FOR_TRAINING = ('ifgsm', 'pgd', *ONE_STEP)
 
 
 def register(kind: str, attack: type) -> None:
@@ -423,19 +456,37 @@ def names(group: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def defaults(kind: str, epsilon: Any) -> dict[str, Any]:
-    """Returns the fields of a config's group eval.<kind>, with their defaults.
+    """Returns the fields of a config's group eval.<kind> or attack.<kind>, with their defaults.
 
     Args:
-      kind: of `KINDS`.
+      kind: of `KINDS` or `ONE_STEP`.
       epsilon: a number, or a reference to the config's.
     """
     return {
         field.name: epsilon * field.metadata['share']
         if 'share' in field.metadata
         else field.default
-        for field in dataclasses.fields(KINDS[kind].settings)
+        for field in dataclasses.fields(_kind(kind).settings)
         if 'share' in field.metadata or field.default is not dataclasses.MISSING
     }
+
+
+def _kind(name: str) -> Kind:
+    return KINDS.get(name) or ONE_STEP[name]
+
+
+def training_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all settings of the attack in training, as `make` takes them.
+
+    Args:
+      group: the group attack of a config.
+    """
+    name = group['name']
+    if name in ONE_STEP:
+        found = {'steps': 1, **group[name]}
+    else:
+        found = {field: group[field] for field in ('steps', 'step_size', 'start', 'sigma')}
+    return {'attack': name, **found, 'loss': group['loss']}
 
 
 def settings(group: Mapping[str, Any], found: Entry, epsilon: float) -> dict[str, Any]:
@@ -465,17 +516,18 @@ def check(
       found: values by setting; what the kind does not declare is passed over.
       norm, epsilon: the threat model's.
     """
-    if kind not in KINDS:
+    if kind in WITHOUT_SETTINGS:
         return
-    declared = {field.name: field for field in dataclasses.fields(KINDS[kind].settings)}
+    of_kind = _kind(kind).settings
+    declared = {field.name: field for field in dataclasses.fields(of_kind)}
     known = {name: value for name, value in found.items() if name in declared}
     for name, value in known.items():
         if check_value := declared[name].metadata.get('check'):
             check_value(f'{prefix}{name}', value, norm)
     if epsilon and known.get('step_size') == 0:
         raise ConfigError(f'{prefix}step_size: 0 would be no attack; expected a number > 0')
-    if hasattr(KINDS[kind].settings, 'check'):
-        KINDS[kind].settings.check(prefix, known)
+    if hasattr(of_kind, 'check'):
+        of_kind.check(prefix, known)
 
 
 def is_staged(name: str) -> bool:
@@ -509,7 +561,7 @@ def make(found: Mapping[str, Any], **changes: Any) -> Any:
       **changes: settings that are to be others, as a function for the loss's name.
     """
     # 'fab' is a kind in stages, and what its stages are made of.
-    attack = STAGE_ATTACKS.get(found['attack']) or KINDS[found['attack']].attack
+    attack = STAGE_ATTACKS.get(found['attack']) or _kind(found['attack']).attack
     if isinstance(attack, str):
         module, _, code = attack.partition(':')
         attack = getattr(importlib.import_module(module), code)

@@ -103,10 +103,19 @@ class ThreatModel:
           rng: keys [B], one per example.
           x: images [B, H, W, C] in [0, 1].
         """
+        return self.project(x + self.epsilon * self.uniform_moves(rng, x), x)
+
+    def uniform_moves(self, rng: Array, x: Array) -> Array:
+        """Returns moves [B, H, W, C] that are uniform in the ball of radius 1.
+
+        Args:
+          rng: keys [B], one per example.
+          x: images [B, H, W, C].
+        """
         shape, keys = x.shape[1:], prng.of_examples(rng)
         if self.norm == 'linf':
             draw = lambda key: jax.random.uniform(key, shape, x.dtype, minval=-1, maxval=1)
-            return self.project(x + self.epsilon * jax.vmap(draw)(keys), x)
+            return jax.vmap(draw)(keys)
 
         def draw(key):
             of_direction, of_radius = jax.random.split(key)
@@ -114,7 +123,7 @@ class ThreatModel:
             radius = jax.random.uniform(of_radius, (), x.dtype) ** (1 / direction.size)
             return radius * direction / jnp.linalg.norm(direction)
 
-        return self.project(x + self.epsilon * jax.vmap(draw)(keys), x)
+        return jax.vmap(draw)(keys)
 
     def boundary_start(self, rng: Array, x: Array) -> Array:
         """Returns points at distance epsilon from x in random directions, cut off at the box.

@@ -1,3 +1,5 @@
 """Networks, and k of them as one. Pure functions."""
 
-__all__ = ['base', 'conv', 'ensemble', 'functions', 'gated', 'norm', 'vgg', 'wide_resnet']
+__all__ = [
+    'base', 'conv', 'ensemble', 'functions', 'gated', 'norm', 'own_networks', 'vgg', 'wide_resnet',
+]  # fmt: skip

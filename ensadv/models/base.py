@@ -15,6 +15,7 @@ from ensadv.models.norm import BatchNorm
 # layer as Torch's default, which is uniform in +-1/sqrt(fan-in).
 conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 linear_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+_ACTIVATIONS = {'relu': nn.relu, 'silu': nn.silu}
 
 
 class ImageNetwork(nn.Module):
@@ -30,6 +31,8 @@ class ImageNetwork(nn.Module):
         stage) again, so that only those between blocks are kept.
       norm_momentum, norm_epsilon: of batch norm.
       norm_axis: name of a mapped axis over which batch statistics are averaged, or None.
+      activation: 'relu', or 'silu', x * sigmoid(x) (Elfwing et al., 2018), which the robust
+        networks of Gowal et al. (2020) have.
     """
 
     num_classes: int
@@ -43,6 +46,7 @@ class ImageNetwork(nn.Module):
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
     norm_axis: str | None = None
+    activation: str = 'relu'
 
     def standardise(self, x: Array) -> Array:
         """Returns images whose channels have mean 0 and deviation 1 over the training images."""
@@ -70,6 +74,11 @@ class ImageNetwork(nn.Module):
             dtype=self.dtype,
             axis_name=self.norm_axis if train else None,
         )
+
+    @property
+    def activate(self) -> Callable[[Array], Array]:
+        """The activation, as a function of arrays of any shape."""
+        return _ACTIVATIONS[self.activation]
 
     def block(self, block: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a module's class, or a function of a module and images, as `remat` wants it."""

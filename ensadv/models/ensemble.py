@@ -25,11 +25,12 @@ def init(model: nn.Module, rng: Array, k: int, input_shape: tuple[int, ...]) -> 
       input_shape: (H, W, C) of one image.
 
     Returns:
-      {'params': ..., 'batch_stats': ...}, every leaf float32 [k, ...].
+      {'params': ..., 'batch_stats': ...}, every leaf float32 [k, ...]. Without batch norm the
+      latter is empty.
     """
     x = jnp.zeros((1, *input_shape))
     keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(k))
-    return jax.vmap(lambda key: model.init(key, x, train=False))(keys)
+    return {'batch_stats': {}} | jax.vmap(lambda key: model.init(key, x, train=False))(keys)
 
 
 def apply(model: nn.Module, variables: Variables, x: Array) -> Array:
@@ -54,7 +55,7 @@ def apply_train(model: nn.Module, variables: Variables, x: Array) -> tuple[Array
 
     def member(v: Variables, x: Array) -> tuple[Array, Any]:
         logits, updated = model.apply(v, x, train=True, mutable=['batch_stats'])
-        return logits, updated['batch_stats']
+        return logits, updated.get('batch_stats', {})
 
     return order.each_member(member, variables, x)
 

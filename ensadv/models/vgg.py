@@ -6,13 +6,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ensadv import architectures
 from ensadv.models.base import ImageNetwork
 
-DEPTHS = (11, 13, 16, 19)
 # How many 3x3 convolutions each of the five stages has, by depth: table 1, columns A, B, D, E.
-_STAGES = dict(
-    zip(DEPTHS, ((1, 1, 2, 2, 2), (2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)), strict=True)
-)
+_STAGES = {
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
 
 
 class VGG(ImageNetwork):
@@ -36,9 +39,8 @@ class VGG(ImageNetwork):
         Args:
           train: whether batch norm uses the batch's statistics (and updates the averages).
         """
-        if self.depth not in _STAGES:
-            allowed = ', '.join(map(str, DEPTHS))
-            raise ValueError(f'depth: expected one of {allowed}, found {self.depth}')
+        if mistake := architectures.depth_mistake('vgg', self.depth):
+            raise ValueError(f'depth: {mistake}')
         convolution = partial(self.convolution(), kernel_size=(3, 3), padding=1)
         norm = self.norm(train)
         x = self.standardise(x)
@@ -48,7 +50,7 @@ class VGG(ImageNetwork):
             def convolutions(_, x, stage=stage, layers=layers, features=features):
                 for layer in range(1, layers + 1):
                     x = convolution(features, name=f'conv_{stage}_{layer}')(x)
-                    x = nn.relu(norm(name=f'norm_{stage}_{layer}')(x))
+                    x = self.activate(norm(name=f'norm_{stage}_{layer}')(x))
                 return x
 
             x = self.block(convolutions)(self, x)

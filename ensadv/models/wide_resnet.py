@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ensadv import architectures
 from ensadv.models.base import ImageNetwork
 
 
@@ -17,16 +18,17 @@ class Block(nn.Module):
     stride: int
     conv: Callable[..., Any]
     norm: Callable[..., Any]
+    activate: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = nn.relu(self.norm(name='norm_1')(x))
+        y = self.activate(self.norm(name='norm_1')(x))
         # Where the shape changes, the shortcut takes the activated input, as in the authors' code.
         shortcut = x
         if self.stride > 1 or x.shape[-1] != self.features:
             shortcut = self.conv(self.features, (1, 1), self.stride, padding=0, name='shortcut')(y)
         y = self.conv(self.features, (3, 3), self.stride, padding=1, name='conv_1')(y)
-        y = nn.relu(self.norm(name='norm_2')(y))
+        y = self.activate(self.norm(name='norm_2')(y))
         y = self.conv(self.features, (3, 3), 1, padding=1, name='conv_2')(y)
         return shortcut + y
 
@@ -49,9 +51,9 @@ class WideResNet(ImageNetwork):
         Args:
           train: whether batch norm uses the batch's statistics (and updates the averages).
         """
-        if self.depth < 10 or (self.depth - 4) % 6:
-            raise ValueError(f'depth: expected 6n + 4 with n >= 1, found {self.depth}')
-        convolution, norm = self.convolution(), self.norm(train)
+        if mistake := architectures.depth_mistake('wide_resnet', self.depth):
+            raise ValueError(f'depth: {mistake}')
+        convolution, norm, activate = self.convolution(), self.norm(train), self.activate
         block_of = self.block(Block)
         x = self.standardise(x)
         x = convolution(16, (3, 3), padding=1, name='conv_0')(x)
@@ -60,7 +62,7 @@ class WideResNet(ImageNetwork):
                 stride = 2 if group > 0 and block == 0 else 1
                 name = f'group_{group + 1}_block_{block + 1}'
                 features = 16 * 2**group * self.width
-                x = block_of(features, stride, convolution, norm, name=name)(x)
-        x = nn.relu(norm(name='norm')(x))
+                x = block_of(features, stride, convolution, norm, activate, name=name)(x)
+        x = activate(norm(name='norm')(x))
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return self.linear()(x)

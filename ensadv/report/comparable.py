@@ -1,11 +1,13 @@
 """Which runs can stand side by side, and what readers should know of those that do."""
 
 import collections
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ensadv import config as config_lib
+from ensadv.attacks import registry
 from ensadv.report.run import Run, made, name_of
 from ensadv.storage import environments, selection
 
@@ -196,12 +198,16 @@ def trained(run: Run, ignore: tuple[str, ...] = ()) -> list[dict[str, Any]]:
 
 
 def _kept(config: Mapping[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
-    ignore = (*config_lib.MUTABLE_FIELDS, *ignore)
-    return {
+    unused = (f'attack.{name}' for name in registry.ONE_STEP if name != config['attack']['name'])
+    ignore = (*config_lib.MUTABLE_FIELDS, *unused, *ignore)
+    kept = {
         field: value
         for field, value in config_lib.settings(config).items()
         if not any(field == other or field.startswith(f'{other}.') for other in ignore)
     }
+    if text := kept.get('model.source'):  # too long to be told
+        kept['model.source'] = f'SHA-256 {hashlib.sha256(text.encode()).hexdigest():.8}...'
+    return kept
 
 
 def twice(runs: Sequence[Run]) -> dict[Run, str]:

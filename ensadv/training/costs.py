@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ensadv import build, losses, prng
+from ensadv.attacks import registry
 from ensadv.models import ensemble
 from ensadv.training import from_config
 
@@ -57,7 +58,8 @@ def passes(config: ConfigDict) -> Passes:
         share = max(0.0, 1 - objective.perturbation.start / config.train.steps)
     if not objective.attacks:
         return Passes(0, 0, 1, share)
-    return Passes(int(objective.attack_target is not None), config.attack.steps, 2, share)
+    steps = registry.training_settings(config.attack)['steps']
+    return Passes(int(objective.attack_target is not None), steps, 2, share)
 
 
 def size(tree: Any) -> int:

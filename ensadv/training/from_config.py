@@ -1,7 +1,7 @@
 """From config values to what a training step is made of."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -43,12 +43,26 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 def training_attack(config: ConfigDict) -> Callable[..., jax.Array]:
     """Returns the attack inside training, `attack(log_prob_fn, rng, x, y) -> x_adv`."""
-    attack = config.attack
-    # The network gives log-probabilities.
-    found = {'attack': attack.name, **attack.to_dict(), 'loss': losses.LOSSES[attack.loss]}
-    made, threat = registry.make(found), ThreatModel.of(config)
+    return _attack(config, registry.training_settings(config.attack))
 
-    def of_training(log_prob_fn, rng, x, y, num_steps=attack.steps):
+
+def two_step_attack(config: ConfigDict) -> Callable[..., jax.Array]:
+    """Returns what a network is tried with that is trained on one step: two of half epsilon.
+
+    They begin where the training attack does; where that is outside of the ball, with the same
+    noise as wide as the ball.
+    """
+    found = {'start': 'uniform'} | registry.training_settings(config.attack)
+    changes = {'attack': 'ifgsm', 'steps': 2, 'step_size': config.epsilon / 2}
+    return _attack(config, found | changes)
+
+
+def _attack(config: ConfigDict, settings: Mapping[str, Any]) -> Callable[..., jax.Array]:
+    # The network gives log-probabilities.
+    made = registry.make(settings, loss=losses.LOSSES[settings['loss']])
+    threat = ThreatModel.of(config)
+
+    def of_training(log_prob_fn, rng, x, y, num_steps=made.steps):
         one = dataclasses.replace(made, steps=num_steps)
         return driver.last_iterate(one, log_prob_fn, threat, rng, x, y)
 

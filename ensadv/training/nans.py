@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from flax.core import tracers
 from jax import Array
 from ml_collections import ConfigDict
 
 from ensadv import build
+from ensadv.attacks import registry
 from ensadv.data import datasets
 from ensadv.errors import TrainingError
 from ensadv.models import ensemble
@@ -143,9 +145,17 @@ def replay(
 
 
 def _count(x: Array) -> Array:
-    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0))
+    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0)
     found = [jnp.sum(jnp.isnan(x)), jnp.sum(jnp.isinf(x)), x.size, largest]
     return jnp.array(found, jnp.float32)
+
+
+def _count_in_all(outputs: Any) -> Array:
+    """Counts in the floats that a layer gives, mostly one array."""
+    arrays = map(jnp.asarray, jax.tree.leaves(outputs))
+    found = [_count(x) for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    counts = jnp.stack(found) if found else jnp.zeros((1, 4))
+    return jnp.append(jnp.sum(counts[:, :3], axis=0), jnp.max(counts[:, 3]))
 
 
 def _over_devices(counts: Array) -> Array:
@@ -168,14 +178,17 @@ def count_in_layers(
       train: whether batch norm uses the batch's statistics, and the running averages are updated.
     """
     logits, of_members = [], []
+    outside = tracers.current_trace()
     for i in range(len(jax.tree.leaves(variables)[0])):
         counts = Counts()
 
         def look(call, args, kwargs, context, counts=counts):
             output = call(*args, **kwargs)
-            if context.method_name == '__call__':
+            # What a network of the user's own computes in a transformation, as in nn.scan, cannot
+            # be looked at from outside.
+            if context.method_name == '__call__' and tracers.current_trace() == outside:
                 layer, own = '/'.join(context.module.path), context.module.variables
-                counts[layer, 'its output'] = _count(output)
+                counts[layer, 'its output'] = _count_in_all(output)
                 for name, leaf in own.get('batch_stats', {}).items() if train else ():
                     if not isinstance(leaf, Mapping):  # those are of the modules inside
                         counts[layer, f'its running {name}'] = _count(leaf)
@@ -242,7 +255,8 @@ class Finder:
         self._config, self._draw, self._arrays, self._keys = config, draw, arrays, keys
         self._settings = from_config.step_settings(config, model)
         objective = self._settings['objective']
-        self._attack_steps = config.attack.steps if objective.attacks else 0
+        steps = registry.training_settings(config.attack)['steps']
+        self._attack_steps = steps if objective.attacks else 0
         self._attack_has_target = objective.attacks and objective.attack_target is not None
         self._perturbed_from = objective.perturbation.start if objective.perturbation else math.inf
 

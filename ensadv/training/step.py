@@ -47,6 +47,45 @@ def initial_state(
     )
 
 
+def attacked(
+    model: nn.Module, combine: str, state: TrainState, batch_norm: str
+) -> Callable[[Array], Array]:
+    """Returns what training attacks: images -> the ensemble's log-probabilities.
+
+    Args:
+      model, combine, batch_norm: as in `train_step`.
+      state: whose weights and running averages are used.
+    """
+
+    def log_probs(images):
+        if batch_norm == 'batch':
+            return Predict(model, combine, state.params, state.batch_stats)(images).log_probs
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        return ensemble.combine(ensemble.apply(model, variables, images), combine)
+
+    return log_probs
+
+
+def attack_images(
+    state: TrainState,
+    batch: Batch,
+    rng: Array,
+    *,
+    model: nn.Module,
+    combine: str,
+    attack: Callable[..., Array],
+    attack_batch_norm: str,
+    objective: Objective,
+) -> Array | None:
+    """Returns the adversarial images, if the objective has such; arguments as in `train_step`."""
+    if not objective.attacks:
+        return None
+    x, y = batch
+    log_probs = attacked(model, combine, state, attack_batch_norm)
+    target = objective.attack_target(log_probs, x, y) if objective.attack_target else y
+    return attack(log_probs, rng, x, target)
+
+
 def descend(
     objective: Objective,
     model: nn.Module,
@@ -78,32 +117,6 @@ def descend(
         total += term.weight * loss
         metrics |= found
     return gradient, batch_stats, metrics | {'loss': objective.scale * total}
-
-
-def attack_images(
-    state: TrainState,
-    batch: Batch,
-    rng: Array,
-    *,
-    model: nn.Module,
-    combine: str,
-    attack: Callable[..., Array],
-    attack_batch_norm: str,
-    objective: Objective,
-) -> Array | None:
-    """Returns the adversarial images, if the objective has such; arguments as in `train_step`."""
-    if not objective.attacks:
-        return None
-    x, y = batch
-
-    def attacked(images):
-        if attack_batch_norm == 'batch':
-            return Predict(model, combine, state.params, state.batch_stats)(images).log_probs
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
-        return ensemble.combine(ensemble.apply(model, variables, images), combine)
-
-    target = objective.attack_target(attacked, x, y) if objective.attack_target else y
-    return attack(attacked, rng, x, target)
 
 
 def perturbed(params: Any, gradient: Any, gamma: float) -> Any:

@@ -24,7 +24,7 @@ from ensadv.data import datasets
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.runtime import distributed, progress, stopping
 from ensadv.storage import checkpoints, environments, leases, metrics, workdir
-from ensadv.training import costs, from_config, nans, pace, streams
+from ensadv.training import costs, from_config, nans, overfitting, pace, streams
 from ensadv.training.optim import TrainState
 from ensadv.training.step import initial_state, train_step
 
@@ -212,6 +212,12 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
         def advance(state: TrainState, num_steps: int) -> tuple[TrainState, Mapping[str, Array]]:
             return jax.block_until_ready(train_steps(state, arrays, keys, np.int32(num_steps)))
 
+        look = lambda step, state: {}
+        if overfitting.is_watched(config):
+            watch = overfitting.Watch(config)
+            accuracies = overfitting.make_accuracies(config, model)
+            look = lambda step, state: watch.metrics(step, accuracies(state, arrays, keys))
+
         log = metrics.TrainingLog(
             workdir_path,
             label=label,
@@ -221,10 +227,18 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             profile_steps=config.train.profile_steps,
         )
         stack.callback(log.close)
-        log.hyperparameters(config_lib.flatten(config_lib.to_dict(config)))
+        settings = config_lib.flatten(config_lib.to_dict(config))
+        del settings['model.source']  # a whole file
+        log.hyperparameters(settings)
         writer = _Writer(config, workdir_path, lock, saved, snapshots, on_snapshot)
         try:
-            _loop(config, state, step, advance, log, writer)
+            _loop(config, state, step, advance, look, log, writer)
+        except overfitting.OverfittingError as error:
+            saved.close()  # and so whole
+            step, state = saved.restore_newest(abstract) or (0, None)
+            if 0 < step < error.step and step not in snapshots.steps():
+                snapshots.save(step, snapshot_of(config, state), wait=True)
+            raise overfitting.error_with_advice(error, step) from None
         except nans.NotFiniteError as error:
             saved.close()  # and so whole
             start = max(saved.steps(), default=0)
@@ -293,8 +307,8 @@ class _Writer:
                 self.on_snapshot()
 
 
-def _loop(config, state, step, advance, log, writer) -> None:
-    """Advances from `step` to the last, writing what is due on the way."""
+def _loop(config, state, step, advance, look, log, writer) -> None:
+    """Advances from `step` to the last, looking at it and writing what is due on the way."""
     train, schedule = config.train, from_config.schedule(config)
     interval = pace.Interval(step)
     seconds_per_step: list[float] = []
@@ -303,6 +317,8 @@ def _loop(config, state, step, advance, log, writer) -> None:
     if step == train.steps:  # its snapshot was lost, and the checkpoint is there
         writer.write(step, state, snapshot=True, checkpoint=False, seconds_per_step=[])
     with stopping.deferred():
+        if train.stop_on_overfitting and 0 < step < train.steps:
+            look(step, state)  # nobody may have, when this checkpoint was written
         while step < train.steps:
             stop = pace.next_stop(step, config, distributed.agree(length.most))
             compiles = length.compiles
@@ -324,6 +340,9 @@ def _loop(config, state, step, advance, log, writer) -> None:
                 # A running variance may be infinite where no metric is: that layer's outputs are 0.
                 if not nans.all_finite(state):
                     raise nans.NotFiniteError(interval.first_step, step)
+                # Before anything of this step is written.
+                with log.bar.untimed():
+                    means |= look(step, state)
                 log.scalars(step, means | {'learning_rate': float(schedule(step - 1))})
                 if rate := means.get('examples_per_second'):
                     seconds_per_step.append(train.batch_size / rate)
