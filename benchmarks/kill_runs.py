@@ -2,10 +2,10 @@
 
     python benchmarks/kill_runs.py [--kills=17] [--seed=0] [--work=NAME] [--within=1]
 
-Four kinds of work on digits: a trainer that evaluates its own snapshots, a trainer with an
-evaluator beside it, of which one or both are killed, a study with a transfer set, and AutoAttack
-on a run that is trained already. Each is done
-once undisturbed. Then it is started again and again in a new workdir, and killed (SIGKILL) after a
+Five kinds of work on digits: a trainer that evaluates its own snapshots, another whose images the
+host streams, a trainer with an evaluator beside it, of which one or both are killed, a study with a
+transfer set, and AutoAttack on a run that is trained already. Each is done once undisturbed. Then
+it is started again and again in a new workdir, and killed (SIGKILL) after a
 time drawn anew from the whole length of the work, or from that --within of it, so that one workdir
 is killed more often; until it comes to its end. By then
 
@@ -76,6 +76,7 @@ AUTOATTACK_FIELDS = {
 # Name: the commands that run beside each other.
 WORK = {
     'trainer': [(SINGLE, {})],
+    'streaming trainer': [(SINGLE, {'data.on_device': 'no', 'data.cutmix': 1.0})],
     'trainer and evaluator': [
         (SINGLE, {'eval.inline': False}),
         (EVALUATE, {'eval.inline': False, 'eval.follow': True}),

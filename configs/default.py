@@ -21,13 +21,18 @@ def get_config() -> ConfigDict:
     config.epsilon = 8 / 255  # the ball's radius; of l2 128/255 is usual
 
     config.data = data = ConfigDict()
-    data.name = 'cifar10'  # cifar10, cifar100, svhn_cropped, mnist (TFDS), digits, or npz
+    data.name = 'cifar10'  # cifar10, cifar100, svhn_cropped, mnist, tfds:NAME (TFDS), digits, npz
     data.data_dir = placeholder(str)  # holds prepared TFDS data sets; None: TFDS's own default
     data.download = False  # let TFDS download and prepare a missing data set
     data.path = placeholder(str)  # for npz: file with image_train, label_train, image_test, ...
     data.pad = 4  # pixels of reflection padding before the random crop; 0: no crop
     data.validation_examples = 0  # of the training split, held out for eval.select_on=validation
     data.flip = placeholder(bool)  # random horizontal flip; None: yes, unless images show digits
+    data.cutout = 0  # side, in pixels, of a square at a random place that is hidden; 0: none
+    data.cutmix = 0.0  # Beta's parameter of the area that is pasted of another image; 0: none
+    data.extra = ()  # files (.npz) or folders of more images to train on, see docs/data.md
+    data.extra_fraction = 0.0  # of each batch, from data.extra; the rest is of the training split
+    data.on_device = 'auto'  # yes, no: stream images from the host; auto: yes if they fit
 
     config.model = model = ConfigDict()
     # A network of your own is FILE.py:Class, or FILE.py:Class(argument=value), see

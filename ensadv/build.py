@@ -19,6 +19,7 @@ import ensadv
 from ensadv import architectures, prng, python_files
 from ensadv import config as config_lib
 from ensadv.data import checks, datasets
+from ensadv.data import extra as extra_data
 from ensadv.errors import ConfigError
 from ensadv.models import conv, ensemble, own_networks
 from ensadv.models.gated import Gated
@@ -112,6 +113,14 @@ def dataset(config: ConfigDict) -> datasets.Dataset:
     if distributed.is_main():
         checks.tell(found, group.path or group.name)
     return found
+
+
+def extra(
+    config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int
+) -> extra_data.Extra | None:
+    """Returns the extra training images, or None; see `data.extra.load`."""
+    paths = tuple(config.data.extra)
+    return extra_data.load(paths, tuple(image_shape), num_classes) if paths else None
 
 
 def test_places(config: ConfigDict, there: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ MUTABLE_FIELDS = (
     'data.data_dir',
     'data.path',  # the data's fingerprint is compared instead
     'data.download',
+    'data.extra',  # so here
+    'data.on_device',
     'audit',
     'blackbox',
     'debug',
@@ -52,6 +55,9 @@ MUTABLE_FIELDS = (
 # What runs of older versions had, which did not say so.
 _OF_OLDER_RUNS = {
     'norm': 'linf',
+    'data.cutout': 0,
+    'data.cutmix': 0.0,
+    'data.extra_fraction': 0.0,
     'model.activation': 'relu',
     'model.source': None,
     'train.objective': 'paper',
@@ -67,6 +73,7 @@ _OF_OLDER_RUNS = {
 
 DEVICES = ('auto', 'cpu', 'gpu', 'tpu')
 DATASETS = ('cifar10', 'cifar100', 'svhn_cropped', 'mnist', 'digits', 'npz')
+ON_DEVICE = ('auto', 'yes', 'no')
 COMBINES = ('probs', 'logits', 'gating')
 TRAININGS = ('joint', 'separate')
 OBJECTIVES = ('paper', 'trades', 'mart')
@@ -145,13 +152,41 @@ def _validate_study(config: ConfigDict) -> None:
 
 
 def _validate_data(config: ConfigDict) -> None:
-    _one_of(config, 'data.name', DATASETS)
+    name = config.data.name
+    if not (isinstance(name, str) and re.fullmatch(r'tfds:[\w/:.]+', name)):
+        _one_of(config, 'data.name', (*DATASETS, 'tfds:NAME'))
     _integer(config, 'data.pad', 0)
     _integer(config, 'data.validation_examples', 0)
     if config.data.name == 'npz' and not config.data.path:
         raise ConfigError('data.path: needed for data.name=npz, as in --config.data.path=my.npz')
     if config.data.name != 'npz' and config.data.path:
         raise ConfigError(f'data.path: only for data.name=npz, found data.name={config.data.name}')
+    _one_of(config, 'data.on_device', ON_DEVICE)
+    _integer(config, 'data.cutout', 0)
+    _validate_cutmix(config)
+    extra, fraction = tuple(config.data.extra), config.data.extra_fraction
+    if not all(isinstance(path, str) and path for path in extra):
+        raise ConfigError(f'data.extra: expected names of files, found {shown(extra)}')
+    _number(config, 'data.extra_fraction', 0, 1, below=True)
+    if bool(extra) != bool(fraction):
+        raise ConfigError(
+            'data.extra, data.extra_fraction: expected both or none of them, found '
+            f'{shown(extra)} and {fraction}'
+        )
+
+
+def _validate_cutmix(config: ConfigDict) -> None:
+    """Refuses what needs one label for each image, where CutMix gives shares of two."""
+    _number(config, 'data.cutmix', 0)
+    for field, found in (
+        ('attack.loss=margin', config.attack.loss == 'margin' and config.train.adversarial_weight),
+        ('train.objective=mart', config.train.objective == 'mart'),
+    ):
+        if config.data.cutmix and found:
+            raise ConfigError(
+                f'data.cutmix: expected 0 with {field}, which needs one label for each image, '
+                f'found {config.data.cutmix:g}'
+            )
 
 
 def _validate_network(config: ConfigDict) -> None:

@@ -1,5 +1,6 @@
 """The describe job: what a config amounts to, without training."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from ensadv.evaluation import attack_settings, blackbox
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
 from ensadv.storage import workdir
-from ensadv.training import costs, from_config, train
+from ensadv.training import costs, feeds, from_config, streams, train
 
 
 def run(config: ConfigDict, path: epath.Path | None, systems_dir: epath.Path) -> str:
@@ -38,10 +39,12 @@ def run(config: ConfigDict, path: epath.Path | None, systems_dir: epath.Path) ->
     else:
         name, group = config.data.name, config.data
         shape, classes = datasets.spec(name, data_dir=group.data_dir, path=group.path)
-        num_train, num_test = datasets.sizes(name, path=group.path)
+        num_train, num_test = datasets.sizes(name, data_dir=group.data_dir, path=group.path)
         # Sizes do not depend on the pixels' mean and deviation.
         dataset = {'name': name, 'image_shape': shape, 'num_classes': classes}
         dataset |= {'mean': [0.0], 'std': [1.0], 'num_train': num_train, 'num_test': num_test}
+        if extra := build.extra(config, shape, classes):
+            dataset['extra'] = extra.describe()
     check(config, dataset, systems_dir)
     dataset['num_train'] -= config.data.validation_examples
     return describe(config, dataset)
@@ -76,7 +79,7 @@ def describe(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
     Args:
       config: validated.
       dataset: 'name', 'image_shape', 'num_classes', 'num_train', 'mean' and 'std', as
-        `data.Dataset.describe` gives them.
+        `data.Dataset.describe` gives them, and 'extra', see `train.check_fits`.
 
     Raises:
       ConfigError: if the batch does not fit the data or the devices.
@@ -150,10 +153,17 @@ def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
         'members': f'{k}, combined by {_COMBINES[config.ensemble.combine]}',
         'training': f'{training}, {_objective(config)}',
         'data': f'{dataset["name"]}, images {tuple(dataset["image_shape"])}, '
-        f'{dataset["num_classes"]} classes',
+        f'{dataset["num_classes"]} classes{_extra(config, dataset)}',
         'threat model': registry.threat_model_words(config.norm, config.epsilon),
         'steps': f'{config.train.steps:,} of {config.train.batch_size} examples',
     }
+
+
+def _extra(config: ConfigDict, dataset: Mapping[str, Any]) -> str:
+    if not dataset.get('extra'):
+        return ''
+    num, size = streams.num_extra(config), config.train.batch_size
+    return f'; {num} of {size} examples from {dataset["extra"]["num"]:,} extra images'
 
 
 def _objective(config: ConfigDict) -> str:
@@ -222,7 +232,11 @@ def _memory(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     perturbed = bool(config.train.awp_gamma)
     state = (3 + perturbed) * _bytes(params) + _bytes(variables['batch_stats'])
     weights = 'weights, perturbed weights' if perturbed else 'weights'
+    nums = dataset['num_train'], (dataset.get('extra') or {'num': 0})['num']
+    images = sum(nums) * math.prod(dataset['image_shape'])
+    fits = feeds.fits_devices(config, images, max(nums))
     return {
+        'images': f'{_mebi(images)}, {"on every device" if fits else "streamed from the host"}',
         'on every device': f'{_mebi(state)} ({weights}, momentum and gradients, float32)',
         'over all devices': f'{_mebi(passes * activations)} (activations for the backward pass, '
         f'{passes} x {_mebi(activations)})',

@@ -50,7 +50,7 @@ class _SwitchParser(flags.BooleanParser):
 
 
 class _ListParser(TupleParser):
-    """Also takes clean,pgd20_m(loss=margin) without quotes, and 1e3 as a whole number."""
+    """Also takes clean,pgd20_m(loss=margin) and a/b,c.npz without quotes, and 1e3 as a number."""
 
     def parse(self, argument: str | tuple) -> tuple:
         if not isinstance(argument, str):
@@ -62,7 +62,8 @@ class _ListParser(TupleParser):
             return ()
         # Between parentheses a comma is the entry's own.
         names = re.split(r'\s*,\s*(?![^()]*\))', text.removesuffix(',').strip())
-        if all(re.fullmatch(r'[^\W\d]\w*(\([^()\'"]*\))?', name) for name in names):
+        is_path = r'[^()\'"]*(/|\.np[yz]$)[^()\'"]*'
+        if all(re.fullmatch(rf'[^\W\d]\w*(\([^()\'"]*\))?|{is_path}', name) for name in names):
             return tuple(names)
         try:
             values = super().parse(argument)

@@ -108,6 +108,14 @@ def test_sizes_follow_epsilon_unless_set():
         ('data.name', 'npz', 'data.path: needed'),
         ('data.path', 'x.npz', 'only for data.name=npz'),
         ('data.pad', -1, '>= 0'),
+        ('data.name', 'tfds:', 'tfds:NAME'),
+        ('data.cutout', -1, '>= 0'),
+        ('data.cutmix', -0.5, '>= 0'),
+        ('data.extra_fraction', 1.0, '>= 0 and < 1'),
+        ('data.extra_fraction', 0.5, 'both or none'),
+        ('data.extra', ('a.npz',), 'both or none'),
+        ('data.extra', (1,), 'names of files'),
+        ('data.on_device', 'maybe', 'allowed: auto, yes, no'),
         ('train.adversarial_weight', -1.0, '>= 0'),
         ('train.learning_rate', 0.0, '> 0'),
         ('train.learning_rate_steps', (5, 3), 'increasing'),
@@ -258,6 +266,24 @@ def test_entries_that_cannot_be_meant_are_refused(text, told):
     assert told in str(caught.value)
 
 
+def test_an_attack_that_needs_labels_goes_without_shares_of_them():
+    config = default.get_config()
+    config.data.cutmix = 1.0
+    config_lib.validate(config)
+    config.attack.loss = 'margin'
+    with pytest.raises(ConfigError, match=r'expected 0 with attack\.loss=margin'):
+        config_lib.validate(config)
+    config.train.adversarial_weight = 0.0
+    config_lib.validate(config)
+
+
+def test_any_data_set_of_tfds_has_a_name():
+    config = default.get_config()
+    for name in ('tfds:fashion_mnist', 'tfds:imagenet_resized/32x32:0.1.0'):
+        config.data.name = name
+        config_lib.validate(config)
+
+
 def test_an_entry_may_be_long():
     changes = (
         'step_size=0.00784313725490196, schedule=linear, start=uniform, restarts=5, loss=margin'
@@ -317,6 +343,16 @@ def test_a_run_that_does_not_say_its_norm_had_linf():
     del old['norm']
     assert config_lib.changed_fields(old, old | {'norm': 'linf'}) == []
     assert config_lib.changed_fields(old, new) == ['norm: linf -> l2']
+
+
+def test_a_run_of_before_had_no_mixed_images():
+    old, new = (config_lib.to_dict(default.get_config()) for _ in range(2))
+    for field in ('cutout', 'cutmix', 'extra', 'extra_fraction', 'on_device'):
+        del old['data'][field]
+    assert config_lib.changed_fields(old, new) == []
+    new['data'] |= {'cutmix': 1.0, 'extra_fraction': 0.5}
+    told = ['data.cutmix: 0.0 -> 1.0', 'data.extra_fraction: 0.0 -> 0.5']
+    assert config_lib.changed_fields(old, new) == told
 
 
 def test_runs_from_before_there_were_other_recipes_had_the_papers():
@@ -390,6 +426,7 @@ def test_only_fields_that_change_no_step_may_change():
     new['train'] |= {'steps': 7, 'log_every': 3}
     new['eval']['attacks'] = ['clean']
     new['device'] = 'cpu'
+    new['data'] |= {'extra': ['moved.npz'], 'on_device': 'no'}
     assert config_lib.changed_fields(old, new) == []
     new['train']['momentum'] = 0.5
     new['seed'] = 4
@@ -436,6 +473,13 @@ def test_restarts_that_would_be_equal_are_refused(changes, told):
         ('eval.long_attacks', '', ()),
         ('train.learning_rate_steps', '1e3,2e3', (1000, 2000)),
         ('train.learning_rate_steps', '7', (7,)),
+        (
+            'data.extra',
+            'a.npz, ~/my shards/part[0-9]*.npz',
+            ('a.npz', '~/my shards/part[0-9]*.npz'),
+        ),
+        ('data.extra', 'more/1m.npz', ('more/1m.npz',)),
+        ('data.extra', 'generated', ('generated',)),
     ],
 )
 def test_values_are_taken_as_people_write_them(field, text, value):

@@ -442,6 +442,67 @@ def test_where_tensorflow_is_not_installed_what_grain_reads_is_read(prepared):
     assert 'OpenCV' not in result.stderr
 
 
+def make_builder(name, features, keys=('picture', 'kind'), splits=('train', 'validation')):
+    """Makes TFDS know a data set of 6 x 7 pixels; returns its class."""
+    import tensorflow_datasets as tfds
+
+    def examples():
+        for place in range(8):
+            yield place, {'picture': np.full((6, 7, 3), place, np.uint8), 'kind': place % 3}
+
+    return type(
+        name,
+        (tfds.core.GeneratorBasedBuilder,),
+        {
+            '__module__': __name__,
+            'VERSION': tfds.core.Version('1.0.0'),
+            '_info': lambda self: tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=keys
+            ),
+            '_split_generators': lambda self, manager: {split: examples() for split in splits},
+            '_generate_examples': None,
+        },
+    )
+
+
+def test_any_image_set_of_tfds_is_read_by_its_description(prepared, tmp_path):
+    tfds = pytest.importorskip('tensorflow_datasets')
+    place = str(prepared / 'array_record')
+    named, plain = (datasets.load(name, data_dir=place) for name in ('tfds:mnist', 'mnist'))
+    assert named.fingerprint == plain.fingerprint
+    assert (named.name, named.class_names) == ('tfds:mnist', tuple('0123456789'))
+    assert datasets.spec('tfds:mnist', data_dir=place) == ((28, 28, 1), 10)
+    assert datasets.sizes('tfds:mnist', data_dir=place) == (30, 20)
+
+    features = {
+        'picture': tfds.features.Image(shape=(6, 7, 3)),
+        'kind': tfds.features.ClassLabel(names=['a', 'b', 'c']),
+    }
+    made = make_builder('SomeOwnSet', features)
+    made(data_dir=str(tmp_path), file_format='array_record').download_and_prepare()
+    own = datasets.load('tfds:some_own_set', data_dir=str(tmp_path))
+    assert sorted(own.image_train[:, 0, 0, 0]) == list(range(8))
+    np.testing.assert_array_equal(own.label_train, own.image_train[:, 0, 0, 0] % 3)
+    assert (own.image_shape, own.class_names) == ((6, 7, 3), ('a', 'b', 'c'))
+    assert len(own.label_test) == 8  # its validation split
+    assert own.describe()['class_names'] == ['a', 'b', 'c']
+
+    any_size = {**features, 'picture': tfds.features.Image(shape=(None, None, 3))}
+    make_builder('AnySize', any_size)
+    make_builder('NoClass', {'picture': features['picture']}, keys=None)
+    make_builder('NoTest', features, splits=('train',))(
+        data_dir=str(tmp_path), file_format='array_record'
+    ).download_and_prepare()
+    for name, told in (
+        ('any_size', 'found images (None, None, 3) of uint8, allowed are images of one size'),
+        ('no_class', 'found picture, allowed are data sets of TFDS with an image and its class'),
+        ('no_test', 'found the splits train, needed are train, and test or validation'),
+        ('some_own_sat', "TFDS knows no such data set (did you mean 'some_own_set'?)"),
+    ):
+        assert told in message(f'tfds:{name}', data_dir=str(tmp_path))
+    assert 'found no some_own_set in' in message('tfds:some_own_set', data_dir=str(tmp_path / 'x'))
+
+
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
 def test_only_what_may_be_damaged_is_to_be_removed(prepared, tmp_path, monkeypatch, kind):
     shutil.copytree(prepared / kind, tmp_path / 'copy')

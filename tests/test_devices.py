@@ -11,6 +11,7 @@ from absl import logging
 from conftest import TINY, overrides, run_main, tiny_config, variables_like
 from etils import epath
 
+from ensadv.data import datasets
 from ensadv.errors import UserError
 from ensadv.runtime import distributed
 from ensadv.storage import checkpoints, files, workdir
@@ -31,8 +32,12 @@ FIELDS = TINY | {
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp('devices')
+    digits = datasets.load('digits')
+    np.savez(root / 'extra.npz', image=255 - digits.image_train[:50], label=digits.label_train[:50])
+    mixed = {'data.extra': f'{root}/extra.npz', 'data.extra_fraction': 0.4, 'data.cutmix': 1.0}
     for devices in (1, 2, 4):
-        fields = FIELDS | {'eval.inline': devices == 1}
+        on_device = 'no' if devices == 4 else 'yes'
+        fields = FIELDS | mixed | {'eval.inline': devices == 1, 'data.on_device': on_device}
         command = ['--config=configs/ensemble2adv.py', *overrides(fields)]
         result = run_main(*command, f'--workdir={root}/{devices}', devices=devices, small=True)
         assert result.returncode == 0, result.stderr

@@ -23,7 +23,7 @@ from ensadv.models import ensemble
 from ensadv.models.base import ImageNetwork
 from ensadv.runtime import distributed
 from ensadv.storage import checkpoints
-from ensadv.training import nans, streams, train
+from ensadv.training import feeds, nans, streams, train
 
 
 @jax.custom_vjp
@@ -90,18 +90,19 @@ def finder(config):
     model = build.model(config, dataset.describe(), dtype='float32')
     keys = streams.learner_keys(config)
     state = jax.jit(partial(train.init_state, config, model, dataset.image_shape))(keys)
-    arrays, state, keys = distributed.replicate(
-        ((dataset.image_train, dataset.label_train), state, keys)
-    )
-    draw = partial(streams.draw_batch, config)
-    return state, nans.Finder(config, dataset, draw, arrays, keys).find
+    sampling = streams.sampling(config, dataset.describe())
+    feed = feeds.open_feed(config, sampling, keys, dataset, None)
+    state, keys = distributed.replicate((state, keys))
+    draw = partial(feeds.draw, sampling)
+    return state, nans.Finder(config, dataset, draw, feed.take, keys).find
 
 
 @pytest.fixture(scope='module')
 def small_ensemble():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, 'wide_resnet', wide_resnet(Small))
-        return finder(tiny_config('ensemble2adv', attack__start='none'))
+        config = tiny_config('ensemble2adv', attack__start='none', data__on_device='no')
+        return finder(config)
 
 
 EXTREME_LOGITS = np.array([3e38] + [-3e38] * 9, np.float32)

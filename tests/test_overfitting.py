@@ -73,6 +73,7 @@ def test_training_with_one_step_is_watched(changes, expected):
 def test_looking_alters_no_training_and_is_of_the_next_batch(workdir, monkeypatch):
     """The numbers of the last step, once more: by the attacks that they are of, on its weights."""
     config = tiny_config('separate2adv', attack__name='fgsm', attack__loss='margin')
+    config.data.on_device = 'no'
     train.run(config, workdir / 'watched')
     with monkeypatch.context() as patch:
         patch.setattr(overfitting, 'is_watched', lambda config: False)
@@ -85,9 +86,10 @@ def test_looking_alters_no_training_and_is_of_the_next_batch(workdir, monkeypatc
     dataset = build.dataset(config)
     network = build.network(config, dataset.describe())
     tree = checkpoints.open_snapshots(workdir / 'watched').restore(4, network.variables)
-    arrays = distributed.replicate((dataset.image_train, dataset.label_train))
+    arrays = streams.Examples(dataset.image_train, dataset.label_train)
+    sampling = streams.sampling(config, dataset.describe())
     keys = streams.learner_keys(config)
-    draw = distributed.run_on_devices(functools.partial(streams.draw_batch, config), 3)
+    draw = distributed.run_on_devices(functools.partial(streams.draw_batch, sampling), 3)
     threat = ThreatModel('linf', config.epsilon)
     of_steps = lambda steps, size: IFGSM(steps, size, start='uniform', loss=losses.negative_margin)
     for name, one in (
@@ -109,7 +111,7 @@ def test_it_stops_before_anything_bad_is_written_and_tells_how_to_go_on(
     workdir, monkeypatch, caplog
 ):
     """Planted: from step 3 on the network resists one step alone."""
-    accuracies = lambda config, model: lambda state, *_: seen([float(state.step > 2)], [0.0])
+    accuracies = lambda config, model, draw: lambda state, *_: seen([float(state.step > 2)], [0.0])
     monkeypatch.setattr(overfitting, 'make_accuracies', accuracies)
     config = tiny_config(
         attack__name='n_fgsm', train__stop_on_overfitting=True, train__steps=6,

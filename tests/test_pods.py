@@ -139,6 +139,7 @@ def run_pod(*args, **settings) -> list[Result]:
 # A run: 2 steps on 2 processes with 2 devices each, the third on one device, the fourth on one
 # process with 4; beside it, the same steps on one process with 4.
 FIELDS = TINY | {
+    'data.on_device': 'no',  # a study, below, has its data on the devices
     'batch_norm.sync': True,
     'train.steps_per_call': 1,
     'train.checkpoint_every': 1,
@@ -357,6 +358,12 @@ state = step(step(state, keys), keys)
 assert given.is_deleted()
 assert not state['x'].is_fully_addressable and state['x'].is_fully_replicated
 assert np.asarray(state['x']).tolist() == [56, 57, 58] and np.asarray(state['y'])[0, 0] == 57
+
+first = 4 * jax.process_index()
+here = [[first, first + 1], [first + 2, first + 3]]
+assert distributed.places_here(8).tolist() == here
+differs = lambda own: distributed.max_over_devices(abs(own - distributed.my_share(8)).max())
+assert distributed.run_on_devices(differs, 0, divided=True)(np.array(here)) == 0
 
 double = distributed.map_examples(lambda scale, batch: (scale * batch[0], batch[1] > 3), 1)
 scale = distributed.replicate(np.float32(2))

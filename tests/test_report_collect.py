@@ -7,7 +7,7 @@ from etils import epath
 from report_runs import DIGITS, N, member, run_config, write_ensemble, write_run
 
 from ensadv.errors import UserError
-from ensadv.report import paper
+from ensadv.report import basis, paper
 from ensadv.report.collect import Collection, collect
 
 LAST = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5, 'pgd500': 0.4}
@@ -217,6 +217,20 @@ def test_seeds_trained_for_other_numbers_of_steps(tmp_path):
     write(tmp_path, seed=1)
     write(tmp_path, seed=2)
     assert only_reason(tmp_path) == 'another SingleAdv: with train.steps 50, not 40'
+
+
+def test_seeds_trained_with_other_extra_images(tmp_path):
+    mixed = {'data__extra_fraction': 0.7, 'data__cutmix': 1.0, 'data__cutout': 3}
+    for seed, fingerprint in enumerate(('abcdefghij', 'abcdefghij', 'other')):
+        extra = {'num': 20_000, 'fingerprint': fingerprint}
+        write(tmp_path, seed=seed, dataset=DIGITS | {'extra': extra}, **mixed)
+    collection = collected(tmp_path)
+    reason = 'another SingleAdv: with data.extra other..., not abcdefgh...'
+    assert collection.apart == [('singleadv2', reason)]
+    told = '70 % of each batch from 20,000 extra images (fingerprint abcdefgh...)'
+    assert basis.training(collection)[-1] == (
+        f'SingleAdv: {told}, Cutout of 3 pixels, CutMix with Beta(1, 1).'
+    )
 
 
 def test_the_same_seed_twice(tmp_path):

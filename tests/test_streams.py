@@ -11,30 +11,33 @@ import pytest
 from conftest import ROOT, run_environment, tiny_config
 
 from ensadv import build
-from ensadv.data import batches
+from ensadv.data import batches, datasets, extra
 from ensadv.evaluation import on_device
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
-from ensadv.training import streams, train
+from ensadv.training import feeds, streams, train
 
 # Labels say which image it is: 37 of them, of which 8 make no whole number of batches.
 IMAGES = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 1), np.uint8)
 LABELS = np.arange(37, dtype=np.int32)
 DESCRIPTION = {'num_classes': 3, 'mean': (0.5,), 'std': (0.25,)}
 CONFIG = tiny_config(train__batch_size=8, data__flip=True)
+SAMPLING = streams.sampling(CONFIG, DESCRIPTION)
+# The same with everything that may be added; the labels of extra images go on.
+MIXED = SAMPLING._replace(num_extra=3, cutout=2, cutmix=1.0, num_classes=60)
+EXTRA = 255 - IMAGES[:23], np.arange(37, 60, dtype=np.int32)
 KEYS = streams.run_keys(3)
 STEPS = (0, 4, 1000)  # the second batch straddles two epochs
 
 
 @functools.cache
-def compiled_draw():
+def compiled_draw(sampling=SAMPLING):
     def batch(step, keys, arrays):
-        (pixels, indices), attack = streams.draw_batch(CONFIG, step, arrays, keys)
-        levels = jnp.rint(255 * pixels).astype(jnp.uint8)
-        of_each = jax.lax.all_gather(
-            (levels, indices, jax.random.key_data(attack)), distributed.AXIS
+        (pixels, indices), attack = streams.draw_batch(
+            sampling, step, streams.Examples(*arrays), keys
         )
-        return jax.tree.map(lambda parts: parts.reshape(-1, *parts.shape[2:]), of_each)
+        levels = jnp.rint(255 * pixels).astype(jnp.uint8)
+        return gathered((levels, indices, jax.random.key_data(attack)))
 
     batches = lambda *args: jax.lax.map(lambda step: batch(step, *args), jnp.int32(STEPS))
     return distributed.run_on_devices(batches, 2)
@@ -43,6 +46,38 @@ def compiled_draw():
 def draw(keys):
     """Returns images, indices and the data of the attack's keys, [steps, batch, ...] each."""
     return jax.device_get(compiled_draw()(*distributed.replicate((keys, (IMAGES, LABELS)))))
+
+
+@functools.cache
+def draw_streamed():
+    """Returns what `draw_mixed` does, of examples that the host has chosen."""
+    dataset = datasets.Dataset('npz', IMAGES, LABELS, IMAGES, LABELS, 60)
+    feed = feeds.Streamed(MIXED, KEYS, dataset, extra.Extra((EXTRA[0],), EXTRA[1]), 1, 2000)
+
+    def batch(step, shared, keys, own):
+        (pixels, shares), attack = feeds.draw(MIXED, step, 0, shared, own, keys)
+        levels = jnp.rint(255 * pixels).astype(jnp.uint8)
+        return gathered((levels, shares, jax.random.key_data(attack)))
+
+    compiled = distributed.run_on_devices(batch, 3, divided=True)
+    drawn = []
+    for step in STEPS:
+        shared, own = feed.take(step, 1)
+        drawn.append(jax.device_get(compiled(np.int32(step), shared, KEYS, own)))
+    feed.close()
+    return [np.stack(each) for each in zip(*drawn, strict=True)]
+
+
+def gathered(tree):
+    of_each = jax.lax.all_gather(tree, distributed.AXIS)
+    return jax.tree.map(lambda parts: parts.reshape(-1, *parts.shape[2:]), of_each)
+
+
+@functools.cache
+def draw_mixed():
+    """Returns as `draw` what is drawn with extra images, Cutout and CutMix."""
+    arguments = distributed.replicate((KEYS, (IMAGES, LABELS, *EXTRA)))
+    return jax.device_get(compiled_draw(MIXED)(*arguments))
 
 
 def test_a_run_has_the_streams_that_it_always_had():
@@ -105,7 +140,41 @@ def everything():
     """Returns what training and evaluation draw on this process's devices."""
     evaluation = lambda places: jax.random.key_data(on_device.keys(0, places))
     places = np.arange(12, dtype=np.int32)
-    return *draw(KEYS), distributed.map_examples(evaluation, 0)(places)
+    evaluated = distributed.map_examples(evaluation, 0)(places)
+    return *draw(KEYS), *draw_streamed(), evaluated
+
+
+def test_a_mixed_batch_is_what_its_parts_would_be():
+    """Extra images have epochs of their own, and a partner is the image at another place."""
+    is_extra, rank = batches.places_by_kind(8, 3)
+    for step, images, shares, attack in zip(STEPS, *draw_mixed(), strict=True):
+        own = batches.batch_indices(
+            KEYS.batches, step, jnp.arange(5), batch_size=5, num_examples=len(LABELS)
+        )
+        extra = batches.batch_indices(
+            streams.extra_key(KEYS.batches), step, jnp.arange(3), batch_size=3, num_examples=23
+        )
+        chosen = np.where(is_extra, 37 + extra[rank % 3], own[rank % 5])
+        of_step = lambda key, step=step: jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.fold_in(key, step), jnp.arange(8)
+        )
+        keys = of_step(KEYS.augmentation)
+        raw = np.concatenate([IMAGES, EXTRA[0]])[chosen]
+        x = batches.to_pixels(batches.augment(keys, raw, pad=1, flip=True))
+        x = batches.cutout(keys, x, side=2, fill=(0.5,))
+        partners = np.asarray(streams.partners(8, step, KEYS.augmentation))
+        assert sorted(partners) == list(range(8))
+        x, y = batches.cutmix(
+            keys, (x, x[partners]), (chosen, chosen[partners]), alpha=1.0, num_classes=60
+        )
+        np.testing.assert_array_equal(images, np.rint(255 * x).astype(np.uint8))
+        np.testing.assert_allclose(shares, y, atol=1e-6)
+        np.testing.assert_array_equal(attack, jax.random.key_data(of_step(KEYS.attack)))
+
+
+def test_the_host_chooses_what_the_devices_would():
+    for streamed, drawn in zip(draw_streamed(), draw_mixed(), strict=True):
+        np.testing.assert_array_equal(streamed, drawn)
 
 
 @pytest.mark.parametrize('devices', [2, 4])

@@ -18,6 +18,8 @@ from conftest import (
 from etils import epath
 
 from ensadv import build
+from ensadv.data import datasets
+from ensadv.data import extra as extra_data
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.runtime import stopping
 from ensadv.storage import checkpoints, files, leases
@@ -72,17 +74,32 @@ def test_scalars_reach_tensorboard(workdir):
     )
 
 
+def extra_images(folder):
+    """Writes a file of images that look like digits, and returns what trains on it."""
+    digits = datasets.load('digits')
+    path = pathlib.Path(folder) / 'extra.npz'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, image=255 - digits.image_train[:50], label=digits.label_train[:50])
+    return path, {'data__extra': (str(path),), 'data__extra_fraction': 0.4}
+
+
 def test_going_on_gives_the_same_bits(workdir):
+    """Whether examples are on the device or streamed from the host, whatever they are mixed of."""
+    _, extra = extra_images(workdir.parent)
     recipe = {
         'train__objective': 'trades', 'train__label_smoothing': 0.1, 'train__awp_gamma': 0.01,
         'train__awp_start': 3, 'train__warmup_steps': 2, 'train__weight_decay_on': 'kernels',
-    }  # fmt: skip
+        'data__cutmix': 1.0, 'data__cutout': 2,
+    } | extra  # fmt: skip
     config = tiny_config('ensemble2adv', train__snapshot_every=100, **recipe)
     train.run(config, workdir / 'whole')
     config.train.steps = 2
+    config.data.on_device = 'no'
     train.run(config, workdir / 'parts')
     config.train.steps = 4
     train.run(config, workdir / 'parts')
+    record = workdir_lib.read_record(workdir / 'parts')
+    assert record['dataset']['extra']['num'] == 50
     whole, parts = (snapshot_bytes(config, workdir / name, 4) for name in ('whole', 'parts'))
     assert whole == parts
     # The attack's target is a prediction, and one step of four has its passes twice.
@@ -257,6 +274,7 @@ def test_stops_on_a_loss_that_is_not_finite(workdir):
     [
         ({'train.batch_size': 2000}, 'at most the 1437 training examples'),
         ({'data.pad': 8}, "less than the images' 8 pixels"),
+        ({'data.cutout': 9}, "at most the images' 8 pixels"),
     ],
 )
 def test_what_the_data_do_not_allow_is_refused(workdir, fields, told):
@@ -275,9 +293,28 @@ def test_a_workdir_belongs_to_its_run(workdir):
     assert checkpoints.open_snapshots(workdir).steps()[-1] == 5
 
 
+@pytest.mark.parametrize(
+    'fraction, told', [(0.01, r'from 1 to 7 .* in a batch of 8, found 0'), (0.99, 'found 8')]
+)
+def test_a_batch_has_examples_of_each_kind(workdir, fraction, told):
+    _, extra = extra_images(workdir.parent)
+    with pytest.raises(ConfigError, match=told):
+        train.run(tiny_config(**extra | {'data__extra_fraction': fraction}), workdir)
+    assert not workdir.exists()
+
+
 def test_other_data_in_the_same_workdir_are_refused(workdir):
-    config = tiny_config('baseline')
+    path, extra = extra_images(workdir.parent)
+    config = tiny_config('baseline', **extra)
     train.run(config, workdir)
+    moved = path.rename(path.parent / 'moved.npz')
+    arrays = dict(np.load(moved))
+    arrays['label'][7] += 1
+    np.savez(path, **arrays)
+    extra_data.load.cache_clear()
+    with pytest.raises(UserError, match=r'with other extra images than data\.extra names now'):
+        train.run(tiny_config('baseline', train__steps=6, **extra), workdir)
+    config.data.extra = (str(moved),)
     record = workdir_lib.read_record(workdir)
     record['dataset']['fingerprint'] = 'another'
     files.write_json(workdir / 'config.json', record)

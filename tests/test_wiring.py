@@ -21,7 +21,7 @@ from ensadv.evaluation import attack_settings, blackbox, evaluator, results
 from ensadv.models import ensemble
 from ensadv.models.wide_resnet import WideResNet
 from ensadv.runtime import distributed
-from ensadv.training import from_config
+from ensadv.training import from_config, objectives, streams
 from ensadv.training.step import initial_state, train_step
 
 RNG = np.random.default_rng(0)
@@ -307,6 +307,33 @@ def test_a_network_is_the_configs():
     # Evaluation computes in a type of its own.
     network = build.network(config_of(**fields), description | {'image_shape': [8, 8, 1]})
     assert network.member_logits.args[0] == model.clone(remat=False)
+
+
+def test_batches_are_drawn_as_the_config_says():
+    fields = {
+        'train__batch_size': 20, 'data__extra_fraction': 0.33, 'data__pad': 3, 'data__flip': False,
+        'data__cutout': 2, 'data__cutmix': 0.4,
+    }  # fmt: skip
+    description = {'num_classes': 7, 'mean': [0.4]}
+    found = streams.sampling(config_of(**fields), description)
+    assert found == streams.Sampling(
+        batch_size=20, num_extra=7, pad=3, flip=False, cutout=2, cutmix=0.4, mean=(0.4,),
+        num_classes=7,
+    )  # fmt: skip
+    assert not streams.sampling(config_of(data__name='tfds:emnist/letters'), description).flip
+    assert streams.sampling(config_of(data__name='tfds:fashion_mnist'), description).flip
+
+
+def test_shares_of_labels_are_trained_on():
+    """As CutMix makes them; an accuracy counts against the largest."""
+    log_probs = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]))
+    shares = jnp.array([[0.4, 0.6, 0.0], [0.0, 0.25, 0.75]])
+    predict = lambda x: objectives.Prediction(log_probs[None], log_probs)
+    (term,) = objectives.paper(0.0).terms
+    loss, metrics = term.loss(predict, None, None, shares)
+    expected = -(np.asarray(shares) * np.asarray(log_probs)).sum(1)
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
+    assert metrics['clean_accuracy'] == 0.5
 
 
 @pytest.mark.parametrize('batch_norm', ['running', 'batch'])

@@ -1,3 +1,3 @@
 """Images and labels: whole splits, their checks, and their batches on the device."""
 
-__all__ = ['batches', 'checks', 'datasets']
+__all__ = ['batches', 'checks', 'datasets', 'extra']

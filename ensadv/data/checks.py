@@ -10,6 +10,7 @@ from ensadv.runtime import distributed
 
 if TYPE_CHECKING:
     from ensadv.data.datasets import Dataset
+    from ensadv.data.extra import Extra
 
 _DARK = 64  # levels; no real set of images has all its pixels within so few
 # Standard sets have a few images twice. Below this share that changes no accuracy of three digits;
@@ -28,6 +29,20 @@ def tell(dataset: 'Dataset', source: str) -> None:
     distributed.tell(f'{source}: {summary(dataset)}')
     for doubt in doubts(dataset):
         logging.warning('%s: %s', source, doubt)
+
+
+def tell_extra(dataset: 'Dataset', extra: 'Extra') -> None:
+    """Logs how many extra images there are, and warns of test images in their sample."""
+    distributed.tell(f'data.extra: {len(extra.labels):,} images')
+    known = {hash(image.tobytes()) for image in dataset.image_test}
+    count = sum(hash(image.tobytes()) in known for image in extra.sample)
+    if count:
+        logging.warning(
+            'data.extra: of %s images that were looked at %s are test images, to the bit: accuracy '
+            'would measure memory; leave them out',
+            f'{len(extra.sample):,}',
+            f'{count:,}',
+        )
 
 
 def summary(dataset: 'Dataset') -> str:

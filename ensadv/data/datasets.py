@@ -6,6 +6,7 @@ They are read and held out on the host, once. batches.py samples and augments on
 import dataclasses
 import functools
 import hashlib
+import re
 
 import numpy as np
 from etils import epath
@@ -31,6 +32,12 @@ _CLASS_NAMES = {
     ),
 }  # fmt: skip
 
+# Digits and letters.
+_NOT_TO_MIRROR = (
+    'mnist', 'svhn_cropped', 'digits', 'binarized_mnist', 'cmaterdb', 'emnist', 'kmnist',
+    'mnist_corrupted', 'omniglot',
+)  # fmt: skip
+
 _HOLD_OUT_SEED = 0  # not the run's: all seeds of a study hold out the same examples
 
 
@@ -52,6 +59,7 @@ class Dataset:
     image_validation: np.ndarray | None = None
     label_validation: np.ndarray | None = None
     held_out_from: str | None = None
+    classes: tuple[str, ...] | None = None  # their names, where the data set's own reader has them
 
     def __post_init__(self):
         for field in ('image', 'label'):
@@ -66,6 +74,8 @@ class Dataset:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes' names, by label."""
+        if self.classes is not None:
+            return self.classes
         return _CLASS_NAMES.get(self.name, tuple(map(str, range(self.num_classes))))
 
     @property
@@ -129,7 +139,7 @@ def load(
     """Reads a data set whole.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `NAMES`, or 'tfds:' and the name of any data set of TFDS.
         data_dir: TFDS directory, may be on gs://; None is TFDS's own, ~/tensorflow_datasets.
         path: for 'npz', the file with uint8 images `image_train`, `image_test` [n, H, W, C] and
             integer labels `label_train`, `label_test` [n] from 0; may be on gs://.
@@ -138,9 +148,10 @@ def load(
     Raises:
         DataError: the data are missing, cannot be read, or are not what they should be.
     """
-    if name in readers.TFDS:
-        arrays, num_classes = readers.read_tfds(name, data_dir, download)
-        return Dataset(name, *arrays, num_classes)
+    if name in readers.TFDS or name.startswith(readers.TFDS_PREFIX):
+        arrays, classes = readers.read_tfds(name, data_dir, download)
+        named = None if name in readers.TFDS else classes
+        return Dataset(name, *arrays, len(classes), classes=named)
     if name == 'digits':
         return Dataset(name, *readers.read_digits(), 10)
     if name == 'npz':
@@ -193,21 +204,29 @@ def spec(
 ) -> tuple[tuple[int, int, int], int]:
     """Returns (H, W, C) of one image and the number of classes, without TensorFlow.
 
-    Takes the arguments of `load` and raises the same errors; `data_dir` makes no difference. If it
-    has to read the data, it logs what they are (`checks.tell`).
+    Takes the arguments of `load` and raises the same errors. If it has to read the data, it logs
+    what they are (`checks.tell`); of TFDS it reads no more than a description.
     """
-    del data_dir
     if name in readers.TFDS:
         return readers.TFDS[name]
+    if name.startswith(readers.TFDS_PREFIX):
+        _, facts, _ = readers.open_tfds(name, data_dir)
+        return facts.image_shape, len(facts.class_names)
     dataset = load(name, path=path)
     checks.tell(dataset, path or name)
     return dataset.image_shape, dataset.num_classes
 
 
-def sizes(name: str, *, path: str | None = None) -> tuple[int, int]:
+def sizes(name: str, *, data_dir: str | None = None, path: str | None = None) -> tuple[int, int]:
     """Returns the numbers of training and test examples, with nothing held out; as `spec`."""
     if name in readers.TFDS:
         return _TFDS_SIZES[name]
+    if name.startswith(readers.TFDS_PREFIX):
+        builder, _, _ = readers.open_tfds(name, data_dir)
+        splits = builder.info.splits
+        readers.require(bool(splits), readers.not_prepared(name, builder))
+        train, test = (splits[split].num_examples for split in readers.tfds_splits(builder, name))
+        return train, test
     dataset = load(name, path=path)
     return len(dataset.label_train), len(dataset.label_test)
 
@@ -249,5 +268,6 @@ def read_places(path: str) -> np.ndarray:
 
 
 def flips_by_default(name: str) -> bool:
-    """Returns whether a mirrored image means the same: not so for the three sets of digits."""
-    return name not in ('mnist', 'svhn_cropped', 'digits')
+    """Returns whether a mirrored image means the same: not so for digits and letters."""
+    name = re.split('[/:]', name.removeprefix(readers.TFDS_PREFIX))[0]
+    return name not in _NOT_TO_MIRROR

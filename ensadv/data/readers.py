@@ -3,10 +3,11 @@
 import contextlib
 import importlib.util
 import io
+import re
 import sys
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -15,6 +16,7 @@ from etils import epath
 from ensadv.errors import DataError
 from ensadv.runtime.tf_import import import_tensorflow
 from ensadv.storage import files
+from ensadv.values import nearest
 
 # (image shape, classes) of the data sets from TFDS, so that `spec` needs no TensorFlow.
 TFDS = {
@@ -23,6 +25,7 @@ TFDS = {
     'svhn_cropped': ((32, 32, 3), 10),
     'mnist': ((28, 28, 1), 10),
 }
+TFDS_PREFIX = 'tfds:'  # of the name of any other
 ARRAYS = ('image_train', 'label_train', 'image_test', 'label_test')
 MAX_CLASSES = 2**16  # a larger label is a stray number, not a class
 
@@ -93,58 +96,143 @@ def _import_tfds(name: str) -> tuple[ModuleType, bool]:
         return tfds, has_tensorflow
 
 
-def read_tfds(name: str, data_dir: str | None, download: bool) -> tuple[list[np.ndarray], int]:
-    """Returns the four arrays of a TFDS data set, in file order, and the number of classes."""
+class TfdsFacts(NamedTuple):
+    """What a TFDS data set's own description says of its examples.
+
+    Attributes:
+      image, label: the names of what images are classified, and of their classes.
+      image_shape: (H, W, C).
+      class_names: by label.
+    """
+
+    image: str
+    label: str
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+
+def open_tfds(name: str, data_dir: str | None) -> tuple[Any, TfdsFacts, bool]:
+    """Returns a TFDS builder, what its description says, and whether TensorFlow is installed.
+
+    Args:
+      name: as TFDS has it, or after `TFDS_PREFIX`.
+      data_dir: see `datasets.load`.
+
+    Raises:
+      DataError: if there is no such data set, or it is not one of images of one size with classes.
+    """
     tfds, has_tensorflow = _import_tfds(name)
-    with errors_as(f'data.data_dir: cannot open {data_dir or "the default of TFDS"}'):
-        builder = tfds.builder(name, data_dir=data_dir)
-        prepared = {'train', 'test'} <= set(builder.info.splits)
-    elsewhere = 'point to a TFDS directory that has it with --config.data.data_dir=DIR'
-    again = 'let TFDS download it with --config.data.download=True'
-    missing = f'data.data_dir: found no {name} in {builder.data_path}'
-    require(prepared or download, f'{missing}; {elsewhere}, or {again}')
+    plain = name.removeprefix(TFDS_PREFIX)
+    with errors_as(f'data.data_dir: cannot open {data_dir or "the default of TFDS"}'), _silent():
+        try:
+            builder = tfds.builder(plain, data_dir=data_dir)
+        except tfds.core.DatasetNotFoundError as error:
+            meant = nearest(re.split('[/:]', plain)[0], tfds.list_builders())
+            raise DataError(f'data.name: {name}: TFDS knows no such data set{meant}') from error
+        info = builder.info
+    is_named = isinstance(info.features, tfds.features.FeaturesDict)
+    features = dict(info.features.items()) if is_named else {}
+    keys = info.supervised_keys or ()
+    if len(keys) != 2 or not all(isinstance(key, str) and key in features for key in keys):
+        keys = ('image', 'label')
+    image, label = map(features.get, keys)
+    is_classified = isinstance(image, tfds.features.Image) and isinstance(
+        label, tfds.features.ClassLabel
+    )
+    where = f'data.name: {name}'
+    require(
+        is_classified,
+        f'{where}: found {", ".join(features) or "no named features"}, allowed are data sets of '
+        'TFDS with an image and its class',
+    )
+    require(
+        None not in image.shape and image.np_dtype == np.uint8,
+        f'{where}: found images {image.shape} of {np.dtype(image.np_dtype)}, allowed are images of '
+        'one size (None is any), of uint8',
+    )
+    require((label.num_classes or 0) > 1, f'{where}: found {label.num_classes} classes')
+    return builder, TfdsFacts(*keys, tuple(image.shape), tuple(label.names)), has_tensorflow
+
+
+def tfds_splits(builder: Any, name: str) -> tuple[str, str]:
+    """Returns the names of the splits of a prepared data set to train on, and to evaluate on.
+
+    Where there is no test split it is the validation split, by which such sets are usually judged.
+    """
+    splits = builder.info.splits
+    test = next((split for split in ('test', 'validation') if split in splits), None)
+    require(
+        'train' in splits and test is not None,
+        f'data.name: {name}: found the splits {", ".join(splits)}, needed are train, and test or '
+        'validation',
+    )
+    return 'train', test
+
+
+_ELSEWHERE = 'point to a TFDS directory that has it with --config.data.data_dir=DIR'
+_AGAIN = 'let TFDS download it with --config.data.download=True'
+
+
+def not_prepared(name: str, builder: Any) -> str:
+    """Returns what to tell where a data set's files are not there."""
+    plain = name.removeprefix(TFDS_PREFIX)
+    return f'data.data_dir: found no {plain} in {builder.data_path}; {_ELSEWHERE}, or {_AGAIN}'
+
+
+def read_tfds(
+    name: str, data_dir: str | None, download: bool
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Returns the four arrays of a TFDS data set, in file order, and the classes' names."""
+    builder, facts, has_tensorflow = open_tfds(name, data_dir)
+    prepared, plain = bool(builder.info.splits), name.removeprefix(TFDS_PREFIX)
+    require(prepared or download, not_prepared(name, builder))
     if not prepared:
         require(
             has_tensorflow,
             f'data.download: to prepare {name} TFDS needs TensorFlow: pip install tensorflow-cpu; '
-            f'or {elsewhere}, {_AS_ARRAY_RECORD.format(name)}',
+            f'or {_ELSEWHERE}, {_AS_ARRAY_RECORD.format(plain)}',
         )
-        with errors_as(f'data.download: TFDS could not prepare {name}; try again, or {elsewhere}'):
+        with errors_as(f'data.download: TFDS could not prepare {name}; try again, or {_ELSEWHERE}'):
             builder.download_and_prepare()
     with errors_as(
         f'data.data_dir: cannot read {name} in {builder.data_path}',
-        f'if it is damaged, remove it and {again}',
+        f'if it is damaged, remove it and {_AGAIN}',
     ):
         formats = {each.value for each in builder.info.available_file_formats()}
         if not has_tensorflow and not formats & _RANDOM_ACCESS:
             raise DataError(
                 f'data.data_dir: {name} in {builder.data_path} is of {", ".join(sorted(formats))} '
                 'files, which only TensorFlow reads: pip install tensorflow-cpu; or bring it '
-                f'{_AS_ARRAY_RECORD.format(name)}'
+                f'{_AS_ARRAY_RECORD.format(plain)}'
             )
         # TFDS reads ArrayRecord only one example at a time.
         is_array_record = builder.info.file_format.value == 'array_record'
         one_by_one = is_array_record or not has_tensorflow
         arrays = []
-        for split in ('train', 'test'):
+        for split in tfds_splits(builder, name):
             read = _read_one_by_one if one_by_one else _read_at_once
-            images, labels = read(builder, split)
+            images, labels = read(builder, split, facts)
             arrays += [images, labels.astype(np.int32)]
-    return arrays, builder.info.features['label'].num_classes
+    for split, labels in zip(('training', 'test'), arrays[1::2], strict=True):
+        require(
+            len(labels) > 0 and labels.min() >= 0,
+            f'data.name: {name}: found {split} examples without a label (-1), or none at all',
+        )
+    return arrays, facts.class_names
 
 
-def _read_at_once(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_at_once(builder: Any, split: str, facts: TfdsFacts) -> tuple[np.ndarray, np.ndarray]:
     examples = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False)
-    return examples['image'].numpy(), examples['label'].numpy()
+    return examples[facts.image].numpy(), examples[facts.label].numpy()
 
 
-def _read_one_by_one(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_one_by_one(builder: Any, split: str, facts: TfdsFacts) -> tuple[np.ndarray, np.ndarray]:
     with _silent():
         examples = builder.as_data_source(split=split)
-        images = np.empty((len(examples), *builder.info.features['image'].shape), np.uint8)
+        images = np.empty((len(examples), *facts.image_shape), np.uint8)
         labels = np.empty(len(examples), np.int64)
         for place, example in enumerate(examples):
-            images[place], labels[place] = example['image'], example['label']
+            images[place], labels[place] = example[facts.image], example[facts.label]
     return images, labels
 
 

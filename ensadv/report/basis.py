@@ -84,7 +84,23 @@ def training(collection: Collection) -> list[str]:
         )
     elif objective:
         lines.append(f'Trained with {objective}.')
-    return lines
+    return lines + _mixed(run)
+
+
+def _mixed(run: Run) -> list[str]:
+    """Returns what a run's batches were mixed of, if of more than images of its training split."""
+    settings, texts = config_lib.settings(run.config), []
+    if fraction := settings['data.extra_fraction']:
+        extra = run.record['dataset']['extra']
+        texts.append(
+            f'{100 * fraction:.4g} % of each batch from {extra["num"]:,} extra images (fingerprint '
+            f'{extra["fingerprint"]:.8}...)'
+        )
+    if side := settings['data.cutout']:
+        texts.append(f'Cutout of {side} pixels')
+    if alpha := settings['data.cutmix']:
+        texts.append(f'CutMix with Beta({alpha:.4g}, {alpha:.4g})')
+    return [f'{run.system}: {", ".join(texts)}.'] if texts else []
 
 
 def _learning_rate(train: Mapping[str, Any]) -> str:

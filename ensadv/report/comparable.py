@@ -188,7 +188,9 @@ def trained(run: Run, ignore: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     if run.model:
         return []
     if not run.members:
-        return [_kept(run.config, ignore) | {'train.steps': run.steps}]
+        extra = run.record['dataset'].get('extra')
+        images = {'data.extra': f'{extra["fingerprint"]:.8}...'} if extra else {}
+        return [_kept(run.config, ignore) | {'train.steps': run.steps} | images]
     # The step of a member's best snapshot is no setting.
     return [
         _kept(member['config'], ignore)

@@ -316,8 +316,19 @@ def my_share(batch_size: int) -> Array:
     return jax.lax.axis_index(AXIS) * share + jnp.arange(share)
 
 
+def places_here(batch_size: int) -> np.ndarray:
+    """Returns the places in the global batch that `my_share` gives each device of this process.
+
+    Returns:
+      int32 [local devices, batch_size / devices].
+    """
+    local = jax.local_device_count()
+    places = np.arange(batch_size, dtype=np.int32).reshape(num_devices(), -1)
+    return places[jax.process_index() * local :][:local]
+
+
 def run_on_devices(
-    f: Callable[..., Any], num_args: int, *, donate_first: bool = False
+    f: Callable[..., Any], num_args: int, *, donate_first: bool = False, divided: bool = False
 ) -> Callable[..., Any]:
     """Compiles f to run on every device with the same arguments; f asks `my_share` for its part.
 
@@ -326,12 +337,14 @@ def run_on_devices(
         `mean_over_devices`).
       num_args: how many.
       donate_first: whether the first argument's memory becomes the result's.
+      divided: whether f takes one more tree, of which each device has a part of its own: the
+        leaves that are given, [local devices, ...], are in the order of `places_here`.
     """
     # pmap wants one argument with a device axis, and donates by position only.
     mapped = jax.pmap(
         lambda *args: f(*args[:-1]),
         axis_name=AXIS,
-        in_axes=(*[None] * num_args, 0),
+        in_axes=(*[None] * num_args, *[0] * divided, 0),
         out_axes=None,
         donate_argnums=(0,) if donate_first else (),
     )

@@ -86,6 +86,7 @@ _RUN = {
         'num_train': _COUNT,
         'num_test': _COUNT,
         'indices?': (None, str),
+        'extra?': {'num': _COUNT, 'fingerprint': str},
     },
     'parameters': _LARGE,
     'operations?': _OPERATIONS,

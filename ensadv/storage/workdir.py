@@ -160,7 +160,7 @@ def check_data(workdir: epath.Path, dataset: Mapping[str, Any]) -> None:
     Args:
       workdir: the run's.
       dataset: as `build.describe_data` gives it; as `data.Dataset.describe` does if it makes no
-        difference which test examples are evaluated.
+        difference which test examples are evaluated. Only training compares its 'extra' images.
 
     Raises:
       UserError: if its run was made on data with another fingerprint, or on another part of them.
@@ -179,6 +179,11 @@ def check_data(workdir: epath.Path, dataset: Mapping[str, Any]) -> None:
             f'{workdir}: its run was trained on {found["num_train"]} examples, and '
             f'data.validation_examples leaves {dataset["num_train"]}: it may have seen what is '
             'held out here'
+        )
+    if 'extra' in dataset and found.get('extra') != dataset['extra']:
+        raise UserError(
+            f'{workdir}: its run was made with other extra images than data.extra names now '
+            '(another fingerprint)'
         )
     # Of a run that is only a member of what is evaluated it makes no difference.
     if 'indices' in dataset and found.get('indices') != dataset['indices']:

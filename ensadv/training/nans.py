@@ -108,6 +108,11 @@ def error_with_place(
     )
 
 
+def step_of(state: TrainState) -> int:
+    """Returns the number of updates that a state has had, also of members trained separately."""
+    return int(np.ravel(jax.device_get(state.step))[0])
+
+
 def _start_name(start: int) -> str:
     return f'the checkpoint of step {start}' if start else 'the beginning'
 
@@ -239,7 +244,7 @@ class Finder:
         config: ConfigDict,
         dataset: datasets.Dataset,
         draw: Callable[..., Any],
-        arrays: Any,
+        take: Callable[[int, int], tuple[Any, Any]],
         keys: Any,
     ):
         """Compiles nothing yet.
@@ -247,12 +252,13 @@ class Finder:
         Args:
           config: the run's.
           dataset: the run's.
-          draw: `draw(step, arrays, keys) -> (batch, rng)`, as `step.train_step` takes them; called
+          draw: `draw(step, number, shared, own, keys) -> (batch, rng)`, as `feeds.draw`; called
             inside `distributed.run_on_devices`.
-          arrays, keys: what `draw` takes.
+          take: `take(step, num_steps) -> (shared, own)`, a feed's.
+          keys: what `draw` takes.
         """
         model = build.model(config, dataset.describe(), dtype=config.model.dtype)
-        self._config, self._draw, self._arrays, self._keys = config, draw, arrays, keys
+        self._config, self._draw, self._take, self._keys = config, draw, take, keys
         self._settings = from_config.step_settings(config, model)
         objective = self._settings['objective']
         steps = registry.training_settings(config.attack)['steps']
@@ -261,8 +267,10 @@ class Finder:
         self._perturbed_from = objective.perturbation.start if objective.perturbation else math.inf
 
         def on_devices(function, **settings):
-            compiled = distributed.run_on_devices(partial(function, **settings), 4)
-            return lambda args, num_steps: jax.device_get(compiled(*args, np.int32(num_steps)))
+            compiled = distributed.run_on_devices(partial(function, **settings), 4, divided=True)
+            return lambda args, num_steps: jax.device_get(
+                compiled(*args[:3], np.int32(num_steps), args[3])
+            )
 
         of_batch = config.attack.batch_norm == 'batch'
         self._clean = on_devices(self._count_forward, train=True, attacked=False)
@@ -281,20 +289,25 @@ class Finder:
 
         As 'attack step 1 of 7, forward pass, member 0, conv_0, its output: 2 NaN and ...'.
         """
+        shared, examples = self._take(step_of(state), 1)
         if self._config.ensemble.training == 'joint':
-            members = [(0, state, self._keys)]
+            members = [(0, state, self._keys, examples)]
         else:
             own = lambda i: jax.tree.map(lambda leaf: leaf[i], (state, self._keys))
-            members = [(i, *own(i)) for i in range(self._config.ensemble.size)]
+            its = lambda i: jax.tree.map(lambda leaf: leaf[:, i], examples)  # behind the devices
+            members = [(i, *own(i), its(i)) for i in range(self._config.ensemble.size)]
         places = (
             _first_bad(name, counts, i)
-            for i, state, keys in members
-            for name, counts in self._parts((state, self._arrays, keys))
+            for i, state, keys, examples in members
+            for name, counts in self._parts((state, shared, keys, examples))
         )
         return next(filter(None, places), None)
 
     def _parts(self, args: tuple[Any, ...]) -> Iterator[tuple[str, Counts]]:
-        """Yields the parts of the step from (state, arrays, keys), and what is counted in them."""
+        """Yields the parts of a step, and what is counted in them.
+
+        `args` are its state, what all devices share of the examples, the keys, and their own.
+        """
         yield _STATE, jax.device_get(_count_in_state(args[0]))
         counts = self._clean(args, 0)
         yield 'clean forward pass', counts
@@ -330,10 +343,10 @@ class Finder:
         yield 'update', counts
 
     def _count_forward(
-        self, state, arrays, keys, num_steps, train, attacked, perturbs=False
+        self, state, shared, keys, num_steps, own, train, attacked, perturbs=False
     ) -> Counts:
         """Counts in a forward pass on the images, or on what the attack makes of them so far."""
-        batch, rng = self._draw(state.step, arrays, keys)
+        batch, rng = self._draw(state.step, 0, shared, own, keys)
         images, settings = batch[0], self._settings_for(num_steps)
         if attacked:
             given = ('model', 'combine', 'attack', 'attack_batch_norm', 'objective')
@@ -352,9 +365,11 @@ class Finder:
         )
         return jax.tree.map(_over_devices, counts)
 
-    def _count_in_update(self, state, arrays, keys, num_steps, perturbs) -> tuple[Counts, Counts]:
+    def _count_in_update(
+        self, state, shared, keys, num_steps, own, perturbs
+    ) -> tuple[Counts, Counts]:
         """Counts in the gradient, and in what the step gives, with so many steps of the attack."""
-        batch, rng = self._draw(state.step, arrays, keys)
+        batch, rng = self._draw(state.step, 0, shared, own, keys)
         after, metrics = self._step(state, batch, rng, num_steps, perturbs=perturbs)
         counts = _count_in_leaves('its new {}', after.params)
         counts |= {('', f'the {name}'): _count(value) for name, value in metrics.items()}

@@ -5,6 +5,7 @@ accuracy under the step then rises, while that under two smaller steps falls to 
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ from ensadv.attacks import registry
 from ensadv.cpu import order
 from ensadv.errors import TrainingError
 from ensadv.runtime import distributed
-from ensadv.training import from_config, streams
+from ensadv.training import feeds, from_config, streams
 from ensadv.training.optim import TrainState
 from ensadv.training.step import attack_images, attacked
 
@@ -45,8 +46,10 @@ def is_watched(config: ConfigDict) -> bool:
     return one_step and from_config.objective(config).attacks
 
 
-def make_accuracies(config: ConfigDict, model: nn.Module) -> Callable[..., dict[str, Array]]:
-    """Returns the compiled `(state, arrays, keys) -> {SINGLE, TWO}`, float32 [learners] each.
+def make_accuracies(
+    config: ConfigDict, model: nn.Module, draw: feeds.Draw
+) -> Callable[..., dict[str, Array]]:
+    """Returns the compiled `(state, shared, keys, own) -> {SINGLE, TWO}`, float32 [learners] each.
 
     They are of the batch that the next step takes, and of what that step attacks, with the noise
     that it draws. Training goes on as if nobody had looked.
@@ -54,14 +57,15 @@ def make_accuracies(config: ConfigDict, model: nn.Module) -> Callable[..., dict[
     Args:
       config: the run's.
       model: the members' network.
+      draw: see `feeds.draw`; `shared` and `own` are what a feed's `take` gives it.
     """
     settings = from_config.step_settings(config, model)
     attacks = {SINGLE: settings['attack'], TWO: from_config.two_step_attack(config)}
     names = ('model', 'combine', 'attack_batch_norm', 'objective')
     settings = {name: settings[name] for name in names}
 
-    def of_one(state: TrainState, keys: streams.Keys, arrays: tuple[Array, Array]):
-        batch, rng = streams.draw_batch(config, state.step, arrays, keys)
+    def of_one(state: TrainState, keys: streams.Keys, own: Any, shared: Any):
+        batch, rng = draw(state.step, 0, shared, own, keys)
         predict = attacked(model, settings['combine'], state, settings['attack_batch_norm'])
         y = losses.labels_of(batch[1])
         found = {}
@@ -70,14 +74,14 @@ def make_accuracies(config: ConfigDict, model: nn.Module) -> Callable[..., dict[
             found[name] = jnp.mean(losses.margin(predict(x_adv), y) > 0)
         return found
 
-    def of_all(state, arrays, keys):
+    def of_all(state, shared, keys, own):
         if config.ensemble.training == 'separate':
-            found = order.each_learner(lambda *one: of_one(*one, arrays), state, keys)
+            found = order.each_learner(lambda *one: of_one(*one, shared), state, keys, own)
         else:
-            found = jax.tree.map(lambda leaf: leaf[None], of_one(state, keys, arrays))
+            found = jax.tree.map(lambda leaf: leaf[None], of_one(state, keys, own, shared))
         return distributed.mean_over_devices(found)
 
-    return distributed.run_on_devices(of_all, 3)
+    return distributed.run_on_devices(of_all, 3, divided=True)
 
 
 class Watch:

@@ -20,11 +20,11 @@ from ml_collections import ConfigDict
 from ensadv import build
 from ensadv import config as config_lib
 from ensadv.cpu import order
-from ensadv.data import datasets
+from ensadv.data import checks
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.runtime import distributed, progress, stopping
 from ensadv.storage import checkpoints, environments, leases, metrics, workdir
-from ensadv.training import costs, from_config, nans, overfitting, pace, streams
+from ensadv.training import costs, feeds, from_config, nans, overfitting, pace, streams
 from ensadv.training.optim import TrainState
 from ensadv.training.step import initial_state, train_step
 
@@ -59,13 +59,11 @@ def snapshot_of(config: ConfigDict, state: TrainState) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: leaf[:, 0], variables)
 
 
-def make_train_steps(
-    config: ConfigDict, model: Any, dataset: datasets.Dataset
-) -> Callable[..., Any]:
-    """Returns the compiled `(state, arrays, keys, num_steps) -> (state, sums of metrics)`.
+def make_train_steps(config: ConfigDict, model: Any, draw: feeds.Draw) -> Callable[..., Any]:
+    """Returns the compiled `(state, shared, keys, num_steps, own) -> (state, sums of metrics)`.
 
-    The state's memory is reused. `arrays` are the whole training split, uint8 images and int32
-    labels; `num_steps` is traced, so that a call of any length runs the same compiled code.
+    The state's memory is reused. `shared` and `own` are what a feed's `take` gives to a call, and
+    `draw` takes; `num_steps` is traced, so that a call of any length runs the same compiled code.
     """
     make_step = partial(
         train_step,
@@ -73,32 +71,33 @@ def make_train_steps(
         mean_over_devices=distributed.mean_over_devices,
     )
 
-    def one_step(state: TrainState, keys: streams.Keys, arrays: tuple[Array, Array]):
-        batch, rng = streams.draw_batch(config, state.step, arrays, keys)
+    def one_step(state: TrainState, keys: streams.Keys, number: Array, shared: Any, own: Any):
+        batch, rng = draw(state.step, number, shared, own, keys)
         return make_step(state, batch, rng)
 
     if config.ensemble.training == 'separate':
         one_member = one_step
 
-        def one_step(state, keys, arrays):
-            train_one = lambda state, keys: one_member(state, keys, arrays)
-            state, values = order.each_learner(train_one, state, keys)
+        def one_step(state, keys, number, shared, own):
+            train_one = lambda state, keys, own: one_member(state, keys, number, shared, own)
+            state, values = order.each_learner(train_one, state, keys, own)
             return state, jax.tree.map(jnp.mean, values)
 
     # Traced once, and not again for the shapes of its metrics.
     one_step = jax.jit(one_step, inline=True)
 
-    def train_steps(state, arrays, keys, num_steps):
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_step, state, keys, arrays)[1])
+    def train_steps(state, shared, keys, num_steps, own):
+        of_step = jax.eval_shape(one_step, state, keys, num_steps, shared, own)[1]
+        zeros = jax.tree.map(jnp.zeros_like, of_step)
 
-        def body(_, carry):
+        def body(number, carry):
             state, sums = carry
-            state, values = one_step(state, keys, arrays)
+            state, values = one_step(state, keys, number, shared, own)
             return state, jax.tree.map(jnp.add, sums, values)
 
         return jax.lax.fori_loop(0, num_steps, body, (state, zeros))
 
-    return distributed.run_on_devices(train_steps, 4, donate_first=True)
+    return distributed.run_on_devices(train_steps, 4, donate_first=True, divided=True)
 
 
 def check_fits(config: ConfigDict, dataset: Mapping[str, Any]) -> None:
@@ -106,7 +105,8 @@ def check_fits(config: ConfigDict, dataset: Mapping[str, Any]) -> None:
 
     Args:
       config: a validated config.
-      dataset: 'num_train' and 'image_shape', as `data.Dataset.describe` gives them.
+      dataset: 'num_train' and 'image_shape', as `data.Dataset.describe` gives them, and 'extra' as
+        `data.Extra.describe` gives it, or None.
 
     Raises:
       ConfigError: naming the field.
@@ -116,15 +116,25 @@ def check_fits(config: ConfigDict, dataset: Mapping[str, Any]) -> None:
         raise ConfigError(
             f'train.batch_size: expected a multiple of the {devices} devices, found {batch_size}'
         )
-    if batch_size > dataset['num_train']:
+    extra, num_extra = dataset.get('extra'), streams.num_extra(config)
+    if batch_size - num_extra > dataset['num_train']:
         raise ConfigError(
             f'train.batch_size: expected at most the {dataset["num_train"]} training examples, '
-            f'found {batch_size}'
+            f'found {batch_size - num_extra}'
+        )
+    if extra and not 1 <= num_extra <= min(batch_size - 1, extra['num']):
+        raise ConfigError(
+            f'data.extra_fraction: expected from 1 to {min(batch_size - 1, extra["num"])} extra '
+            f'examples in a batch of {batch_size}, found {num_extra}'
         )
     side = min(dataset['image_shape'][:2])
     if config.data.pad >= side:
         raise ConfigError(
             f"data.pad: expected less than the images' {side} pixels, found {config.data.pad}"
+        )
+    if config.data.cutout > side:
+        raise ConfigError(
+            f"data.cutout: expected at most the images' {side} pixels, found {config.data.cutout}"
         )
 
 
@@ -170,10 +180,15 @@ def run(
 def _train(config, workdir_path, on_snapshot, label) -> None:
     """Trains from the newest checkpoint, or from step 0, to the last step."""
     dataset = build.dataset(config)
+    extra = build.extra(config, dataset.image_shape, dataset.num_classes)
     description = build.describe_data(config, dataset)
+    if extra:
+        description |= {'extra': extra.describe()}
+        if distributed.is_main():
+            checks.tell_extra(dataset, extra)
     check_fits(config, description)
     workdir.check_data(workdir_path, description)
-    distributed.check_same('the data', dataset.fingerprint)
+    distributed.check_same('the data', [dataset.fingerprint, description.get('extra')])
     group = config.model
     model = build.model(config, description, dtype=group.dtype, remat=group.remat)
     keys = streams.learner_keys(config)
@@ -205,18 +220,26 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             _log_parameters(abstract.params)
         else:
             logging.info('%s: going on from the checkpoint of step %d', label, step)
-        train_steps = make_train_steps(config, model, dataset)
-        arrays = distributed.replicate((dataset.image_train, dataset.label_train))
+        sampling = streams.sampling(config, description)
+        draw = partial(feeds.draw, sampling)
+        train_steps = make_train_steps(config, model, draw)
+        feed = feeds.open_feed(config, sampling, keys, dataset, extra)
+        stack.callback(feed.close)
         state, keys = distributed.replicate((state, keys))
 
         def advance(state: TrainState, num_steps: int) -> tuple[TrainState, Mapping[str, Array]]:
-            return jax.block_until_ready(train_steps(state, arrays, keys, np.int32(num_steps)))
+            shared, own = feed.take(nans.step_of(state), num_steps)
+            done = train_steps(state, shared, keys, np.int32(num_steps), own)
+            return jax.block_until_ready(done)
 
         look = lambda step, state: {}
         if overfitting.is_watched(config):
             watch = overfitting.Watch(config)
-            accuracies = overfitting.make_accuracies(config, model)
-            look = lambda step, state: watch.metrics(step, accuracies(state, arrays, keys))
+            accuracies = overfitting.make_accuracies(config, model, draw)
+
+            def look(step, state):
+                shared, own = feed.take(step, 1)
+                return watch.metrics(step, accuracies(state, shared, keys, own))
 
         log = metrics.TrainingLog(
             workdir_path,
@@ -232,7 +255,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
         log.hyperparameters(settings)
         writer = _Writer(config, workdir_path, lock, saved, snapshots, on_snapshot)
         try:
-            _loop(config, state, step, advance, look, log, writer)
+            _loop(config, state, step, advance, look, feed.most_steps, log, writer)
         except overfitting.OverfittingError as error:
             saved.close()  # and so whole
             step, state = saved.restore_newest(abstract) or (0, None)
@@ -246,8 +269,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
                 raise nans.error_with_advice(error, start) from None
             newest = saved.restore_newest(abstract)
             start, state = newest or (0, distributed.replicate(draw_state()))
-            draw = partial(streams.draw_batch, config)
-            finder = nans.Finder(config, dataset, draw, arrays, keys)
+            finder = nans.Finder(config, dataset, draw, feed.take, keys)
             raise nans.error_with_place(error, start, state, advance, finder.find) from None
 
 
@@ -307,12 +329,12 @@ class _Writer:
                 self.on_snapshot()
 
 
-def _loop(config, state, step, advance, look, log, writer) -> None:
+def _loop(config, state, step, advance, look, most_steps, log, writer) -> None:
     """Advances from `step` to the last, looking at it and writing what is due on the way."""
     train, schedule = config.train, from_config.schedule(config)
     interval = pace.Interval(step)
     seconds_per_step: list[float] = []
-    length = pace.CallLength(train.steps_per_call)
+    length = pace.CallLength(most_steps)
     log.step(step)
     if step == train.steps:  # its snapshot was lost, and the checkpoint is there
         writer.write(step, state, snapshot=True, checkpoint=False, seconds_per_step=[])
