@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ensadv import architectures
 from ensadv import config as config_lib
 from ensadv.attacks import registry
 from ensadv.report.run import Run, made, name_of
@@ -207,8 +208,10 @@ def _kept(config: Mapping[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
         for field, value in config_lib.settings(config).items()
         if not any(field == other or field.startswith(f'{other}.') for other in ignore)
     }
-    if text := kept.get('model.source'):  # too long to be told
+    if text := kept.get('model.source'):  # too long to be told; where the file was does not count
         kept['model.source'] = f'SHA-256 {hashlib.sha256(text.encode()).hexdigest():.8}...'
+        folder = architectures.own(kept['model.name']).file.rpartition('/')[0]
+        kept['model.name'] = kept['model.name'].removeprefix(folder).removeprefix('/')
     return kept
 
 
