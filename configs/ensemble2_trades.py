@@ -1,0 +1,28 @@
+"""Two WRN-28-10, trained as one model by the recipe of wrn28_10_trades.py.
+
+Reproduces: nothing published. It asks the paper's question of a newer recipe: does an ensemble that
+  is trained jointly pay for its computation? Compare it with wrn28_10_trades.py at twice the steps
+  (--config.train.steps=39062 --config.train.warmup_steps=976), which cost the same.
+Run: python main.py --config=configs/ensemble2_trades.py --workdir=DIR
+Cost: 2 x WRN-28-10, 72,958,388 parameters. Training takes 1.03e19 operations: 29 hours at a
+  sustained 100 TFLOP/s. Evaluating the 20 snapshots adds 2.9e17, in float32, and the long attacks
+  at most 4.5e18. This is arithmetic from --mode=describe; nobody has measured it.
+Expect: nobody has run this config yet. For a single network see wrn28_10_trades.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default, wrn28_10_trades
+
+
+def system(config: ConfigDict) -> None:
+    """Makes `config` one of this system: the diff is the experiment."""
+    config.system = 'Ensemble2 TRADES'
+    config.ensemble.size = 2
+    wrn28_10_trades.recipe(config)
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config()
+    system(config)
+    return config
