@@ -293,8 +293,10 @@ def _validate_objective(config: ConfigDict) -> None:
             )
         made = registry.training_settings(attack)
         if not registry.starts_differ(made.get('start'), made.get('sigma')):
+            own = attack.name in registry.ONE_STEP
+            field = f'attack.{attack.name}.start' if own else 'attack.start, attack.sigma'
             raise ConfigError(
-                'attack.start, attack.sigma: expected uniform, or gaussian with sigma > 0, with '
+                f'{field}: expected uniform, or gaussian with sigma > 0, with '
                 'train.objective=trades: at the image itself its attack has no gradient'
             )
 
