@@ -25,4 +25,5 @@ def system(config: ConfigDict) -> None:
 def get_config() -> ConfigDict:
     config = default.get_config()
     system(config)
+    wrn28_10_trades.schedule(config)
     return config

@@ -29,15 +29,15 @@ def system(config: ConfigDict) -> None:
     config.model.name = f'{NETWORK}:PreActResNet18'
     config.attack.name = 'n_fgsm'
     config.train.adversarial_weight = 1000.0
-    config.train.steps = 11_720  # 30 epochs
     config.train.schedule = 'linear'
-    config.train.learning_rate = 0.2
-    config.train.warmup_steps = 5_860
-    config.train.snapshot_every = 1_172
     config.train.stop_on_overfitting = True
 
 
 def get_config() -> ConfigDict:
     config = default.get_config()
     system(config)
+    config.train.steps = 11_720  # 30 epochs
+    config.train.learning_rate = 0.2
+    config.train.warmup_steps = 5_860
+    config.train.snapshot_every = 1_172
     return config

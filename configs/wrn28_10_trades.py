@@ -25,21 +25,25 @@ from configs import default
 
 
 def recipe(config: ConfigDict) -> None:
-    """Gives `config` the recipe; of the network its activation alone."""
+    """Gives `config` the recipe, but for the network's size and what a study's systems share."""
     config.model.activation = 'silu'
     config.data.cutmix = 1.0
-    config.train.steps = 19_531  # 400 epochs
-    config.train.batch_size = 1024
     config.train.objective = 'trades'
-    config.train.learning_rate = 0.4
     config.train.schedule = 'cosine'
-    config.train.warmup_steps = 488  # 10 epochs
     config.train.nesterov = True
     config.train.weight_decay_on = 'kernels'
     config.train.ema_decay = 0.995
-    config.train.snapshot_every = 977  # 20 epochs
     config.attack.steps = 10
-    config.batch_norm.sync = True
+    config.attack.start = 'uniform'
+
+
+def schedule(config: ConfigDict) -> None:
+    """Gives `config` the number and size of the steps."""
+    config.train.steps = 19_531  # 400 epochs
+    config.train.batch_size = 1024
+    config.train.learning_rate = 0.4
+    config.train.warmup_steps = 488  # 10 epochs
+    config.train.snapshot_every = 977  # 20 epochs
 
 
 def system(config: ConfigDict) -> None:
@@ -51,4 +55,5 @@ def system(config: ConfigDict) -> None:
 def get_config() -> ConfigDict:
     config = default.get_config()
     system(config)
+    schedule(config)
     return config
