@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, snapshot_bytes, tiny_config
+from conftest import ROOT, tiny_config
 from etils import epath
 
 from ensadv import architectures, build, python_files, study, systems
@@ -20,7 +20,7 @@ from ensadv.evaluation import evaluate
 from ensadv.models import ensemble
 from ensadv.storage import checkpoints
 from ensadv.storage import workdir as workdir_lib
-from ensadv.training import nans, train
+from ensadv.training import nans
 
 EXAMPLES = 'configs/networks'
 DESCRIPTION = {'num_classes': 3, 'mean': [0.4], 'std': [0.3], 'image_shape': [8, 8, 1]}
@@ -259,14 +259,6 @@ def test_a_workdir_needs_no_file_and_a_changed_one_is_refused(root, tmp_path):
     with pytest.raises(ConfigError, match=r'model\.name: .* -> .*moved\.py:Net'):
         workdir_lib.check_config(path, config_of(path, model__name=f'{tmp_path}/moved.py:Net'))
     file.unlink()
-
-
-def test_it_goes_on_to_the_bit_from_what_the_workdir_keeps(root):
-    config = config_of(root / 'net', train__steps=4)
-    train.run(config, root / 'net')
-    train.run(config, root / 'whole')
-    found = [snapshot_bytes(config, root / name, 4) for name in ('net', 'whole')]
-    assert found[0] == found[1]
 
 
 def test_networks_of_ones_own_are_members_beside_others(root, tmp_path):
