@@ -63,6 +63,19 @@ def depth_mistake(name: str, depth: Any) -> str:
     return f'expected {known.depths}, found {shown(depth)}'
 
 
+def words(name: str, depth: int, width: int, activation: str = 'relu') -> str:
+    """Returns what a network is called; of one of the user's own the place is left out.
+
+    >>> words('wide_resnet', 28, 10, 'silu'), words('nets/vit.py:ViT(depth=2)', 28, 10)
+    ('WRN-28-10, silu', 'vit.py:ViT(depth=2)')
+    """
+    if mine := own(name):
+        name = name.removeprefix(mine.file.rpartition('/')[0]).removeprefix('/')
+    else:
+        name = ARCHITECTURES[name].words(depth, width)
+    return name if activation == 'relu' else f'{name}, {activation}'
+
+
 class Own(NamedTuple):
     """The name of a network of the user's own.
 

@@ -134,11 +134,8 @@ _COMBINES = {
 
 
 def _network(config: ConfigDict) -> str:
-    name = config.model.name
-    if not architectures.own(name):
-        words = architectures.ARCHITECTURES[name].words
-        name = words(config.model.depth, config.model.width)
-    return name if config.model.activation == 'relu' else f'{name}, {config.model.activation}'
+    group = config.model
+    return architectures.words(group.name, group.depth, group.width, group.activation)
 
 
 def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
@@ -179,6 +176,8 @@ def _objective(config: ConfigDict) -> str:
         text += f', label smoothing {train.label_smoothing:g}'
     if train.awp_gamma:
         text += f', AWP with gamma {train.awp_gamma:g} from step {train.awp_start:,}'
+    if train.ema_decay:
+        text += f', averaged weights (decay {train.ema_decay:g})'
     return text
 
 

@@ -83,12 +83,22 @@ def test_the_recipe_is_told(tmp_path):
     write(tmp_path / 'paper', {40: LAST})
     rate, attack = basis.training(collected(tmp_path / 'paper'))
     assert 'learning rate 0.1 times 0.2 at 3, momentum 0.9, weight decay 0.0005, auto.' in rate
+    assert rate.endswith(' SingleAdv: WRN-10-1.')
+    assert attack.startswith('Attack in training: IFGSM2, step_size 0.0375, start gaussian, sigma')
     assert attack.endswith('; rho 1.')
     write(tmp_path / 'trades', {40: LAST}, **recipe)
     rate, attack = basis.training(collected(tmp_path / 'trades'))
     assert 'learning rate 0.1 (cosine) after 5 steps of warm-up, momentum 0.9, ' in rate
     assert 'weight decay 0.0005 on kernels, ' in rate
     assert attack.endswith('; TRADES, beta 6, label smoothing 0.1, AWP with gamma 0.005.')
+    newer = {
+        'model__activation': 'silu', 'attack__name': 'n_fgsm', 'train__ema_decay': 0.5,
+    }  # fmt: skip
+    write(tmp_path / 'newer', {40: LAST}, **newer)
+    rate, attack, averages = basis.training(collected(tmp_path / 'newer'))
+    assert rate.endswith(' SingleAdv: WRN-10-1, silu.')
+    assert attack == 'Attack in training: N_FGSM, step_size 0.15, noise 0.3; rho 1.'
+    assert averages == 'SingleAdv: results of weights averaged over the steps (decay 0.5).'
     # A run from before there were such fields, beside one that says what it did.
     path = write(tmp_path / 'paper', {40: LAST}, seed=1)
     record = json.loads((path / 'config.json').read_text())

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from ensadv import architectures
 from ensadv import config as config_lib
 from ensadv.attacks import registry
 from ensadv.report import paper
@@ -67,24 +68,45 @@ def training(collection: Collection) -> list[str]:
     run = next((run for run in runs if run.config['train']['adversarial_weight']), runs[0])
     settings = config_lib.settings(run.config)
     train = {field.removeprefix('train.'): value for field, value in settings.items()}
-    attack, model = run.config['attack'], run.config['model']
     on = ' on kernels' if train['weight_decay_on'] == 'kernels' else ''
     lines = [
         f'Trained for {run.steps:,} steps of {train["batch_size"]} examples, '
         f'{_learning_rate(train)}, momentum {train["momentum"]:.4g}, weight decay '
-        f'{train["weight_decay"]:.4g}{on}, {model["dtype"]}. {run.system}: {model["name"]}, depth '
-        f'{model["depth"]}, width {model["width"]}.'
+        f'{train["weight_decay"]:.4g}{on}, {settings["model.dtype"]}. {run.system}: '
+        f'{_network(settings)}.'
     ]
     objective = _objective(train)
     if train['adversarial_weight']:
-        lines.append(
-            f'Attack in training: {attack["name"].upper()}{attack["steps"]}, step_size '
-            f'{attack["step_size"]:.4g}, start {attack["start"]}, sigma {attack["sigma"]:.4g}; '
-            f'{objective}.'
-        )
+        lines.append(f'Attack in training: {_attack(run.config["attack"])}; {objective}.')
     elif objective:
         lines.append(f'Trained with {objective}.')
+    lines += filter(None, map(_weights, {run.system: run for run in runs}.values()))
     return lines + _mixed(run)
+
+
+def _weights(run: Run) -> str:
+    """Returns which weights a run's results are of, if it keeps averages; '' if not."""
+    decay = config_lib.settings(run.config)['train.ema_decay']
+    if not decay:
+        return ''
+    averages = f'weights averaged over the steps (decay {decay:.4g})'
+    if run.config['eval']['weights'] == 'trained':
+        return f'{run.system}: results of the weights of each step, not of {averages}.'
+    return f'{run.system}: results of {averages}.'
+
+
+def _network(settings: Mapping[str, Any]) -> str:
+    names = ('name', 'depth', 'width', 'activation')
+    return architectures.words(*(settings[f'model.{name}'] for name in names))
+
+
+def _attack(group: Mapping[str, Any]) -> str:
+    """Returns what attacks in training, of a config's group `attack`."""
+    found = registry.training_settings(group)
+    name, steps, _ = (found.pop(key) for key in ('attack', 'steps', 'loss'))
+    name = name if name in registry.ONE_STEP else f'{name}{steps}'
+    shown = (v if isinstance(v, str) else f'{v:.4g}' for v in found.values())
+    return ', '.join([name.upper(), *map(' '.join, zip(found, shown, strict=True))])
 
 
 def _mixed(run: Run) -> list[str]:

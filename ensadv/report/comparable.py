@@ -210,8 +210,7 @@ def _kept(config: Mapping[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
     }
     if text := kept.get('model.source'):  # too long to be told; where the file was does not count
         kept['model.source'] = f'SHA-256 {hashlib.sha256(text.encode()).hexdigest():.8}...'
-        folder = architectures.own(kept['model.name']).file.rpartition('/')[0]
-        kept['model.name'] = kept['model.name'].removeprefix(folder).removeprefix('/')
+        kept['model.name'] = architectures.words(kept['model.name'], 0, 0)
     return kept
 
 

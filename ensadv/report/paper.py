@@ -57,6 +57,8 @@ _TRAINING = {
     'train.schedule': 'steps',
     'train.warmup_steps': 0,
     'train.ema_decay': 0.0,
+    'train.weight_decay_on': 'all',
+    'model.activation': 'relu',
 }
 _ATTACK = {'attack.name': 'ifgsm', 'attack.steps': 7}
 

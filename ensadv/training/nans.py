@@ -108,11 +108,6 @@ def error_with_place(
     )
 
 
-def step_of(state: TrainState) -> int:
-    """Returns the number of updates that a state has had, also of members trained separately."""
-    return int(np.ravel(jax.device_get(state.step))[0])
-
-
 def _start_name(start: int) -> str:
     return f'the checkpoint of step {start}' if start else 'the beginning'
 
@@ -289,7 +284,7 @@ class Finder:
 
         As 'attack step 1 of 7, forward pass, member 0, conv_0, its output: 2 NaN and ...'.
         """
-        shared, examples = self._take(step_of(state), 1)
+        shared, examples = self._take(state.updates, 1)
         if self._config.ensemble.training == 'joint':
             members = [(0, state, self._keys, examples)]
         else:

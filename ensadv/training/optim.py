@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -31,6 +32,11 @@ class TrainState:
     averaged: Any = None
 
     replace = dataclasses.replace
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far, as a Python number; of members trained separately of each."""
+        return int(np.ravel(jax.device_get(self.step))[0])
 
     def tree_flatten_with_keys(self):
         names = [field.name for field in dataclasses.fields(self)]

@@ -228,7 +228,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
         state, keys = distributed.replicate((state, keys))
 
         def advance(state: TrainState, num_steps: int) -> tuple[TrainState, Mapping[str, Array]]:
-            shared, own = feed.take(nans.step_of(state), num_steps)
+            shared, own = feed.take(state.updates, num_steps)
             done = train_steps(state, shared, keys, np.int32(num_steps), own)
             return jax.block_until_ready(done)
 
