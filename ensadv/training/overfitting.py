@@ -84,6 +84,31 @@ def make_accuracies(
     return distributed.run_on_devices(of_all, 3, divided=True)
 
 
+def make_look(
+    config: ConfigDict,
+    model: nn.Module,
+    draw: feeds.Draw,
+    take: Callable[[int, int], tuple[Any, Any]],
+    keys: streams.Keys,
+) -> Callable[[int, TrainState], dict[str, float]]:
+    """Returns `(step, state) -> metrics` of the watch; none where training is not watched.
+
+    Args:
+      config, model, draw: see `make_accuracies`.
+      take: of the run's feed.
+      keys: of all devices.
+    """
+    if not is_watched(config):
+        return lambda step, state: {}
+    watch, accuracies = Watch(config), make_accuracies(config, model, draw)
+
+    def look(step, state):
+        shared, own = take(step, 1)
+        return watch.metrics(step, accuracies(state, shared, keys, own))
+
+    return look
+
+
 class Watch:
     """Tells once of each onset of catastrophic overfitting, and stops training if asked to."""
 

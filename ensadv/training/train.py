@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 from ensadv import build
 from ensadv import config as config_lib
 from ensadv.cpu import order
-from ensadv.data import checks
+from ensadv.data import checks, datasets
+from ensadv.data import extra as extra_data
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.runtime import distributed, progress, stopping
 from ensadv.storage import checkpoints, environments, leases, metrics, workdir
@@ -179,16 +180,7 @@ def run(
 
 def _train(config, workdir_path, on_snapshot, label) -> None:
     """Trains from the newest checkpoint, or from step 0, to the last step."""
-    dataset = build.dataset(config)
-    extra = build.extra(config, dataset.image_shape, dataset.num_classes)
-    description = build.describe_data(config, dataset)
-    if extra:
-        description |= {'extra': extra.describe()}
-        if distributed.is_main():
-            checks.tell_extra(dataset, extra)
-    check_fits(config, description)
-    workdir.check_data(workdir_path, description)
-    distributed.check_same('the data', [dataset.fingerprint, description.get('extra')])
+    dataset, extra, description = _read_data(config, workdir_path)
     group = config.model
     model = build.model(config, description, dtype=group.dtype, remat=group.remat)
     keys = streams.learner_keys(config)
@@ -232,15 +224,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             done = train_steps(state, shared, keys, np.int32(num_steps), own)
             return jax.block_until_ready(done)
 
-        look = lambda step, state: {}
-        if overfitting.is_watched(config):
-            watch = overfitting.Watch(config)
-            accuracies = overfitting.make_accuracies(config, model, draw)
-
-            def look(step, state):
-                shared, own = feed.take(step, 1)
-                return watch.metrics(step, accuracies(state, shared, keys, own))
-
+        look = overfitting.make_look(config, model, draw, feed.take, keys)
         log = metrics.TrainingLog(
             workdir_path,
             label=label,
@@ -271,6 +255,23 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             start, state = newest or (0, distributed.replicate(draw_state()))
             finder = nans.Finder(config, dataset, draw, feed.take, keys)
             raise nans.error_with_place(error, start, state, advance, finder.find) from None
+
+
+def _read_data(
+    config: ConfigDict, workdir_path: epath.Path
+) -> tuple[datasets.Dataset, extra_data.Extra | None, dict[str, Any]]:
+    """Returns what a run trains on, and what it writes down of that, all of it checked."""
+    dataset = build.dataset(config)
+    extra = build.extra(config, dataset.image_shape, dataset.num_classes)
+    description = build.describe_data(config, dataset)
+    if extra:
+        description |= {'extra': extra.describe()}
+        if distributed.is_main():
+            checks.tell_extra(dataset, extra)
+    check_fits(config, description)
+    workdir.check_data(workdir_path, description)
+    distributed.check_same('the data', [dataset.fingerprint, description.get('extra')])
+    return dataset, extra, description
 
 
 def _begin_session(
