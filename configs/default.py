@@ -151,10 +151,11 @@ def get_config() -> ConfigDict:
     blackbox.start = 'gaussian'  # as attack.start
     blackbox.sigma = config.get_oneway_ref('epsilon') / 2  # as attack.sigma
 
-    config.planes = planes = ConfigDict()  # --mode=planes: decision planes, the paper's Figure 4
+    config.planes = planes = ConfigDict()  # --mode=planes: the paper's Figures 3 and 4
     planes.other = placeholder(str)  # workdir of the second run; None: the run's own two members
-    planes.images = (0, 1, 2)  # places in the test split
+    planes.images = ()  # places in the test split; (): the first three without saturated pixels
     planes.attack = 'pgd20'  # whose examples span the planes: ifgsm or pgd, and number of steps
+    planes.window = 3.0  # width and height of what is drawn, in units of epsilon
     planes.resolution = 200  # pixels along each side of a window
 
     config.audit = audit = ConfigDict()  # --mode=audit: can the numbers be believed?
@@ -167,5 +168,7 @@ def get_config() -> ConfigDict:
     study.systems = ()  # names of files in configs/; every other field here is their common base
     study.seeds = (0,)  # each system is run once with each seed
     study.audit = True  # audit each run's last snapshot at the end
+    # Each beside the system of study.systems that is trained cleanly, with as many members.
+    study.responses = ()  # adversarially trained systems whose decision boundaries are drawn
     study.planes = ()  # two of the systems: decision planes of their first seed's runs; or none
     return config.lock()

@@ -1,7 +1,7 @@
 """Table 1 of the paper: all eight systems, three seeds each, at the paper's settings.
 
-Reproduces: Tables 1a, 1b and 1c, figures 2a, 2b and 2c, and figure 4 of two of the systems, in
-  DIR/report.
+Reproduces: Tables 1a, 1b and 1c, figures 2a, 2b and 2c, figure 3 as measured, and figure 4 of
+  two of the systems, in DIR/report.
 Run: python main.py --mode=study --config=configs/table1.py --workdir=DIR
   The 24 runs follow one another. To share them out, train each on a machine of its own:
     python main.py --config=configs/SYSTEM.py --config.seed=SEED --workdir=DIR/SYSTEM_seedSEED
@@ -35,5 +35,6 @@ def get_config() -> ConfigDict:
     )
     config.study.seeds = (0, 1, 2)
     config.study.planes = ('singleadv', 'ensemble2adv')
+    config.study.responses = ('singleadv', 'doubleadv', 'ensemble2adv', 'separate2adv')
     config.eval.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20', 'blackbox')
     return config

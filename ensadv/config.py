@@ -83,6 +83,7 @@ MAX_WIDTH = 1000
 MAX_MEMBERS = 1000
 MAX_ROUNDS = 20
 MAX_RESOLUTION = 10_000
+MAX_WINDOW = 1000
 SPLITS = ('test', 'validation')
 WEIGHTS = ('trained', 'averaged')
 DTYPES = ('float32', 'bfloat16')
@@ -143,6 +144,7 @@ def _validate_study(config: ConfigDict) -> None:
             f'study.seeds: expected whole numbers >= 0 and <= {values.MAX_INTEGER}, each only '
             f'once, found {shown(seeds)}'
         )
+    _files(config, 'study.responses')
     pair = _files(config, 'study.planes')
     if len(pair) not in (0, 2):
         raise ConfigError(
@@ -407,10 +409,11 @@ def _validate_blackbox(config: ConfigDict) -> None:
 def _validate_planes(config: ConfigDict) -> None:
     group = config.planes
     places = tuple(group.images)
-    if not places or not all(is_integer(p, 0) for p in places) or len(set(places)) != len(places):
+    if not all(is_integer(p, 0) for p in places) or len(set(places)) != len(places):
         raise ConfigError(
             'planes.images: expected places in the test split, whole numbers >= 0, each once, as '
-            f'in --config.planes.images="(0, 1, 2)", found {shown(places)}'
+            'in --config.planes.images="(0, 1, 2)", or () to have them chosen, found '
+            f'{shown(places)}'
         )
     listed = registry.entries(config.eval).get(group.attack)
     found = listed or checked_entry(config, 'planes.attack', group.attack)
@@ -422,6 +425,7 @@ def _validate_planes(config: ConfigDict) -> None:
             f'expected one of {", ".join(allowed)} with a number of steps, as in '
             '--config.planes.attack=pgd20'
         )
+    _number(config, 'planes.window', 2, MAX_WINDOW)  # 2 holds all that an attack may do
     _integer(config, 'planes.resolution', 2, MAX_RESOLUTION)
 
 

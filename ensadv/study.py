@@ -53,9 +53,9 @@ def draw_planes(config: ConfigDict, path: epath.Path) -> epath.Path:
     """
     file = decision_planes.run(config.copy_and_resolve_references(), path)
     if distributed.is_main():
-        from ensadv.report import pictures  # Matplotlib takes long to import
+        from ensadv.report import plane_figures  # Matplotlib takes long to import
 
-        pictures.draw_planes(file)
+        plane_figures.draw(file)
     return file
 
 
@@ -119,16 +119,8 @@ def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
         transfer_set = make_transfer_set(config, path / 'blackbox', systems_dir)
         config.eval.blackbox_path = str(transfer_set)
     finished, failures = make_runs(config, path, systems_dir)
-    pair = pair_of_planes(config)
-    drawn = distributed.agree(bool(report and pair))
-    if drawn and {path / name for name in pair} <= set(finished):
-        try:
-            with distributed.failing_together():
-                run_config = run_configs[pair[0]]
-                run_config.planes.other = str(path / pair[1])
-                draw_planes(run_config, path / pair[0])
-        except UserError as error:  # a report without them is still worth having
-            logging.error('no decision planes: %s', error)
+    if distributed.agree(report is not None):
+        _draw_all_planes(path, finished, run_configs, pairs_of_planes(config, run_configs))
     if config.study.audit:
         _audit(finished, run_configs)
     if report and finished:
@@ -136,6 +128,25 @@ def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
     if failures:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in failures.items())
         raise TrainingError(f'not in the report: {reasons}')
+
+
+def _draw_all_planes(
+    path: epath.Path,
+    finished: Sequence[epath.Path],
+    run_configs: Mapping[str, ConfigDict],
+    pairs: Sequence[tuple[str, str]],
+) -> None:
+    for first, second in pairs:
+        if not {path / first, path / second} <= set(finished):
+            continue
+        try:
+            with distributed.failing_together():
+                run_config = run_configs[first]
+                run_config.planes.other = str(path / second)
+                draw_planes(run_config, path / first)
+        except UserError as error:  # a report without them is still worth having
+            logging.error('no decision planes: %s', error)
+        jax.clear_caches()
 
 
 def _audit(finished: Sequence[epath.Path], run_configs: Mapping[str, ConfigDict]) -> None:
@@ -168,19 +179,40 @@ def runs(config: ConfigDict, systems_dir: epath.Path) -> Iterator[tuple[str, Con
             yield systems.run_name(name, seed), run_config
 
 
-def pair_of_planes(config: ConfigDict) -> tuple[str, str] | None:
-    """Returns the names of the two runs whose decision planes the study draws, or None."""
-    if not config.study.planes:
-        return None
-    if missing := set(config.study.planes) - set(config.study.systems):
+def pairs_of_planes(
+    config: ConfigDict, run_configs: Mapping[str, ConfigDict]
+) -> list[tuple[str, str]]:
+    """Returns the names of the runs whose decision planes the study draws, of the first seed.
+
+    These are the pair of `study.planes`, and each system of `study.responses` after the first of
+    the study's that is trained cleanly and has as many members.
+
+    Args:
+      config: the study's.
+      run_configs: by the runs' names.
+    """
+    seed = config.study.seeds[0]
+    of = {name: run_configs[systems.run_name(name, seed)] for name in config.study.systems}
+    clean = [name for name, each in of.items() if not each.train.adversarial_weight]
+    pairs = [tuple(config.study.planes)] if config.study.planes else []
+    for name in config.study.responses:
+        size = of[name].ensemble.size if name in of else None
+        found = [each for each in clean if of[each].ensemble.size == size and each != name]
+        if found:
+            pairs.append((found[0], name))
+        else:
+            logging.warning(
+                'study.responses: no boundaries of %s: expected it among study.systems, and one '
+                'that is trained cleanly and has as many members',
+                name,
+            )
+    if missing := {name for pair in pairs for name in pair} - set(of):
         logging.warning(
             'study.planes: no decision planes: not among study.systems: %s',
             ', '.join(sorted(missing)),
         )
-        return None
-    first, second = config.study.planes
-    seed = config.study.seeds[0]
-    return systems.run_name(first, seed), systems.run_name(second, seed)
+        pairs = pairs[1:]
+    return [tuple(systems.run_name(name, seed) for name in pair) for pair in pairs]
 
 
 def make_runs(

@@ -92,7 +92,7 @@ def model_of(weights, offset):
     return decision_planes.Model('halves', Evaluator(network, 50), variables)
 
 
-def test_a_linear_models_regions_are_known_everywhere():
+def test_a_linear_models_decisions_are_known_everywhere():
     # 0.2 from the box's wall to the right, and nowhere near another.
     images = np.full((2, 2, 2, 1), 128, np.uint8)
     images[:, 0, 0] = 204
@@ -106,18 +106,26 @@ def test_a_linear_models_regions_are_known_everywhere():
     # Of the first plane (x, y) are the first and last pixel's changes; of the second (y, -x).
     upper = model_of([0, 0, 0, 1], 128 / 255 + 0.05)  # where the last pixel rose by 0.05
     slanted = model_of([1, 0, 0, -2], 204 / 255 - 2 * 128 / 255 + 0.011)
-    classes, point_classes = decision_planes.classify([upper, slanted], spanned, images, 40)
-    # The window is 0.72 wide around the image, its pixels 0.018: none is on a boundary.
+    # The second one's only member is itself.
+    rows = [decision_planes.Row('', *of) for of in ((0, False, 0), (0, False, 1), (1, False, 1))]
+    classes, margins, point_classes = decision_planes.classify(
+        [upper, slanted], rows, spanned, images, np.array([0, 1]), 1.2, 40
+    )
+    # The unit is 0.6. The window is 0.72 wide around the image, its pixels 0.018: none is on a
+    # boundary.
     middles = -0.36 + 0.018 * (np.arange(40) + 0.5)
     first, last = np.meshgrid(middles, middles)  # the first varies to the right, the last upwards
-    for classes_of, change, rose in ((classes[0], first, last), (classes[1], -last, first)):
-        void = change > 0.2
-        for found, is_one in zip(classes_of, (rose > 0.05, change - 2 * rose > 0.011), strict=True):
-            np.testing.assert_array_equal(found, np.where(void, plane_files.VOID, is_one))
+    for i, (change, rose) in enumerate(((first, last), (-last, first))):
+        # Outside of [0, 1] as well, where the first pixel rose by more than 0.2.
+        logits = [rose - 0.05, *2 * [change - 2 * rose - 0.011]]
+        for row, logit in enumerate(logits):
+            np.testing.assert_array_equal(classes[i, row], logit > 0)
+            # Class 1 has this logit and class 0 the negative one; the labels are 0 and 1.
+            np.testing.assert_allclose(margins[i, row], (4 * i - 2) * logit, atol=1e-5)
     # A later row is higher up.
     assert (classes[0, 0, 0, 0], classes[0, 0, -1, 0]) == (0, 1)
-    assert classes[0, 0, 0, -1] == plane_files.VOID
-    np.testing.assert_array_equal(point_classes, [[[0, 0, 1], [0, 1, 0]], [[0, 1, 0], [0, 0, 0]]])
+    expected = [[[0, 0, 1], [0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 0, 0], [0, 0, 0]]]
+    np.testing.assert_array_equal(point_classes, expected)
 
 
 @pytest.fixture(scope='module')
@@ -164,6 +172,7 @@ def weights_of(config, path, member=None):
 
 def check_against(made, attacked, rows, config):
     """Compares planes with what attacks and predictions give that are made one by one."""
+    unit = 0.15 * 8
     dataset = build.dataset(config)
     settings = attack_settings.evaluation_settings(config, 'ifgsm2')
     places = np.array(config.planes.images)
@@ -179,7 +188,7 @@ def check_against(made, attacked, rows, config):
     # Lengths and angles are what coordinates in the plane keep.
     gram = np.einsum('mid,mjd->mij', moves, moves)
     found = np.einsum('mid,mjd->mij', made.points[:, 1:], made.points[:, 1:])
-    np.testing.assert_allclose(found, gram, atol=1e-4)
+    np.testing.assert_allclose(found * unit**2, gram, atol=1e-4)
     np.testing.assert_array_equal(made.points[:, 0], 0)
     for row, (bench, variables) in enumerate(rows):
         for point, pictures in enumerate((x, *examples)):
@@ -187,11 +196,13 @@ def check_against(made, attacked, rows, config):
             np.testing.assert_array_equal(made.point_classes[:, row, point], log_probs.argmax(1))
     assert len(set(made.point_classes.ravel().tolist())) > 1
     assert made.classes.shape == (2, len(rows), 12, 12)
-    # The same pixels are void for every model, and the rest are classes.
-    void = made.classes == plane_files.VOID
-    np.testing.assert_array_equal(void, np.broadcast_to(void[:, :1], void.shape))
-    assert 0 < np.sum(~void) < void.size
-    assert made.classes.max() <= 9
+    assert 0 <= made.classes.min() <= made.classes.max() <= 9
+    is_label = made.classes == made.labels[:, None, None, None]
+    np.testing.assert_array_equal(made.margins > 0, is_label)
+    assert 0 < np.sum(made.inside) < made.inside.size
+    # Where the images of digits are black at the border, less than all of the ball is permitted.
+    assert made.saturated.min() > 10
+    assert np.nanmax(np.abs(made.region)) <= 1
 
 
 def test_planes_of_two_runs(root, two_runs):
@@ -200,17 +211,36 @@ def test_planes_of_two_runs(root, two_runs):
     assert path.with_suffix('.png').read_bytes()[1:4] == b'PNG'
     assert path.with_suffix('.pdf').read_bytes()[:4] == b'%PDF'
     made = plane_files.read(path)
-    assert made.names == made.attacked == ('Baseline, seed 0', 'Ensemble2, seed 1')
+    assert made.attacked == ('Baseline, seed 0', 'Ensemble2, seed 1')
+    assert made.names == (
+        *made.attacked, 'Ensemble2, seed 1, member 1', 'Ensemble2, seed 1, member 2',
+    )  # fmt: skip
+    assert (made.member.tolist(), made.clean.tolist()) == ([0, 0, 1, 2], [True] * 4)
+    assert (made.shown, made.is_response) == ([0, 1], False)
     models = [
         weights_of(asked(root, 'one'), root / 'one'),
         weights_of(asked(root, 'two'), root / 'two'),
     ]
-    check_against(made, models, models, asked(root, 'one'))
+    members = [weights_of(asked(root, 'two'), root / 'two', member) for member in (0, 1)]
+    check_against(made, models, [*models, *members], asked(root, 'one'))
     record = made.record
     assert [run['step'] for run in record['runs']] == [2, 2]
     assert [run['workdir'] for run in record['runs']] == [str(root / n) for n in ('one', 'two')]
     assert record['settings']['steps'] == 2
     assert (record['epsilon'], record['num_classes'], record['dataset']) == (0.15, 10, 'digits')
+    assert (made.places.tolist(), made.window) == ([7, 2], 3)
+
+
+def test_the_images_are_chosen_where_none_is_named(root, caplog):
+    path = decision_planes.run(asked(root, 'two', planes__images=()), root / 'two')
+    made = plane_files.read(path)
+    images, _ = build.dataset(asked(root, 'two')).split('test')
+    within = np.sum((images < 0.15 * 255) | (images > 0.85 * 255), axis=(1, 2, 3))
+    # No digit is without black pixels.
+    assert made.saturated.tolist() == within[made.places].tolist() == sorted(within)[:3]
+    assert made.saturated.min() > 0
+    assert f'planes.images: test images {", ".join(map(str, made.places))}, which' in caplog.text
+    assert made.record['places'] == []
 
 
 def test_planes_of_a_runs_members(root):
@@ -219,6 +249,7 @@ def test_planes_of_a_runs_members(root):
     assert path == root / 'two' / 'planes' / 'members.npz'
     made = plane_files.read(path)
     assert made.names == ('member 1', 'member 2', 'Ensemble2, seed 1')
+    assert (made.member.tolist(), made.shown) == ([1, 2, 0], [0, 1, 2])
     assert made.attacked == ('member 1', 'member 2')
     members = [weights_of(config, root / 'two', member) for member in (0, 1)]
     check_against(made, members, [*members, weights_of(config, root / 'two')], config)
@@ -249,6 +280,7 @@ def test_what_is_made_is_not_made_again(root, two_runs, tmp_path, monkeypatch):
             {'planes__images': (2, 7)},
             {'planes__attack': 'ifgsm3'},
             {'planes__resolution': 13},
+            {'planes__window': 4.0},
             {'eval__ifgsm__step_size': 0.01},
         ),
     ):
@@ -264,10 +296,10 @@ def test_what_is_made_is_not_made_again(root, two_runs, tmp_path, monkeypatch):
     files.write_json(one / 'config.json', record)
     changed = asked(root, 'one', planes__other='two', train__momentum=0.5)
     decision_planes.run(changed, one)
-    assert len(calls) == 5
+    assert len(calls) == 6
     path.write_bytes(b'damaged')
     decision_planes.run(changed, one)
-    assert len(calls) == 6
+    assert len(calls) == 7
 
 
 @pytest.mark.parametrize(
@@ -324,11 +356,11 @@ def test_mistakes_are_one_line_on_the_command_line(root):
 @pytest.mark.parametrize(
     'field, value, told',
     [
-        ('images', (), 'each once'),
-        ('images', (1, 1), r'each once, .* found \(1, 1\)'),
+        ('images', (1, 1), r'each once, .* or \(\) to have them chosen, found \(1, 1\)'),
         ('images', (-1,), r'found \(-1,\)'),
         ('attack', 'clean', 'clean has no steps; expected one of ifgsm, pgd with'),
         ('attack', 'pdg20', "unknown attack 'pdg20' .did you mean 'pgd20'"),
+        ('window', 1.9, '>= 2 and <= 1000, found 1.9'),
         ('resolution', 1, '>= 2 and <= 10000, found 1'),
     ],
 )

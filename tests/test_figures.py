@@ -6,15 +6,15 @@ import matplotlib
 import numpy as np
 import pytest
 from etils import epath
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from ensadv.report import drawing, figures, pictures
+from ensadv.report import drawing, figures, pictures, plane_figures
 from ensadv.report.analysis import Band
 from ensadv.report.computation import Panel
 from ensadv.report.figures import AttackCurve
 from ensadv.report.pictures import ExampleColumn
-from ensadv.storage.plane_files import VOID, Planes
+from ensadv.storage.plane_files import Planes
 
 PAPER = (
     'Baseline', 'Ensemble2', 'Ensemble4', 'SingleAdv',
@@ -407,7 +407,7 @@ def test_of_unusual_channels_the_mean_is_drawn_and_said_to_be(channels, planes):
     assert text.get_text().replace('\n', ' ') == said
     box = text.get_window_extent()
     assert not any(box.overlaps(t.get_window_extent()) for a in figure.axes for t in a.texts)
-    of_planes = pictures.planes(planes._replace(images=np.repeat(clean, 2, axis=0)))
+    of_planes = plane_figures.regions(planes._replace(images=np.repeat(clean, 2, axis=0)))
     assert said in ' '.join(text.get_text() for text in of_planes.texts)
     for usual in (1, 3):
         assert not [text for text in examples(['A'], usual).texts if text.get_text()]
@@ -417,27 +417,33 @@ def test_of_unusual_channels_the_mean_is_drawn_and_said_to_be(channels, planes):
 def planes() -> Planes:
     classes = np.zeros((2, 1, 4, 4), np.int16)
     classes[0, 0, 3, :] = 5  # at the top: y is large
-    classes[0, 0, 0, 3] = VOID
     classes[1, 0, 0, 0] = 9
+    inside = np.ones((2, 4, 4), bool)
+    inside[0, 0, 3] = False
     region = [[(-1, -1), (1, -1), (1, 1), (-1, 1)], [(0, -1), (1, 1), (-1, 1), (np.nan, np.nan)]]
     return Planes(
         names=('SingleAdv, seed 0',),
+        member=np.zeros(1, np.int32),
+        clean=np.zeros(1, bool),
         attacked=('SingleAdv, seed 0', 'Ensemble2Adv, seed 1'),
         places=np.array([7, 12], np.int32),
+        saturated=np.zeros(2, np.int32),
         labels=np.array([0, 3], np.int32),
         images=np.full((2, 2, 2, 1), 255, np.uint8),
-        extent=np.array([[-2, 2, -2, 2], [-1, 1, -1, 1]], np.float32),
+        window=np.array(4, np.float32),
         classes=classes,
+        margins=np.where(classes == 0, 1, -1).astype(np.float32),
+        inside=inside,
         points=np.array([[(0, 0), (1, 0), (0.5, 1)], [(0, 0), (0.5, 0), (0, 0.5)]], np.float32),
         point_classes=np.array([[(0, 0, 5)], [(3, 0, 3)]], np.int16),
         region=np.array(region, np.float32),
         notes=('', 'both adversarial examples are the same'),
-        record={},
+        record={'attack': 'pgd20', 'places': []},
     )
 
 
-def test_planes_show_classes_with_y_upwards(planes):
-    figure = pictures.planes(planes)
+def test_planes_show_classes_with_y_upwards_and_dim_what_is_no_image(planes):
+    figure = plane_figures.regions(planes)
     assert len(figure.axes) == 4  # per image: the image, and one model's panel
     thumbnail, _, panel, _ = figure.axes
     assert thumbnail.get_title() == 'test image 7\nclass 0'
@@ -452,18 +458,78 @@ def test_planes_show_classes_with_y_upwards(planes):
         )
     }
     # Those that occur: class 3, which only a point has, too.
-    assert list(patches) == ['class 0', 'class 3', 'class 5', 'class 9', 'outside [0, 1]']
+    assert list(patches) == ['class 0', 'class 3', 'class 5', 'class 9', 'darker: outside [0, 1]']
     drawn = np.array(image.get_array())
     np.testing.assert_allclose(drawn[3], [patches['class 5']] * 4)
     np.testing.assert_allclose(drawn[0, :3], [patches['class 0']] * 3)
-    np.testing.assert_allclose(drawn[0, 3], patches['outside [0, 1]'])
+    # Of the same hue, and darker than any class.
+    zero, five = (np.array(patches[f'class {c}']) for c in (0, 5))
+    np.testing.assert_allclose(drawn[0, 3], plane_figures.dimmed(zero))
+    assert plane_figures.dimmed(zero).mean() < 0.8 * zero.mean()
+    assert np.abs(plane_figures.dimmed(zero) - plane_figures.dimmed(five)).max() > 0.1
     other = np.array(figure.axes[3].images[0].get_array())
     np.testing.assert_allclose(other[0, 0], patches['class 9'])
     np.testing.assert_allclose(other[1, 1], patches['class 0'])
+    everywhere = planes._replace(inside=np.ones_like(planes.inside))
+    assert 'darker: outside [0, 1]' not in legend_texts(plane_figures.regions(everywhere))
+
+
+@pytest.fixture
+def response(planes) -> Planes:
+    """Of four models on one image: the label is right of x = -1, -0.5, y = 0.5 and everywhere."""
+    middles = 0.5 * (np.arange(8) - 3.5)
+    x, y = np.meshgrid(middles, middles)
+    margins = np.stack([x + 1, x + 0.5, 0.5 - y, 1 + 0 * x]).astype(np.float32)[None]
+    clean, other = 'Ensemble2, seed 0', 'Ensemble2Adv, seed 0'
+    inside = np.ones((1, 8, 8), bool)
+    inside[0, :, 7] = False
+    return planes._replace(
+        names=(clean, f'{clean}, member 2', other, f'{other}, member 1'),
+        member=np.array([0, 2, 0, 1], np.int32),
+        clean=np.array([True, True, False, False]),
+        attacked=(clean, other),
+        classes=(margins < 0).astype(np.int16),
+        margins=margins,
+        inside=inside,
+        point_classes=np.zeros((1, 4, 3), np.int16),
+        **{name: getattr(planes, name)[:1]
+           for name in ('places', 'saturated', 'labels', 'images', 'points', 'region', 'notes')},
+    )  # fmt: skip
+
+
+def test_boundaries_are_where_the_label_ends(response):
+    figure = plane_figures.boundaries([response, response])
+    _, panel, other = figure.axes
+    found = {}
+    for lines in panel.collections:
+        (path,) = lines.get_paths()
+        solid = lines.get_linestyles()[0][1] is None
+        found[to_hex(lines.get_edgecolor()[0]), solid] = path.vertices
+    black, green = '#000000', '#009e73'
+    # The one that gives the label all of the plane has no boundary in it.
+    assert set(found) == {(black, True), (green, True), (black, False)}
+    np.testing.assert_allclose(found[black, True][:, 0], -1, atol=1e-6)
+    np.testing.assert_allclose(found[green, True][:, 0], -0.5, atol=1e-6)
+    np.testing.assert_allclose(found[black, False][:, 1], 0.5, atol=1e-6)
+    # Of the square of side 2 around the image.
+    shares = plane_figures.label_shares(response, 0)
+    np.testing.assert_allclose(shares, [1, 0.75, 0.75, 1])
+    assert panel.get_title() == other.get_title() == 'label: 100 % → 75 %'
+    drawn = np.array(panel.images[0].get_array())
+    assert (drawn[:, :7] == 1).all()
+    assert (drawn[:, 7] < 0.9).all()
+    assert panel.get_ylabel().split('\n') == ['(a) Ensemble2', '→ Ensemble2Adv', 'seed 0']
+    points = [[float(v) for v in line.get_xydata()[0]] for line in panel.lines]
+    assert points == [[0.5, 1], [1, 0], [0, 0]]
+    assert legend_texts(figure)[-3:] == ['network or ensemble', 'member 1', 'member 2']
+
+
+def test_regions_of_a_response_are_those_of_the_ensembles(response):
+    assert len(plane_figures.regions(response).axes) == 3  # the image and two of four models
 
 
 def test_planes_show_points_arrows_and_the_region(planes):
-    figure = pictures.planes(planes)
+    figure = plane_figures.regions(planes)
     panel, other = figure.axes[2:]
     first, second, image = ([float(v) for v in line.get_xydata()[0]] for line in panel.lines)
     assert (image, first, second) == ([0, 0], [1, 0], [0.5, 1])
@@ -485,7 +551,7 @@ def test_planes_show_points_arrows_and_the_region(planes):
 
 def test_planes_of_attacks_that_found_one_point_or_none(planes):
     points = np.array([[(0, 0), (1, 0), (1, 0)], [(0, 0), (0, 0), (0, 0.5)]], np.float32)
-    figure = pictures.planes(planes._replace(points=points))
+    figure = plane_figures.regions(planes._replace(points=points))
     texts = [[text.get_text() for text in figure.axes[i].texts] for i in (2, 3)]
     assert texts == [['', '1, 2'], ['1', '', '2']]  # '' is an arrow
     assert drawing.png(figure)
@@ -493,8 +559,9 @@ def test_planes_of_attacks_that_found_one_point_or_none(planes):
 
 def test_classes_of_planes_have_names_and_more_than_ten_have_colors_of_their_own(planes):
     many = planes._replace(classes=np.arange(32, dtype=np.int16).reshape(2, 1, 4, 4))
+    many = many._replace(inside=np.ones_like(planes.inside))
     many = many._replace(record={'class_names': [f'name {i}' for i in range(32)]})
-    figure = pictures.planes(many)
+    figure = plane_figures.regions(many)
     assert figure.axes[0].get_title() == 'test image 7\nname 0'
     legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == many.record['class_names']
@@ -503,20 +570,21 @@ def test_classes_of_planes_have_names_and_more_than_ten_have_colors_of_their_own
 
 def test_numbers_of_classes_are_not_taken_for_those_of_the_points(planes):
     named = planes._replace(record={'class_names': [str(i) for i in range(10)]})
-    figure = pictures.planes(named)
+    figure = plane_figures.regions(named)
     assert 'class 5' in legend_texts(figure)
     assert figure.axes[0].get_title() == 'test image 7\nclass 0'
 
 
-def test_legends_stay_within_the_figure(planes, training):
+def test_legends_stay_within_the_figure(planes, response, training):
     named = planes._replace(record={'class_names': ['a class with a long name'] * 10})
     bands = {f'a system with a long name {i}': band([1, 2], [0, 1]) for i in range(9)}
     points = dict.fromkeys(bands, 2)
     for figure in (
         training,
-        pictures.planes(planes),
-        pictures.planes(named),
-        pictures.planes(planes._replace(attacked=('a system with a name that is long', 'b'))),
+        plane_figures.regions(planes),
+        plane_figures.regions(named),
+        plane_figures.boundaries([response]),
+        plane_figures.regions(planes._replace(attacked=('a system with a name that is long', 'b'))),
         figures.over_training(bands, points, attack='PGD20'),
     ):
         figure.draw_without_rendering()
@@ -542,18 +610,19 @@ def test_files_are_png_and_pdf_with_embedded_fonts(training, tmp_path):
     assert b'CreationDate' not in pdf
 
 
-def test_the_same_arrays_give_the_same_bytes_and_change_nothing_global(planes, tmp_path):
+def test_the_same_arrays_give_the_same_bytes_and_change_nothing_global(planes, response, tmp_path):
     before = dict(matplotlib.rcParams)
     contents = []
     for folder in ('a', 'b'):
         path = epath.Path(tmp_path) / folder
-        drawing.save(pictures.planes(planes), path / 'planes')
+        drawing.save(plane_figures.regions(planes), path / 'planes')
+        drawing.save(plane_figures.boundaries([response]), path / 'boundaries')
         accuracy = {'A': (0.3, 0.25, 0.4), 'B': (0.2, 0.2, 0.2)}
         panel = Panel('', 'parameters (millions)', {'A': 1.0, 'B': 2.0}, {'A'})
         figure = figures.computation([panel], accuracy)
         assert drawing.png(figure) == drawing.png(figure)
         drawing.save(figure, path / 'computation')
         contents.append({p.name: p.read_bytes() for p in path.iterdir()})
-    assert len(contents[0]) == 4
+    assert len(contents[0]) == 6
     assert contents[0] == contents[1]
     assert dict(matplotlib.rcParams) == before

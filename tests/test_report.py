@@ -85,18 +85,33 @@ def planes() -> Planes:
     region = np.array([[(-1, -1), (1, -1), (1, 1), (-1, 1)]], np.float32)
     return Planes(
         names=('SingleAdv, seed 0', 'DoubleAdv, seed 0'),
+        member=np.zeros(2, np.int32),
+        clean=np.zeros(2, bool),
         attacked=('SingleAdv, seed 0', 'DoubleAdv, seed 0'),
         places=np.array([7], np.int32),
+        saturated=np.zeros(1, np.int32),
         labels=np.array([0], np.int32),
         images=np.full((1, 8, 8, 1), 99, np.uint8),
-        extent=np.array([[-2, 2, -2, 2]], np.float32),
+        window=np.array(4, np.float32),
         classes=np.zeros((1, 2, 4, 4), np.int16),
+        margins=np.ones((1, 2, 4, 4), np.float32),
+        inside=np.ones((1, 4, 4), bool),
         points=np.array([[(0, 0), (1, 0), (0.5, 1)]], np.float32),
         point_classes=np.zeros((1, 2, 3), np.int16),
         region=region,
         notes=('',),
-        record={},
+        record={'attack': 'pgd20', 'places': []},
     )
+
+
+def response(system: str = 'SingleAdv', place: int = 7) -> Planes:
+    names = 'Baseline, seed 0', f'{system}, seed 0'
+    margins = np.ones((1, 2, 4, 4), np.float32)
+    margins[0, 0, :2] = -1  # the lower half is not the label's
+    return planes()._replace(
+        names=names, attacked=names, clean=np.array([True, False]), margins=margins,
+        places=np.array([place], np.int32),
+    )  # fmt: skip
 
 
 def written(root) -> set[str]:
@@ -134,10 +149,10 @@ def paper_study(tmp_path_factory) -> pathlib.Path:
     """All systems of the paper, and their report, written where there is no JAX."""
     root = tmp_path_factory.mktemp('study')
     study(root, ALL, seeds=3, evaluations=10, like_paper=True)
-    for run, name in (('singleadv_seed0', 'singleadv_seed0-doubleadv_seed0'),
-                      ('ensemble2adv_seed0', 'members'),
-                      ('ensemble2adv_seed1', 'members')):  # fmt: skip
-        plane_files.write(epath.Path(root) / run / 'planes' / f'{name}.npz', planes())
+    for run, name, found in (('baseline_seed0', 'baseline_seed0-singleadv_seed0', response()),
+                             ('ensemble2adv_seed0', 'members', planes()),
+                             ('ensemble2adv_seed1', 'members', planes())):  # fmt: skip
+        plane_files.write(epath.Path(root) / run / 'planes' / f'{name}.npz', found)
     script = (
         'import sys, runpy, importlib.metadata as m; sys.modules.update('
         'dict.fromkeys(("jax", "jaxlib", "tensorflow", "flax"))); '
@@ -155,7 +170,7 @@ def paper_study(tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_study_of_all_systems_gets_every_file(paper_study):
-    expected = figure('2a', '2b', '2c', '_examples', '4_singleadv_seed0-doubleadv_seed0',
+    expected = figure('2a', '2b', '2c', '3', '_examples', '4_baseline_seed0-singleadv_seed0',
                       '4_ensemble2adv_seed0_members', '4_ensemble2adv_seed1_members')  # fmt: skip
     assert written(paper_study) == TABLES | COMPARISONS | expected
     page = html.unescape(read(paper_study, 'report.html'))
@@ -166,7 +181,8 @@ def test_a_study_of_all_systems_gets_every_file(paper_study):
         "The paper's claims",
         'Ensemble4Adv − Ensemble2Adv: ',
         "paper: the paper's own numbers",
-        'Figure 4. Decision regions of SingleAdv, seed 0 and DoubleAdv, seed 0',
+        'Figure 3, as measured',
+        'Figure 4. Decision regions of Baseline, seed 0 and SingleAdv, seed 0',
     ):
         assert text in page
     # Each run asked for a black box, and every figure is on the page itself.
@@ -297,6 +313,21 @@ def test_damaged_planes_are_left_out_and_said_to_be(tmp_path):
     assert 'Left out: ' in page
     assert 'members.npz' in page
     assert not written(tmp_path) & figure('4_run_members')
+
+
+@pytest.mark.usefixtures('quick')
+def test_responses_of_the_same_images_are_one_figure_in_the_papers_order(tmp_path):
+    run = one_run(tmp_path)
+    for name, found in (('a', response('DoubleAdv')), ('b', response('DoubleAdv', place=8)),
+                        ('c', response('SingleAdv')), ('d', planes())):  # fmt: skip
+        plane_files.write(epath.Path(run) / 'planes' / f'{name}.npz', found)
+    page = write_report(tmp_path)
+    assert {name for name in written(tmp_path) if 'figure3' in name} == figure('3', '3_2')
+    shares = 'Baseline, seed 0 50 % and {}, seed 0 100 %'
+    first, second = (shares.format(system) for system in ('SingleAdv', 'DoubleAdv'))
+    assert f'on average over these 1 images: {first}; {second}.' in page
+    assert f'on average over these 1 images: {second}.' in page
+    assert 'the first of the test set without a pixel value within epsilon of 0 or 1' in page
 
 
 @pytest.mark.usefixtures('quick')

@@ -57,13 +57,30 @@ def test_systems_that_do_not_exist_are_refused(systems, told):
         list(study.runs(config, CONFIGS))
 
 
-def test_decision_planes_are_of_the_first_seeds_runs():
+def test_decision_planes_are_of_the_first_seeds_runs(caplog):
+    def pairs(config):
+        return study.pairs_of_planes(config, dict(study.runs(config, CONFIGS)))
+
     config = quickstart.get_config()
     config.study.seeds = (4, 5)
-    assert study.pair_of_planes(config) == ('singleadv_seed4', 'ensemble2adv_seed4')
+    pair = ('singleadv_seed4', 'ensemble2adv_seed4')
+    assert pairs(config) == [pair]
+    # What adversarial training changes is seen beside a clean system of as many members.
+    config.study.responses = ('singleadv', 'ensemble2adv', 'doubleadv', 'ensemble4adv')
+    singles = [('baseline_seed4', f'{name}_seed4') for name in ('singleadv', 'doubleadv')]
+    assert pairs(config) == [pair, *singles]
+    assert 'study.responses: no boundaries of ensemble4adv: expected it among' in caplog.text
+    config.study.systems = (*config.study.systems, 'ensemble2')
+    assert pairs(config) == [
+        pair,
+        singles[0],
+        ('ensemble2_seed4', 'ensemble2adv_seed4'),
+        singles[1],
+    ]
     # A study of other systems is not refused for the pair that its config file names.
     config.study.systems = ('baseline', 'singleadv')
-    assert study.pair_of_planes(config) is None
+    assert pairs(config) == singles[:1]
+    assert 'study.planes: no decision planes: not among study.systems: ensemble2adv' in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The planes job: decision regions of two runs, or of a run's members, for Figure 4."""
+"""The planes job: decisions of two runs, or of a run's members, on planes, for Figures 3 and 4."""
 
 import itertools
 import json
@@ -25,7 +25,10 @@ from ensadv.storage import files, plane_files, workdir
 from ensadv.storage.plane_files import Planes
 
 # Of the record: what decides the planes, beside the weights.
-_DECISIVE = ('attack', 'settings', 'places', 'resolution', 'dtype', 'fingerprint', 'members')
+_DECISIVE = (
+    'attack', 'settings', 'places', 'window', 'resolution', 'dtype', 'fingerprint', 'members',
+)  # fmt: skip
+_CHOSEN = 3  # images, where the config names none, as in the paper
 
 
 class Model(NamedTuple):
@@ -35,10 +38,19 @@ class Model(NamedTuple):
     evaluator: Evaluator
     variables: Any
 
-    def classes(self, x: Any, label: str) -> np.ndarray:
-        """Returns predictions, int16 [n], for images as `Evaluator.log_probs` takes them."""
-        log_probs = self.evaluator.log_probs(self.variables, x, f'{self.name}: {label}')
-        return np.argmax(log_probs, axis=1).astype(np.int16)
+
+class Row(NamedTuple):
+    """Whose decisions are known: a model, or one of its members.
+
+    Attributes:
+      name, member, clean: see `Planes`.
+      model: the number of the model.
+    """
+
+    name: str
+    member: int
+    clean: bool
+    model: int
 
 
 def run(config: ConfigDict, path: epath.Path) -> epath.Path:
@@ -84,7 +96,7 @@ def _find(config: ConfigDict, path: epath.Path) -> list[finished_runs.Run]:
     if not config.epsilon:
         raise UserError('epsilon: expected a number > 0, found 0: no attack, and so no plane')
     num_test = first.record['dataset']['num_test']
-    if (place := max(config.planes.images)) >= num_test:
+    if (place := max(config.planes.images, default=0)) >= num_test:
         raise UserError(
             f'planes.images: expected places in the test split, 0..{num_test - 1}, found {place}'
         )
@@ -140,6 +152,7 @@ def _record(config: ConfigDict, pair: Sequence[finished_runs.Run]) -> dict[str, 
         'attack': config.planes.attack,
         'settings': settings,
         'places': list(config.planes.images),
+        'window': float(config.planes.window),
         'resolution': config.planes.resolution,
         'dtype': config.eval.dtype,
         'members': len(pair) == 1,
@@ -194,19 +207,32 @@ def _make(config: ConfigDict, pair: Sequence[finished_runs.Run], record: dict[st
     workdir.check_data(pair[0].path, dataset.describe())
     distributed.check_same('the data', dataset.fingerprint)
     distributed.tell(f'decision planes: attack {build.computation(config, config.eval.dtype)}')
-    attacked, rows = _models(config, pair)
-    spanned, images, labels = _span(config, dataset, attacked, record['settings'])
-    classes, point_classes = classify(rows, spanned, images, config.planes.resolution)
+    attacked, models, rows = _models(config, pair)
+    places, saturated = _images(config, dataset)
+    spanned, images, labels = _span(config, dataset, places, attacked, record['settings'])
+    window, resolution = config.planes.window, config.planes.resolution
+    classes, margins, point_classes = classify(models, rows, spanned, images, labels, window,
+                                               resolution)  # fmt: skip
+    origins, coordinates = images / np.float32(255), planes.grid(window, resolution)
     corners = max(len(plane.corners) for plane, _ in spanned)
-    places = np.array(config.planes.images, np.int32)
     return Planes(
-        names=tuple(model.name for model in rows),
+        names=tuple(row.name for row in rows),
+        member=np.array([row.member for row in rows], np.int32),
+        clean=np.array([row.clean for row in rows]),
         attacked=tuple(model.name for model in attacked),
         places=places,
+        saturated=saturated,
         labels=labels,
         images=images,
-        extent=np.stack([plane.extent for plane, _ in spanned]).astype(np.float32),
+        window=np.array(window, np.float32),
         classes=classes,
+        margins=margins,
+        inside=np.stack(
+            [
+                planes.inside(origin, plane.axes, coordinates)
+                for origin, (plane, _) in zip(origins, spanned, strict=True)
+            ]
+        ),
         points=np.stack([plane.points for plane, _ in spanned]).astype(np.float32),
         point_classes=point_classes,
         region=np.stack(
@@ -224,18 +250,44 @@ def _make(config: ConfigDict, pair: Sequence[finished_runs.Run], record: dict[st
     )
 
 
+def _images(config: ConfigDict, dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places of the images, as given or chosen, and of each the saturated values."""
+    images, _ = dataset.split('test')
+    threat, given = ThreatModel.of(config), list(config.planes.images)
+    if given:
+        _, saturated = planes.unsaturated(images[given], threat, len(given))
+        return np.array(given, np.int32), saturated
+    places, saturated = planes.unsaturated(images, threat, _CHOSEN)
+    text = f'planes.images: test images {", ".join(map(str, places))}, '
+    if saturated.any():
+        numbers = ', '.join(map(str, saturated))
+        logging.warning(
+            '%swhich of all have the fewest saturated pixel values (%s of %d): parts of what is '
+            'within epsilon of them are no images', text, numbers, images[0].size,
+        )  # fmt: skip
+    else:
+        distributed.tell(f'{text}the first without saturated pixel values')
+    return places, saturated
+
+
 def _models(
     config: ConfigDict, pair: Sequence[finished_runs.Run]
-) -> tuple[list[Model], list[Model]]:
-    """Returns the two models that are attacked, and those whose regions are drawn."""
+) -> tuple[list[Model], list[Model], list[Row]]:
+    """Returns the two models that are attacked, those that predict, and whose regions are drawn."""
     ensembles = [_load(config, run) for run in pair]
+    clean = [not run.config.train.adversarial_weight for run in pair]
     if len(ensembles) == 2:
         if ensembles[0].name == ensembles[1].name:
             ensembles = [
                 model._replace(name=f'{model.name} ({which} run)')
                 for which, model in zip(('first', 'second'), ensembles, strict=True)
             ]
-        return ensembles, ensembles
+        rows = []
+        for i, (model, run) in enumerate(zip(ensembles, pair, strict=True)):
+            rows.append(Row(model.name, 0, clean[i], i))
+            if (k := run.config.ensemble.size) > 1:
+                rows += [Row(f'{model.name}, member {j + 1}', j + 1, clean[i], i) for j in range(k)]
+        return ensembles, ensembles, rows
     whole = ensembles[0]
     # The same functions, of weights with one member: the mean over it is its own prediction.
     members = [
@@ -247,7 +299,8 @@ def _models(
         )
         for i in range(2)
     ]
-    return members, [*members, whole]
+    rows = [Row(f'member {i}', i, clean[0], 0) for i in (1, 2)]
+    return members, ensembles, [*rows, Row(whole.name, 0, clean[0], 0)]
 
 
 def _load(config: ConfigDict, run: finished_runs.Run) -> Model:
@@ -259,6 +312,7 @@ def _load(config: ConfigDict, run: finished_runs.Run) -> Model:
 def _span(
     config: ConfigDict,
     dataset: datasets.Dataset,
+    places: np.ndarray,
     attacked: Sequence[Model],
     settings: dict[str, Any],
 ) -> tuple[list[tuple[planes.Plane, np.ndarray]], np.ndarray, np.ndarray]:
@@ -269,7 +323,6 @@ def _span(
       uint8 [m, H, W, C]; their labels, int32 [m].
     """
     images, labels = dataset.split('test')
-    places = np.array(config.planes.images, np.int32)
     adversarial = [
         # Few images, and a program of its own for them: far less than a whole batch of padding.
         Evaluator(model.evaluator.network, len(places)).worst_points(
@@ -289,29 +342,48 @@ def _span(
 
 
 def classify(
-    rows: Sequence[Model],
+    models: Sequence[Model],
+    rows: Sequence[Row],
     spanned: Sequence[tuple[planes.Plane, np.ndarray]],
     images: np.ndarray,
+    labels: np.ndarray,
+    window: float,
     resolution: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what each model predicts on each plane: `Planes.classes` and `.point_classes`.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns what is predicted on each plane: `Planes.classes`, `.margins` and `.point_classes`.
 
     Args:
-      rows: the models.
+      models: predict, each with its members.
+      rows: which of them.
       spanned: for each of m images its plane and the points that span it, [3, H, W, C] float32.
       images: uint8 [m, H, W, C].
-      resolution: R, pixels along each side of a window.
+      labels: int32 [m].
+      window: see `Planes`.
+      resolution: R, pixels along each side of the window.
     """
-    origins = images / np.float32(255)
+    m, size = len(images), resolution**2
     axes = np.stack([plane.axes for plane, _ in spanned])
-    grids = np.stack([planes.grid(plane.extent, resolution) for plane, _ in spanned])
-    inside = np.stack([planes.inside(*given) for given in zip(origins, axes, grids, strict=True)])
-    samples = planes.Samples(origins, axes, np.nonzero(inside)[0], grids[inside])
+    coordinates = np.tile(planes.grid(window, resolution).reshape(size, 2), (m, 1))
+    samples = planes.Samples(
+        images / np.float32(255), axes, np.repeat(np.arange(m), size), coordinates
+    )
     points = np.concatenate([three for _, three in spanned])
-    m = len(images)
-    classes = np.full((m, len(rows), resolution, resolution), plane_files.VOID, np.int16)
-    point_classes = np.empty((m, len(rows), 3), np.int16)
-    for row, model in enumerate(rows):
-        classes[:, row][inside] = model.classes(samples, 'decision planes')
-        point_classes[:, row] = model.classes(points, 'adversarial examples').reshape(m, 3)
-    return classes, point_classes
+    found, found_at_points = [], []
+    for model in models:
+        decide = model.evaluator.decisions
+        found.append(
+            decide(
+                model.variables, samples, np.repeat(labels, size), f'{model.name}: decision planes'
+            )
+        )
+        found_at_points.append(
+            decide(
+                model.variables, points, np.repeat(labels, 3), f'{model.name}: adversarial examples'
+            )
+        )
+    square, three = (m, resolution, resolution), (m, 3)
+    classes, margins, at_points = (
+        np.stack([of[row.model][kind][:, row.member].reshape(shape) for row in rows], axis=1)
+        for of, kind, shape in ((found, 0, square), (found, 1, square), (found_at_points, 0, three))
+    )
+    return classes.astype(np.int16), margins.astype(np.float32), at_points.astype(np.int16)

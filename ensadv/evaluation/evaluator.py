@@ -395,6 +395,28 @@ class Evaluator:
                 bar.update(len(batch))
         return np.concatenate(results)
 
+    def decisions(
+        self, variables: Any, x: np.ndarray, labels: np.ndarray, label: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what the ensemble, and then each of its members, says of images.
+
+        Args:
+          variables, x, label: as in `log_probs`.
+          labels: int32 [n].
+
+        Returns:
+          Predicted classes, int32 [n, 1 + k], and the labels' margins, float32 [n, 1 + k].
+        """
+        n = len(x)
+        step = self.compile(n, 'decisions', {}, on_device.decisions_batch, 1)
+        results = []
+        with self._progress(total=n, label=label, unit='image') as bar:
+            for batch in self.batches(np.arange(n), n):
+                results.append(step(variables, (x[batch], labels[batch])))
+                bar.update(len(batch))
+        classes, margins = zip(*results, strict=True)
+        return np.concatenate(classes), np.concatenate(margins)
+
     def member_margins(
         self, variables: Any, images: np.ndarray, labels: np.ndarray, label: str
     ) -> np.ndarray:

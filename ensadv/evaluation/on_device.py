@@ -50,6 +50,15 @@ def member_batch(network, settings, variables, batch):
     return jax.vmap(losses.margin, (0, None), 1)(logits, labels)
 
 
+def decisions_batch(network, settings, variables, batch):
+    """Classes and margins, [B, 1 + k], of the network and each member at points [B, H, W, C]."""
+    del settings
+    points, labels = batch
+    logits = network.member_logits(variables, points)
+    logits = jnp.stack([network.scores(logits), *logits])
+    return jnp.argmax(logits, -1).T, jax.vmap(losses.margin, (0, None), 1)(logits, labels)
+
+
 def logit_gaps_batch(network, settings, variables, batch):
     """By how much the two largest logits differ, of the network and of each member, [B, 1 + k]."""
     del settings

@@ -1,40 +1,49 @@
-"""Decision planes, the paper's Figure 4: the plane through an image and two adversarial examples.
+"""Decision planes, of the paper's Figures 3 and 4: through an image and two adversarial examples.
 
-Pixels are in [0, 1]. A point of the plane is image + x e1 + y e2 with orthonormal e1 and e2, so x
-and y are L2 pixel distances. Geometry alone: what a model says of the points is not known here.
+Pixels are in [0, 1]. A point of the plane is image + x e1 + y e2, where e1 and e2 are orthogonal
+and of the length `unit`, so x and y are in units of epsilon. Nothing that an attack may do is
+farther than 1 from the image. Geometry alone: what a model says of the points is not known here.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial import HalfspaceIntersection
 
 from ensadv.attacks.threat_model import ThreatModel
 
 BOX_TOLERANCE = 1e-6  # by which a pixel may leave [0, 1], for rounding
 SPAN_TOLERANCE = 1e-3  # of epsilon: points nearer than this, in L2 distance, count as one
+REGION_TOLERANCE = 1e-5  # of epsilon, by which the region's corners may lie outside
 CIRCLE_CORNERS = 180
-MARGIN = 0.1  # on each side of the window, as a share of what it holds
 
 
 class Plane(NamedTuple):
-    """One plane in the space of images with d pixel values, and the window drawn of it.
+    """One plane in the space of images with d pixel values.
 
     Attributes:
-      axes: float64 [2, d], e1 and e2, orthonormal.
+      axes: float64 [2, d], e1 and e2, orthogonal, both of the length `unit`.
       points: float64 [3, 2], of the image and both adversarial examples.
       corners: float64 [V, 2], of the permitted region, counter-clockwise.
-      extent: float64 [4], left, right, bottom, top: a square.
       note: see `Planes.notes`.
     """
 
     axes: np.ndarray
     points: np.ndarray
     corners: np.ndarray
-    extent: np.ndarray
     note: str
+
+
+def unit(threat: ThreatModel, size: int) -> float:
+    """Returns the longest move that is permitted, in L2: for linf of all pixel values by epsilon.
+
+    Args:
+      threat: the threat model.
+      size: d, the number of pixel values.
+    """
+    return threat.epsilon * (math.sqrt(size) if threat.norm == 'linf' else 1.0)
 
 
 def through(
@@ -43,15 +52,15 @@ def through(
     """Returns the plane through an image and its two adversarial examples.
 
     e1 points to the first one, and e2 (by Gram and Schmidt) to that side of it where the second
-    one is. Where they span no plane, random sign directions take the missing places, so that the
+    one is. Where they span no plane, random permitted images take the missing places, so that the
     three points always lie in the plane.
 
     Args:
-      image: float [H, W, C], at least two pixel values.
+      image: float [H, W, C] in [0, 1], at least two pixel values.
       first: float [H, W, C], the first model's adversarial example.
       second: float [H, W, C], the second model's.
       threat: the threat model, with epsilon > 0.
-      seed: of the random directions.
+      seed: of the random images.
 
     Raises:
       ValueError: if the image is too small to have a plane, or epsilon is not > 0.
@@ -66,7 +75,7 @@ def through(
     moves = [np.asarray(point, np.float64).ravel() - image for point in (first, second)]
     tolerance = SPAN_TOLERANCE * epsilon
     axes = []
-    for direction in itertools.chain(moves, _random_signs(len(image), epsilon, seed)):
+    for direction in itertools.chain(moves, _random_moves(image, epsilon, seed)):
         for axis in axes:
             direction = direction - (direction @ axis) * axis
         length = np.linalg.norm(direction)
@@ -74,17 +83,19 @@ def through(
             axes.append(direction / length)
         if len(axes) == 2:
             break
-    axes = np.stack(axes)
-    points = np.stack([np.zeros(2), *(axes @ move for move in moves)])
-    corners = region(axes, threat)
-    return Plane(axes, points, corners, window(points, corners), _note(moves, tolerance))
+    axes, scale = np.stack(axes), unit(threat, len(image))
+    points = np.stack([np.zeros(2), *(axes @ move for move in moves)]) / scale
+    axes *= scale
+    return Plane(axes, points, region(image, axes, threat), _note(moves, tolerance))
 
 
-def _random_signs(size: int, epsilon: float, seed: int) -> Iterator[np.ndarray]:
+def _random_moves(image: np.ndarray, epsilon: float, seed: int) -> Iterator[np.ndarray]:
+    """Yields moves of all pixel values up or down by epsilon, as far as they stay in [0, 1]."""
     # Of NumPy's generators this one is promised to stay the same in later versions.
     random = np.random.RandomState(seed)
     while True:
-        yield epsilon * (2.0 * random.randint(0, 2, size) - 1)
+        signs = 2.0 * random.randint(0, 2, len(image)) - 1
+        yield np.clip(image + epsilon * signs, 0, 1) - image
 
 
 def _note(moves: list[np.ndarray], tolerance: float) -> str:
@@ -92,9 +103,9 @@ def _note(moves: list[np.ndarray], tolerance: float) -> str:
     first, second = moves
     moved = [np.linalg.norm(move) > tolerance for move in moves]
     stayed = 'attack found no point worse than the image itself'
-    random = 'the vertical axis is a random sign direction'
+    random = 'the vertical axis is a random permitted direction'
     if not any(moved):
-        return f'neither {stayed}: both axes are random sign directions'
+        return f'neither {stayed}: both axes are random permitted directions'
     if not all(moved):
         return f'the {"second" if moved[0] else "first"} {stayed}: {random}'
     axis = first / np.linalg.norm(first)
@@ -105,48 +116,80 @@ def _note(moves: list[np.ndarray], tolerance: float) -> str:
     return f'the image and both adversarial examples lie on one line: {random}'
 
 
-def region(axes: np.ndarray, threat: ThreatModel) -> np.ndarray:
-    """Returns where a plane meets the ball around its origin: of l2 a circle, up to its corners.
+def region(image: np.ndarray, axes: np.ndarray, threat: ThreatModel) -> np.ndarray:
+    """Returns where a plane meets what an attack may do: the ball around its image, and [0, 1].
 
     Args:
-      axes: float [2, d], orthonormal.
+      image: float [d], in [0, 1].
+      axes: float64 [2, d], as `Plane.axes`.
       threat: the threat model.
 
     Returns:
-      float64 [V, 2], the polygon's corners, counter-clockwise.
+      float64 [V, 2], the corners of the convex polygon, counter-clockwise; in place of a circle its
+      corners.
     """
+    image = np.asarray(image, np.float64).ravel()
     if threat.norm == 'l2':
         angles = np.linspace(0, 2 * np.pi, CIRCLE_CORNERS, endpoint=False)
-        return threat.epsilon * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    # |x e1_i + y e2_i| <= 1 for every pixel value i; the polygon grows with epsilon.
-    normals = axes.T[np.linalg.norm(axes, axis=0) > 1e-12]
+        corners, reach = np.stack([np.cos(angles), np.sin(angles)], axis=1), np.inf
+    else:
+        corners, reach = np.array([[-1.0, -1], [1, -1], [1, 1], [-1, 1]]), threat.epsilon
+    normals = np.concatenate([axes.T, -axes.T])
+    bounds = np.concatenate([np.minimum(1 - image, reach), np.minimum(image, reach)])
     # Many pixels share a bound, up to rounding, where directions consist of signs.
-    normals = np.unique(np.round(np.concatenate([normals, -normals]), 12), axis=0)
-    bounds = np.column_stack([normals, -np.ones(len(normals))])
-    corners = HalfspaceIntersection(bounds, np.zeros(2)).intersections
-    corners = corners[np.argsort(np.arctan2(corners[:, 1], corners[:, 0]))]
-    # Where three bounds meet, up to rounding, the corner is there twice.
-    gaps = np.linalg.norm(corners - np.roll(corners, 1, axis=0), axis=1)
-    return threat.epsilon * corners[gaps > 1e-5 * np.abs(corners).max()]
+    tolerance = REGION_TOLERANCE * threat.epsilon
+    while len(corners):
+        over = corners @ normals.T - bounds
+        worst = np.argmax(over.max(axis=0))
+        if over[:, worst].max() <= tolerance:
+            break
+        corners = _cut(corners, over[:, worst])
+    return corners
 
 
-def window(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Returns the square (left, right, bottom, top) that holds points [n, 2], corners [V, 2]."""
-    held = np.concatenate([points, corners])
-    low, high = held.min(axis=0), held.max(axis=0)
-    middle, half = (low + high) / 2, (0.5 + MARGIN) * np.max(high - low)
-    return np.array([middle[0] - half, middle[0] + half, middle[1] - half, middle[1] + half])
+def _cut(corners: np.ndarray, over: np.ndarray) -> np.ndarray:
+    """Returns the part of a convex polygon [V, 2] where a linear function, `over` [V], is <= 0."""
+    following, after = np.roll(corners, -1, axis=0), np.roll(over, -1)
+    crosses = (over < 0) != (after < 0)
+    share = over / np.where(crosses, over - after, 1)
+    crossings = corners + share[:, None] * (following - corners)
+    pairs = np.stack([corners, crossings], axis=1)
+    return pairs[np.stack([over < 0, crosses], axis=1)]
 
 
-def grid(extent: np.ndarray, resolution: int) -> np.ndarray:
-    """Returns the middles of a window's pixels, float64 [R, R, 2]: (x, y) at [j, i].
+def unsaturated(images: np.ndarray, threat: ThreatModel, count: int) -> tuple[np.ndarray, ...]:
+    """Chooses the images with most room for an attack: with the fewest saturated pixel values.
 
-    x grows with i and y with j.
+    One is saturated where the longest move, if it is the same for all pixel values, takes it out of
+    [0, 1]: nearer than epsilon to 0 or 1 for linf. Of images with as many the first are chosen.
+
+    Args:
+      images: uint8 [n, H, W, C].
+      threat: the threat model.
+      count: how many, at most.
+
+    Returns:
+      Their places, int32 [count], and of each the number of saturated pixel values, int32 [count].
     """
-    left, right, bottom, top = np.asarray(extent, np.float64)
-    middles = (np.arange(resolution) + 0.5) / resolution
-    x, y = left + (right - left) * middles, bottom + (top - bottom) * middles
-    return np.stack(np.meshgrid(x, y), axis=-1)
+    size = images[0].size
+    reach = 255 * unit(threat, size) / math.sqrt(size) - 1e-3  # for rounding
+    # Image by image: all at once would take gigabytes.
+    numbers = [np.count_nonzero((image < reach) | (image > 255 - reach)) for image in images]
+    places = np.argsort(numbers, kind='stable')[:count]
+    return places.astype(np.int32), np.array(numbers, np.int32)[places]
+
+
+def grid(window: float, resolution: int) -> np.ndarray:
+    """Returns the middles of the pixels of a square around the image, float64 [R, R, 2].
+
+    At [j, i] is (x, y): x grows with i and y with j.
+
+    Args:
+      window: the square's side.
+      resolution: R.
+    """
+    middles = window * ((np.arange(resolution) + 0.5) / resolution - 0.5)
+    return np.stack(np.meshgrid(middles, middles), axis=-1)
 
 
 def inside(image: np.ndarray, axes: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
@@ -154,7 +197,7 @@ def inside(image: np.ndarray, axes: np.ndarray, coordinates: np.ndarray) -> np.n
 
     Args:
       image: float [H, W, C].
-      axes: float64 [2, d].
+      axes: float64 [2, d], as `Plane.axes`.
       coordinates: float64 [R, R, 2], as `grid` gives them.
 
     Returns:
@@ -188,8 +231,8 @@ class Samples:
         return len(self._which)
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        """Returns the points at places int [B], clipped to [0, 1]: float32 [B, H, W, C]."""
+        """Returns the points at places int [B], float32 [B, H, W, C], also outside of [0, 1]."""
         which = self._which[places]
         images = self._images[which]
         moves = np.einsum('bk,bkd->bd', self._coordinates[places], self._axes[which])
-        return np.clip(images + moves.reshape(images.shape), 0, 1).astype(np.float32)
+        return (images + moves.reshape(images.shape)).astype(np.float32)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from ensadv.attacks import registry
-from ensadv.errors import UserError
 from ensadv.report import (
     analysis,
     basis,
@@ -28,11 +26,11 @@ from ensadv.report import (
 from ensadv.report.collect import Collection, strongest
 from ensadv.report.run import Run, by_name, name_of
 from ensadv.report.table1 import attack_name
-from ensadv.storage import files, plane_files, records, selection, workdir
+from ensadv.storage import files, records, selection, workdir
 
 # What an earlier report may have written that this one does not.
 _OLD = (
-    *(f'figure{of}.{kind}' for of in ('2*', '4_*', '_*') for kind in ('png', 'pdf')),
+    *(f'figure{of}.{kind}' for of in ('2*', '3*', '4_*', '_*') for kind in ('png', 'pdf')),
     *(
         f'{of}.{kind}'
         for of in ('differences', 'computation', 'stages_*')
@@ -268,7 +266,7 @@ def examples(collection: Collection, writer: Writer) -> page.Section:
         'found for each system at its last '
         f'snapshot, and the perturbation (magnified). The images were not chosen: they are the '
         f'first of the test split.'
-        f'{_in_grey(found["image"])}'
+        f'{in_grey(found["image"])}'
     )
     alt = 'Test images, adversarial images and perturbations, with predictions before and after'
     blocks: list[Any] = [writer.figure('figure_examples', figure, caption, alt)]
@@ -318,31 +316,7 @@ def _same_examples(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> 
     return settings[0] == settings[1] and np.array_equal(a['image'], b['image'])
 
 
-def decision_planes(collection: Collection, writer: Writer) -> page.Section:
-    """Figure 4, from the files of --mode=planes in the runs' workdirs."""
-    blocks: list[Any] = []
-    for run in collection.runs:
-        for path in run.plane_files:
-            try:
-                planes = plane_files.read(path)
-            except UserError as error:
-                blocks.append(f'Left out: {error}.')
-                continue
-            # Two runs may have files of the same name, as 'members'.
-            stem = path.stem if path.stem.startswith(run.name) else f'{run.name}_{path.stem}'
-            name = f'figure4_{re.sub("[^A-Za-z0-9.-]", "_", stem)}'
-            caption = (
-                f'Figure 4. Decision regions of {" and ".join(planes.names)} on the plane through '
-                f'each image and the adversarial examples of {" and ".join(planes.attacked)}. '
-                'Light outline: the permitted region; dark grey: pixels outside of [0, 1].'
-                f'{_in_grey(planes.images)}'
-            )
-            alt = 'Decision regions of models on planes in image space'
-            blocks.append(writer.figure(name, pictures.planes(planes), caption, alt))
-    return page.Section('Decision planes', 'planes', blocks)
-
-
-def _in_grey(images: np.ndarray) -> str:
+def in_grey(images: np.ndarray) -> str:
     """Returns how images [m, H, W, C] are drawn if not as they are, as a sentence of a caption."""
     sentence = pictures.in_grey(images.shape[-1])
     return f' {sentence}' if sentence else ''

@@ -23,7 +23,7 @@ def write(root: epath.Path) -> epath.Path:
     Raises:
       UserError: if no run is there.
     """
-    from ensadv.report import sections  # Matplotlib takes its time
+    from ensadv.report import planes_page, sections  # Matplotlib takes its time
 
     collection = collect(root, paper.SYSTEMS)
     writer = sections.Writer(root / FOLDER)
@@ -39,7 +39,7 @@ def write(root: epath.Path) -> epath.Path:
         sections.differences(outcomes, writer),
         sections.computation_costs(outcomes, writer),
         sections.examples(collection, writer),
-        sections.decision_planes(collection, writer),
+        planes_page.section(collection, writer),
         sections.how_made(collection),
         sections.apart(collection),
     ]
