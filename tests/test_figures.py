@@ -521,7 +521,7 @@ def test_boundaries_are_where_the_label_ends(response):
     assert panel.get_ylabel().split('\n') == ['(a) Ensemble2', '→ Ensemble2Adv', 'seed 0']
     points = [[float(v) for v in line.get_xydata()[0]] for line in panel.lines]
     assert points == [[0.5, 1], [1, 0], [0, 0]]
-    assert legend_texts(figure)[-3:] == ['network or ensemble', 'member 1', 'member 2']
+    assert legend_texts(figure)[-3:] == ['network or whole ensemble', 'member 1', 'member 2']
 
 
 def test_regions_of_a_response_are_those_of_the_ensembles(response):

@@ -25,7 +25,7 @@ from report_runs import (
     write_run,
 )
 
-from ensadv.report import drawing
+from ensadv.report import drawing, plane_figures
 from ensadv.report import write as report
 from ensadv.storage import plane_files
 from ensadv.storage.plane_files import Planes
@@ -316,15 +316,23 @@ def test_damaged_planes_are_left_out_and_said_to_be(tmp_path):
 
 
 @pytest.mark.usefixtures('quick')
-def test_responses_of_the_same_images_are_one_figure_in_the_papers_order(tmp_path):
-    run = one_run(tmp_path)
+def test_responses_of_the_same_images_are_one_figure_in_the_papers_order(tmp_path, monkeypatch):
+    run, drawn = one_run(tmp_path), []
     for name, found in (('a', response('DoubleAdv')), ('b', response('DoubleAdv', place=8)),
                         ('c', response('SingleAdv')), ('d', planes())):  # fmt: skip
         plane_files.write(epath.Path(run) / 'planes' / f'{name}.npz', found)
+
+    def draw(responses):
+        drawn.append([(each.attacked[1], each.places.tolist()) for each in responses])
+        return Figure((0.1, 0.1))
+
+    monkeypatch.setattr(plane_figures, 'boundaries', draw)
+    monkeypatch.setattr(plane_figures, 'regions', lambda found: Figure((0.1, 0.1)))
     page = write_report(tmp_path)
+    single, double = 'SingleAdv, seed 0', 'DoubleAdv, seed 0'
+    assert drawn == [[(single, [7]), (double, [7])], [(double, [8])]]
     assert {name for name in written(tmp_path) if 'figure3' in name} == figure('3', '3_2')
-    shares = 'Baseline, seed 0 50 % and {}, seed 0 100 %'
-    first, second = (shares.format(system) for system in ('SingleAdv', 'DoubleAdv'))
+    first, second = (f'50 % by Baseline, seed 0 and 100 % by {name}' for name in (single, double))
     assert f'on average over these 1 images: {first}; {second}.' in page
     assert f'on average over these 1 images: {second}.' in page
     assert 'the first of the test set without a pixel value within epsilon of 0 or 1' in page

@@ -221,6 +221,7 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
     page = (tmp_path / 'report' / 'report.html').read_text()
     assert 'figure_examples' in page
     assert 'figure4_baseline_seed0-separate2adv_seed0' in page
+    assert 'figure3' in page  # one of them is trained cleanly
     # The set is made once, against a run with another seed than those that are judged.
     assert (tmp_path / 'blackbox' / 'baseline_seed1000' / 'config.json').exists()
     transfer_set = (tmp_path / 'blackbox' / 'blackbox.npz').read_bytes()

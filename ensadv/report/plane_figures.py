@@ -30,7 +30,7 @@ _DIM, _DIMMED = '#444444', 0.65  # what lies outside of [0, 1] is mixed with thi
 _DARK = '#444444'
 _ATTACK_COLOR = '#CC0000'
 _CASED = [withStroke(linewidth=2.0, foreground=_DARK)]  # of a light line
-_PERMITTED, _OUTSIDE = '#FFF3C4', '#DCDCDC'
+_PERMITTED, _OUTSIDE = '#FFF3C4', '#E4E4E4'
 # Of the ensemble or the only network, and of members, from 1: the paper's blue and green first.
 _MODEL_COLORS = ('#000000', '#0072B2', '#009E73', '#CC79A7', '#E69F00')
 _LARGEST_MARGIN = 50.0
@@ -315,14 +315,15 @@ def _region_symbols(planes: Planes) -> list[Line2D]:
 
 def _boundary_symbols(members: int) -> list[Any]:
     """Returns the legend of boundaries."""
+    line = drawing.GREY if members else 'black'
     dot = {'ls': '', 'marker': 'o', 'mec': _ATTACK_COLOR}
-    which = ['network or ensemble', *(f'member {i}' for i in range(1, members + 1))]
+    which = ['network or whole ensemble', *(f'member {i}' for i in range(1, members + 1))]
     return [
-        Line2D([], [], color='black', ls=drawing.SOLID, label='trained on clean images alone'),
-        Line2D([], [], color='black', ls=drawing.DASHED, label='adversarially trained'),
+        Line2D([], [], color=line, ls=drawing.SOLID, label='trained on clean images alone'),
+        Line2D([], [], color=line, ls=drawing.DASHED, label='adversarially trained'),
         Line2D([], [], color='black', ls='', marker='o', label='the image'),
-        Line2D([], [], color=_ATTACK_COLOR, label='adversarial for the former', **dot),
-        Line2D([], [], color='white', label='adversarial for the latter', **dot),
+        Line2D([], [], color=_ATTACK_COLOR, label='adversarial example of the former', **dot),
+        Line2D([], [], color='white', label='adversarial example of the latter', **dot),
         Patch(facecolor=_PERMITTED, edgecolor='#B8A76A', label='permitted region'),
         Patch(facecolor=_OUTSIDE, label='outside [0, 1]'),
         *(

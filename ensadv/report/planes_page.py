@@ -61,14 +61,14 @@ def _boundaries(responses: Sequence[Planes], number: int, writer: Writer) -> pag
         of_images = [plane_figures.label_shares(planes, i) for i in range(len(planes.places))]
         means = 100 * np.mean(of_images, axis=0)[planes.shown]
         pairs = zip(planes.attacked, means, strict=True)
-        shares.append(' and '.join(f'{name} {mean:.0f} %' for name, mean in pairs))
+        shares.append(' and '.join(f'{mean:.0f} % by {name}' for name, mean in pairs))
     caption = (
         'Figure 3, as measured: what adversarial training changes. Each line is where a model no '
         'longer predicts the label, on the plane through the image and the adversarial examples '
-        f'({_attack(responses[0])}) of both systems. Above each panel stands '
-        'the share of the permitted region of this plane that is given the label, without and '
-        f'with adversarial training; on average over these {len(responses[0].places)} images: '
-        f'{"; ".join(shares)}.{_of_images(responses[0])}'
+        f'({_attack(responses[0])}) of both systems. One that is not there gives the label all of '
+        'the window, or none. Above each panel stands the share of the permitted region of this '
+        'plane that is given the label, without and with adversarial training; on average over '
+        f'these {len(responses[0].places)} images: {"; ".join(shares)}.{_of_images(responses[0])}'
     )
     alt = 'Decision boundaries of cleanly and adversarially trained models on planes'
     name = 'figure3' if number == 1 else f'figure3_{number}'
@@ -82,15 +82,16 @@ def _attack(planes: Planes) -> str:
 def _of_images(planes: Planes) -> str:
     """Returns how the images of planes were chosen, and how they are drawn, as sentences."""
     chosen = ''
+    near = 'epsilon/√d' if planes.record.get('norm') == 'l2' else 'epsilon'
     if not planes.record['places'] and planes.saturated.any():
         numbers = ', '.join(map(str, planes.saturated))
         chosen = (
-            ' The images are those of the test set with the fewest pixel values within epsilon of '
+            f' The images are those of the test set with the fewest pixel values within {near} of '
             f'0 or 1 ({numbers} of {planes.images[0].size}).'
         )
     elif not planes.record['places']:
         chosen = (
-            ' The images are the first of the test set without a pixel value within epsilon of 0 '
+            f' The images are the first of the test set without a pixel value within {near} of 0 '
             'or 1.'
         )
     return f'{chosen}{in_grey(planes.images)}'
