@@ -38,9 +38,9 @@ def section(collection: Collection, writer: Writer) -> page.Section:
         caption = (
             f'Figure 4. Decision regions of {" and ".join(names)} on the plane through each image '
             f'and the adversarial examples ({_attack(planes)}) of '
-            f'{" and ".join(planes.attacked)}. Each pixel is a forward pass; the darker ones are '
-            'no images, since a pixel value there is outside of [0, 1]. Light outline: all that '
-            f'an attack may reach in this plane.{_of_images(planes)}'
+            f'{" and ".join(planes.attacked)}. Each point of a panel is a forward pass; the darker '
+            'ones are no images, since some pixel value there is outside of [0, 1]. Light outline: '
+            f'all that an attack may reach in this plane.{_of_images(planes)}'
         )
         alt = 'Decision regions of models on planes in image space'
         blocks.append(writer.figure(name, plane_figures.regions(planes), caption, alt))
@@ -65,8 +65,8 @@ def _boundaries(responses: Sequence[Planes], number: int, writer: Writer) -> pag
     caption = (
         'Figure 3, as measured: what adversarial training changes. Each line is where a model no '
         'longer predicts the label, on the plane through the image and the adversarial examples '
-        f'({_attack(responses[0])}) of both systems. One that is not there gives the label all of '
-        'the window, or none. Above each panel stands the share of the permitted region of this '
+        f'({_attack(responses[0])}) of both systems. A model without a line gives the label all '
+        'of the window, or nothing of it. Above each panel stands the share of the permitted region of this '
         'plane that is given the label, without and with adversarial training; on average over '
         f'these {len(responses[0].places)} images: {"; ".join(shares)}.{_of_images(responses[0])}'
     )
