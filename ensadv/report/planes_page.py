@@ -66,9 +66,10 @@ def _boundaries(responses: Sequence[Planes], number: int, writer: Writer) -> pag
         'Figure 3, as measured: what adversarial training changes. Each line is where a model no '
         'longer predicts the label, on the plane through the image and the adversarial examples '
         f'({_attack(responses[0])}) of both systems. A model without a line gives the label all '
-        'of the window, or nothing of it. Above each panel stands the share of the permitted region of this '
-        'plane that is given the label, without and with adversarial training; on average over '
-        f'these {len(responses[0].places)} images: {"; ".join(shares)}.{_of_images(responses[0])}'
+        'of the window, or nothing of it. Above each panel stands the share of the permitted '
+        'region of this plane that is given the label, without and with adversarial training; on '
+        f'average over these {len(responses[0].places)} images: {"; ".join(shares)}.'
+        f'{_of_images(responses[0])}'
     )
     alt = 'Decision boundaries of cleanly and adversarially trained models on planes'
     name = 'figure3' if number == 1 else f'figure3_{number}'
