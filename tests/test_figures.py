@@ -470,8 +470,11 @@ def test_planes_show_classes_with_y_upwards_and_dim_what_is_no_image(planes):
     other = np.array(figure.axes[3].images[0].get_array())
     np.testing.assert_allclose(other[0, 0], patches['class 9'])
     np.testing.assert_allclose(other[1, 1], patches['class 0'])
-    everywhere = planes._replace(inside=np.ones_like(planes.inside))
-    assert 'darker: outside [0, 1]' not in legend_texts(plane_figures.regions(everywhere))
+    assert 'root-mean-square change' in figure.texts[-1].get_text()
+    everywhere = planes._replace(inside=np.ones_like(planes.inside), record={'norm': 'l2'})
+    figure = plane_figures.regions(everywhere)
+    assert 'darker: outside [0, 1]' not in legend_texts(figure)
+    assert 'L₂ distance from the image, in units of ε' in figure.texts[-1].get_text()
 
 
 @pytest.fixture
