@@ -154,19 +154,16 @@ def test_random_directions_are_into_the_box():
     assert 'both axes are random permitted directions' in plane.note
 
 
-def test_images_without_saturated_pixels_are_chosen_the_first_ones():
-    images = np.full((6, 2, 2, 1), 100, np.uint8)
+def test_pixels_that_an_attack_would_move_out_of_the_box_are_saturated():
+    images = np.full((5, 2, 2, 1), 100, np.uint8)
     # Of epsilon 8/255: 7 and 248 are too near to 0 and 1, and 8 and 247 are not.
     images[0, 0, 0] = 7
     images[1, 0, :] = 8
     images[2] = 248
     images[3, 1, 1] = 247
-    places, saturated = planes.unsaturated(images, linf(8 / 255), 3)
-    assert (places.tolist(), saturated.tolist()) == ([1, 3, 4], [0, 0, 0])
-    places, saturated = planes.unsaturated(images, linf(8 / 255), 6)
-    assert (places.tolist(), saturated.tolist()) == ([1, 3, 4, 5, 0, 2], [0, 0, 0, 0, 1, 4])
+    assert planes.saturated(images, linf(8 / 255)).tolist() == [1, 0, 4, 0, 0]
     # An L2 move of 16/255 that is the same for all four pixels takes each by 8/255.
-    assert planes.unsaturated(images, ThreatModel('l2', 16 / 255), 4)[0].tolist() == [1, 3, 4, 5]
+    assert planes.saturated(images, ThreatModel('l2', 16 / 255)).tolist() == [1, 0, 4, 0, 0]
 
 
 def test_the_grid_has_y_upwards_and_the_middles_of_pixels():

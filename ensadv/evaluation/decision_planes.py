@@ -253,17 +253,18 @@ def _make(config: ConfigDict, pair: Sequence[finished_runs.Run], record: dict[st
 def _images(config: ConfigDict, dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Returns the places of the images, as given or chosen, and of each the saturated values."""
     images, _ = dataset.split('test')
-    threat, given = ThreatModel.of(config), list(config.planes.images)
-    if given:
-        _, saturated = planes.unsaturated(images[given], threat, len(given))
-        return np.array(given, np.int32), saturated
-    places, saturated = planes.unsaturated(images, threat, _CHOSEN)
+    threat, places = ThreatModel.of(config), np.array(config.planes.images, np.int32)
+    if len(places):
+        return places, planes.saturated(images[places], threat)
+    numbers = planes.saturated(images, threat)
+    places = np.argsort(numbers, kind='stable')[:_CHOSEN].astype(np.int32)  # the first of equals
+    saturated = numbers[places]
     text = f'planes.images: test images {", ".join(map(str, places))}, '
     if saturated.any():
-        numbers = ', '.join(map(str, saturated))
+        counts = ', '.join(map(str, saturated))
         logging.warning(
             '%swhich of all have the fewest saturated pixel values (%s of %d): parts of what is '
-            'within epsilon of them are no images', text, numbers, images[0].size,
+            'within epsilon of them are no images', text, counts, images[0].size,
         )  # fmt: skip
     else:
         distributed.tell(f'{text}the first without saturated pixel values')

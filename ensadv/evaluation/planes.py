@@ -157,26 +157,21 @@ def _cut(corners: np.ndarray, over: np.ndarray) -> np.ndarray:
     return pairs[np.stack([over < 0, crosses], axis=1)]
 
 
-def unsaturated(images: np.ndarray, threat: ThreatModel, count: int) -> tuple[np.ndarray, ...]:
-    """Chooses the images with most room for an attack: with the fewest saturated pixel values.
+def saturated(images: np.ndarray, threat: ThreatModel) -> np.ndarray:
+    """Returns how many pixel values of each image are saturated, int32 [n].
 
-    One is saturated where the longest move, if it is the same for all pixel values, takes it out of
-    [0, 1]: nearer than epsilon to 0 or 1 for linf. Of images with as many the first are chosen.
+    One is where the longest move, if it is the same for all pixel values, takes it out of [0, 1]:
+    nearer than epsilon to 0 or 1 for linf.
 
     Args:
       images: uint8 [n, H, W, C].
       threat: the threat model.
-      count: how many, at most.
-
-    Returns:
-      Their places, int32 [count], and of each the number of saturated pixel values, int32 [count].
     """
     size = images[0].size
     reach = 255 * unit(threat, size) / math.sqrt(size) - 1e-3  # for rounding
     # Image by image: all at once would take gigabytes.
     numbers = [np.count_nonzero((image < reach) | (image > 255 - reach)) for image in images]
-    places = np.argsort(numbers, kind='stable')[:count]
-    return places.astype(np.int32), np.array(numbers, np.int32)[places]
+    return np.array(numbers, np.int32)
 
 
 def grid(window: float, resolution: int) -> np.ndarray:

@@ -46,7 +46,7 @@ class Planes(NamedTuple):
       clean: bool [rows], whether a model was trained on clean images alone.
       attacked: whose adversarial examples span the plane (first, second).
       places: int32 [m], the images' places in the test split.
-      saturated: int32 [m], the number of their saturated pixel values, see `planes.unsaturated`.
+      saturated: int32 [m], the number of their saturated pixel values, see `planes.saturated`.
       labels: int32 [m].
       images: uint8 [m, H, W, C].
       window: float32, the side of the square around the image that is drawn.
