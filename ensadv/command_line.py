@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import linecache
 import logging as python_logging
+import operator
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ensadv import config as config_lib
-from ensadv import flag_values, python_files, values
+from ensadv import flag_values, python_files, systems, values
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError, line_of
 from ensadv.runtime import stopping, terminal
 from ensadv.storage import files, workdir
@@ -426,12 +427,30 @@ def config() -> ConfigDict:
         )
     if FLAGS.mode == 'train' and found.study.systems and found.system == 'custom':
         raise ConfigError('study.systems: names systems, so this is for --mode=study')
+    if FLAGS.mode == 'study':
+        _tell_what_systems_set(found)
     for group, field in (
         (found.eval, 'blackbox_path'), (found.eval, 'indices'), (found.data, 'path')
     ):  # fmt: skip
         if group[field]:  # a run keeps the path and may go on in another directory
             group[field] = str(files.absolute(group[field]))
     return found
+
+
+def _tell_what_systems_set(config: ConfigDict) -> None:
+    """Warns of fields on the command line that a study's systems set to something else."""
+    given = FLAGS['config'].override_values
+    base = config.copy_and_resolve_references()
+    for name in config.study.systems:
+        made = systems.make_config(config, name, config.seed, 'study.systems', CONFIGS)
+        for field in given:
+            said, found = map(operator.attrgetter(field), (base, made))
+            if found != said:
+                logging.warning(
+                    'study.systems: %s has %s=%s, not %s as on the command line: configs/%s.py '
+                    'sets it',
+                    name, field, values.shown(found), values.shown(said), name,
+                )  # fmt: skip
 
 
 def model_path() -> str | None:

@@ -357,6 +357,15 @@ def test_describe_refuses_what_training_would(program, fields, told):
     assert_told(result, told)
 
 
+def test_a_study_tells_which_fields_of_the_command_line_do_not_count(program, tmp_path):
+    (tmp_path / 'file').write_text('')
+    fields = {'study.systems': 'singleadv,wrn28_10_trades', 'data.cutmix': 0, 'data.cutout': 0}
+    args = '--mode=study', QUICK, *overrides(fields), f'--workdir={tmp_path}/file'
+    lines = program.run(*args).stderr.splitlines()
+    (told,) = (line for line in lines if 'on the command line' in line)
+    assert 'wrn28_10_trades has data.cutmix=1.0, not 0.0' in told
+
+
 @pytest.mark.parametrize(
     'value, told',
     [
