@@ -553,6 +553,16 @@ def stages(found: Mapping[str, Any], classes: int, members: int = 1) -> tuple[St
     return tuple(KINDS[found['attack']].stages(found, classes, members))
 
 
+def only_stage(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the settings of the stage of an attack that has one, for all ensembles and data.
+
+    Args:
+      found: as in `stages`.
+    """
+    several = stages(found, classes=3, members=2)
+    return several[0].settings if len(several) == 1 else None
+
+
 def make(found: Mapping[str, Any], **changes: Any) -> Any:
     """Returns the attack of settings as JSON has them, for which JAX is imported.
 

@@ -1,7 +1,7 @@
 """The audit job: whether what eval/ says of a workdir's last snapshot can be believed."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,18 +36,16 @@ def run(config: ConfigDict, path: epath.Path) -> dict[str, Any]:
       UserError: if nothing there can be audited.
     """
     config = config.copy_and_resolve_references()
-    record = workdir.read_record(path)
-    if record is None:
-        raise UserError(f'--workdir={path}: {workdir.no_run(path)}')
-    workdir.check_config(path, config, ignore=('model.dtype',))
-    network, variables, step = _network(config, path, record)
-    path = workdir.weights_folder(path, config)
-    dataset = build.dataset(config)
-    workdir.check_data(path, build.describe_data(config, dataset))
-    distributed.check_same('the data', dataset.fingerprint)
-    split = build.test_split(config, dataset)
-    places = build.test_places(config, len(dataset.label_test))
-    return audit_network(config, path, network, variables, step, split, places)
+    found = finished_runs.open_workdir(config, path)
+    return audit_network(
+        config,
+        workdir.weights_folder(path, config),
+        found.network,
+        found.variables,
+        found.step,
+        (found.images, found.labels),
+        found.places,
+    )
 
 
 def is_made(config: ConfigDict, path: epath.Path) -> bool:
@@ -154,23 +152,3 @@ def _checks(subject: Subject, further: audit_attacks.FurtherAttacks) -> Iterator
     yield audit_attacks.check_rounding(subject, clean)
     yield from audit_attacks.check_attacks(subject, further)
     yield audit_attacks.check_large_epsilon(subject, clean)
-
-
-def _network(
-    config: ConfigDict, path: epath.Path, record: Mapping[str, Any]
-) -> tuple[ensemble.Network, Any, int]:
-    """Returns what a workdir is about: a network, its weights, and the number of its last step."""
-    if not record.get('members'):
-        found = finished_runs.find(path, '--workdir', config)
-        found.config.eval.weights = config.eval.weights
-        return *finished_runs.load_one(found, config.eval.dtype), found.step
-    members = [
-        finished_runs.find(
-            epath.Path(member['workdir']), '--workdir', config, config.ensemble.members_snapshot
-        )
-        for member in record['members']
-    ]
-    network, variables = finished_runs.load(
-        members, combine=config.ensemble.combine, dtype=config.eval.dtype
-    )
-    return network, variables, max(member.step for member in members)

@@ -36,6 +36,21 @@ class Verdicts(NamedTuple):
     has_gradient: np.ndarray
 
 
+class Points(NamedTuple):
+    """Where an attack led m examples.
+
+    Attributes:
+      worst: float32 [m, H, W, C], where the margin was lowest; the clean image and the start are
+        among the points.
+      has_gradient: bool [m], as in `Verdicts`.
+      iterates: float32 [stops, m, H, W, C], the first restart's current iterates.
+    """
+
+    worst: np.ndarray
+    has_gradient: np.ndarray
+    iterates: np.ndarray
+
+
 class LongVerdicts(NamedTuple):
     """What a long attack did to n examples, and when.
 
@@ -166,23 +181,31 @@ class Evaluator:
         return Verdicts(margin, margin, np.ones(len(margin), bool))
 
     def _attack_batch(self, variables, settings, n, batch) -> Verdicts:
-        progress, last_margin = self._whole_attack(variables, settings, n, batch)
+        progress, last_margin, _ = self._whole_attack(variables, settings, n, batch)
         return Verdicts(progress.margin, last_margin, progress.informed)
 
-    def _whole_attack(self, variables, settings, n, batch) -> tuple[driver.Progress, np.ndarray]:
+    def _whole_attack(
+        self, variables, settings, n, batch, stops=()
+    ) -> tuple[driver.Progress, np.ndarray, list[np.ndarray]]:
         """Attacks a batch to the end of all restarts, whatever falls.
 
         Returns:
-          What came of it, and the lowest margin among the restarts' last points.
+          What came of it, the lowest margin among the restarts' last points, and the first
+          restart's iterates after as many steps as each of `stops`.
         """
-        attack = _HostAttack(self, variables, settings, n, batch)
+        attack, steps = _HostAttack(self, variables, settings, n, batch), settings['steps']
         last_margin = np.full(len(batch[0]), np.inf, np.float32)
+        iterates = []
         for number in range(settings.get('restarts', 1)):
             if number:
                 attack.restart(number)
-            attack.advance(settings['steps'])
+            pauses = [] if number else [stop for stop in stops if stop < steps]
+            for taken, stop in itertools.pairwise((0, *pauses, steps)):
+                attack.advance(stop - taken)
+                if not number and stop in stops:
+                    iterates.append(attack.progress.state.x.copy())
             last_margin = np.minimum(last_margin, attack.progress.last_margin)
-        return attack.progress, last_margin
+        return attack.progress, last_margin, iterates
 
     def long_attack(
         self,
@@ -356,15 +379,33 @@ class Evaluator:
         places: np.ndarray | None = None,
         split_places: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Returns where an attack found the lowest margins, float32 [m, H, W, C].
+        """Returns `Points.worst` of `points`."""
+        return self.points(
+            variables, settings, images, labels, label, places=places, split_places=split_places
+        ).worst
 
-        The clean image and the start are among the points. A loss of `on_device.MEMBER_LOSSES` is
-        climbed to fool every member, so there the margin is the largest of the members' ones.
+    def points(
+        self,
+        variables: Any,
+        settings: Mapping[str, Any],
+        images: np.ndarray,
+        labels: np.ndarray,
+        label: str,
+        *,
+        places: np.ndarray | None = None,
+        split_places: np.ndarray | None = None,
+        stops: Sequence[int] = (),
+    ) -> Points:
+        """Returns where an attack led examples, each to its end.
+
+        A loss of `on_device.MEMBER_LOSSES` is climbed to fool every member, so there the margin is
+        the largest of the members' ones.
 
         Args:
           variables, images, labels, label, split_places: as in `evaluate`.
           settings: as in `evaluate`, of an attack with steps.
           places: int [m], the examples that are attacked; None: all.
+          stops: numbers of steps, increasing, after which the iterates are kept.
         """
         # Compiled for the batches of `evaluate`, however few places: nothing is compiled anew.
         n, results = len(labels), []
@@ -372,10 +413,14 @@ class Evaluator:
         with self._progress(total=len(places), label=label, unit='image') as bar:
             for batch in self.batches(places, n):
                 examples = split_places[batch], images[batch], labels[batch]
-                progress, _ = self._whole_attack(variables, settings, n, examples)
-                results.append(progress.x_worst)
+                progress, _, iterates = self._whole_attack(variables, settings, n, examples, stops)
+                iterates = np.stack(iterates) if stops else progress.x_worst[None][:0]
+                results.append(Points(progress.x_worst, progress.informed, iterates))
                 bar.update(len(batch))
-        return np.concatenate(results)
+        worst, has_gradient, iterates = zip(*results, strict=True)
+        return Points(
+            np.concatenate(worst), np.concatenate(has_gradient), np.concatenate(iterates, axis=1)
+        )
 
     def log_probs(self, variables: Any, x: np.ndarray, label: str) -> np.ndarray:
         """Returns the ensemble's log-probabilities, float32 [n, classes].

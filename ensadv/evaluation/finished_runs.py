@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -14,6 +15,24 @@ from ensadv.errors import UserError
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
 from ensadv.storage import checkpoints, selection, workdir
+
+
+class Opened(NamedTuple):
+    """What a workdir is about, ready to be evaluated.
+
+    Attributes:
+      network: of a run, or of an ensemble of runs.
+      variables: its weights, replicated.
+      step: of the snapshot; of an ensemble the last of its members'.
+      images, labels, places: of the test split, see `build.test_split` and `test_places`.
+    """
+
+    network: ensemble.Network
+    variables: Any
+    step: int
+    images: np.ndarray
+    labels: np.ndarray
+    places: np.ndarray
 
 
 class Run(NamedTuple):
@@ -81,6 +100,45 @@ def find(path: epath.Path, field: str, base: ConfigDict, snapshot: str = 'last')
                 f'{which}; found those of {steps}. Evaluate the run, or take the last snapshot'
             )
     return Run(path, config, record, step)
+
+
+def open_workdir(config: ConfigDict, path: epath.Path) -> Opened:
+    """Returns the last snapshot of a finished run, or an ensemble of runs, and what judges it.
+
+    Args:
+      config: the run's, resolved, with this command's changes.
+      path: the workdir.
+
+    Raises:
+      UserError: if there is none, or the data are others.
+    """
+    record = workdir.read_record(path)
+    if record is None:
+        raise UserError(f'--workdir={path}: {workdir.no_run(path)}')
+    workdir.check_config(path, config, ignore=('model.dtype',))
+    network, variables, step = _of_record(config, path, record)
+    dataset = build.dataset(config)
+    workdir.check_data(workdir.weights_folder(path, config), build.describe_data(config, dataset))
+    distributed.check_same('the data', dataset.fingerprint)
+    split = build.test_split(config, dataset)
+    places = build.test_places(config, len(dataset.label_test))
+    return Opened(network, variables, step, *split, places)
+
+
+def _of_record(
+    config: ConfigDict, path: epath.Path, record: Mapping[str, Any]
+) -> tuple[ensemble.Network, Any, int]:
+    """Returns a network, its weights, and the number of its last step."""
+    if not record.get('members'):
+        found = find(path, '--workdir', config)
+        found.config.eval.weights = config.eval.weights
+        return *load_one(found, config.eval.dtype), found.step
+    members = [
+        find(epath.Path(member['workdir']), '--workdir', config, config.ensemble.members_snapshot)
+        for member in record['members']
+    ]
+    network, variables = load(members, combine=config.ensemble.combine, dtype=config.eval.dtype)
+    return network, variables, max(member.step for member in members)
 
 
 def load(runs: Sequence[Run], *, combine: str, dtype: str) -> tuple[ensemble.Network, Any]:

@@ -13,9 +13,12 @@ from jax import Array
 
 from ensadv import losses, prng
 from ensadv.attacks import driver, registry
-from ensadv.attacks.threat_model import ThreatModel
+from ensadv.attacks.attack import LEAST_GRADIENT
+from ensadv.attacks.threat_model import ThreatModel, each
 from ensadv.data import batches
 from ensadv.models import ensemble
+
+PRECISION = 1 / 64  # of a first error's distance, in steps
 
 
 def clean_batch(network, settings, variables, batch):
@@ -68,6 +71,46 @@ def logit_gaps_batch(network, settings, variables, batch):
     return (largest[..., 0] - largest[..., 1]).T
 
 
+class Agreement(NamedTuple):
+    """How alike the input gradients of an ensemble's members are, float32 [B, k, k].
+
+    Attributes:
+      cosine: of the angle between two members' gradients.
+      sign: the share of the pixel values where neither gradient is 0, that have the same sign in
+        both.
+
+    NaN where a gradient tells no direction.
+    """
+
+    cosine: Array
+    sign: Array
+
+
+def agreement_batch(network, settings, variables, batch):
+    """Of each member's own cross-entropy, at points float32 [B, H, W, C] of labels int32 [B]."""
+    del settings
+    points, labels = batch
+    k = jax.eval_shape(network.member_logits, variables, points).shape[0]
+
+    def entropy(x, weights):
+        logits = network.member_logits(variables, x)
+        of_each = jax.vmap(losses.LOSSES_OF_LOGITS['cross_entropy'], (0, None))(logits, labels)
+        return jnp.sum(weights @ of_each)
+
+    gradients = jax.lax.map(lambda weights: jax.grad(entropy)(points, weights), jnp.eye(k))
+    gradients = gradients.reshape(k, len(points), -1)
+    # The squares of a confident member's gradients underflow in float32.
+    largest = jnp.max(jnp.abs(gradients), axis=-1, keepdims=True)
+    informed = (jnp.isfinite(largest) & (largest >= LEAST_GRADIENT))[..., 0].T
+    both = informed[:, :, None] & informed[:, None, :]
+    scaled = gradients / jnp.where(largest > 0, largest, 1)
+    unit = scaled / jnp.maximum(jnp.linalg.norm(scaled, axis=-1, keepdims=True), 1e-12)
+    dot = lambda a: jnp.einsum('ibd,jbd->bij', a, a, precision='highest')
+    signs = jnp.sign(gradients)
+    alike = (1 + dot(signs) / jnp.maximum(dot(jnp.abs(signs)), 1)) / 2
+    return Agreement(*(jnp.where(both, found, jnp.nan) for found in (dot(unit), alike)))
+
+
 class Slopes(NamedTuple):
     """Gradients at random points of the ball, and what a small step along them does.
 
@@ -108,8 +151,48 @@ def slopes_batch(network, settings, variables, seed, batch):
 
 def noisy(threat, seed, places, x):
     """Returns images [B, H, W, C] moved by noise of the length epsilon, within the box."""
+    return jnp.clip(x + threat.epsilon * directions(threat, seed, places, x), 0, 1)
+
+
+def directions(threat, seed, places, x):
+    """Returns a random move of length 1 for each image of x, [B, H, W, C]; for linf of signs."""
     draws = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys(seed, places))
-    return jnp.clip(x + threat.epsilon * threat.steepest(draws), 0, 1)
+    return threat.steepest(draws)
+
+
+def first_errors_batch(network, settings, variables, batch):
+    """How far points float32 [B, H, W, C] can be moved before they are errors, float32 [B].
+
+    They are on straight lines, which may leave the box. The first error is looked for in steps of
+    settings['step'] up to settings['radius'], and then between two of these by halving. Infinity
+    where there is none.
+
+    Args:
+      batch: images that are no errors, moves of length 1, and labels.
+    """
+    points, moves, labels = batch
+    step, radius = settings['step'], settings['radius']
+
+    def stands(distance):
+        logits = network.member_logits(variables, points + each(distance, points) * moves)
+        return losses.margin(network.scores(logits), labels) > 0
+
+    def is_open(low, high):
+        found = jnp.isfinite(high)
+        return jnp.where(found, high - low > step * PRECISION, low < radius * (1 - 1e-5))
+
+    def look(state):
+        low, high = state
+        here = jnp.where(jnp.isfinite(high), (low + high) / 2, low + step)
+        stands_here, unknown = stands(here), is_open(low, high)
+        return (
+            jnp.where(unknown & stands_here, here, low),
+            jnp.where(unknown & ~stands_here, here, high),
+        )
+
+    start = jnp.zeros(len(points)), jnp.full(len(points), jnp.inf)
+    low, high = jax.lax.while_loop(lambda state: jnp.any(is_open(*state)), look, start)
+    return (low + high) / 2
 
 
 def keys(seed, places):

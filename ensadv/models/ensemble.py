@@ -118,12 +118,15 @@ class Network(NamedTuple):
       draws: of a random network (variables, images, m) -> logits [m, B, classes] of m draws that
         are independent of each other and of `member_logits`, for each image anew; None: nothing in
         it is random.
+      members: of an ensemble of networks, see `of_networks`, these; None: every leaf of the
+        variables has a leading [k] axis.
     """
 
     member_logits: Callable[[Any, Array], Array]
     combine: str
     variables: Any
     draws: Callable[[Any, Array, int], Array] | None = None
+    members: Sequence[Any] | None = None
 
     def log_probs(self, variables: Any, x: Array) -> Array:
         """Returns the ensemble's log-probabilities, [B, classes], of images [B, H, W, C]."""
@@ -150,4 +153,24 @@ def of_networks(networks: Sequence[Network], how: str) -> Network:
         ]
         return jnp.stack(order.in_turn(of_each, x))
 
-    return Network(member_logits, how, [network.variables for network in networks])
+    variables = [network.variables for network in networks]
+    return Network(member_logits, how, variables, members=tuple(networks))
+
+
+def part(network: Network, variables: Any, members: Sequence[int]) -> tuple[Network, Any]:
+    """Returns the ensemble of some of an ensemble's members, and its weights.
+
+    They are combined as in the whole; with gates, each counts by its weight among those left.
+
+    Args:
+      network: the whole.
+      variables: its weights.
+      members: their numbers, from 0; at least one.
+    """
+    if network.members is not None:
+        networks = [network.members[i] for i in members]
+        return of_networks(networks, network.combine), [variables[i] for i in members]
+    places = jnp.asarray(members)
+    variables = jax.tree.map(lambda leaf: leaf[places], variables)
+    like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return network._replace(variables=jax.tree.map(like, variables)), variables
