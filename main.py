@@ -4,6 +4,7 @@ python main.py --config=configs/ensemble4adv.py --workdir=DIR
 python main.py --mode=study --config=configs/quickstart.py --workdir=DIR
 python main.py --mode=evaluate --workdir=DIR
 python main.py --mode=audit --workdir=DIR
+python main.py --mode=members --workdir=DIR
 python main.py --mode=evaluate --model=FILE.py:predict --workdir=DIR --config.data.name=digits
 python main.py --mode=blackbox --config=configs/blackbox.py --workdir=DIR
 python main.py --mode=report --workdir=DIR
@@ -64,12 +65,13 @@ def run(mode: str) -> None:
         'study': lambda config, path: study.run(config, path, CONFIGS),
         'blackbox': lambda config, path: study.make_transfer_set(config, path, CONFIGS),
         'audit': lambda config, path: study.make_audit(config, path, model()),
+        'members': lambda config, path: study.measure_members(config, path, model()),
         'planes': study.draw_planes,
     }
     compilation_cache.enable(FLAGS.compilation_cache)
     with build.on_all_processes(mode, config, path):
         jobs[mode](config, path)
-        if mode not in ('audit', 'planes') and distributed.is_main():
+        if mode not in ('audit', 'members', 'planes') and distributed.is_main():
             print(command_line.closing_lines())
 
 

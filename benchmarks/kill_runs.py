@@ -61,6 +61,7 @@ STUDY_FIELDS = {
     'study.systems': ('singleadv', 'ensemble2adv'),
     'study.planes': (),
     'study.audit': False,
+    'study.members': False,
     'eval.attacks': ('clean', 'ifgsm5', 'blackbox'),
     'train.steps': 20,
     'train.learning_rate_steps': (15,),

@@ -161,6 +161,13 @@ def get_config() -> ConfigDict:
     config.audit = audit = ConfigDict()  # --mode=audit: can the numbers be believed?
     audit.examples = 200  # test examples, the first, that it looks at
 
+    config.members = members = ConfigDict()  # --mode=members: what do an ensemble's members do?
+    members.examples = 200  # test examples, the first, that it looks at
+    # As eval.attacks has them, but of one stage: apgd_ce, and not autoattack.
+    members.attacks = ('pgd20', 'apgd_ce')  # whose examples are shown to the others
+    members.directions = 3  # random ones from each image, along which boundaries are looked for
+    members.radius = 8.0  # up to which they are, in epsilons
+
     config.debug = debug = ConfigDict()
     debug.nans = False  # when training stops on NaN or infinity, find the step, member and layer
 
@@ -168,6 +175,7 @@ def get_config() -> ConfigDict:
     study.systems = ()  # names of files in configs/; every other field here is their common base
     study.seeds = (0,)  # each system is run once with each seed
     study.audit = True  # audit each run's last snapshot at the end
+    study.members = True  # and measure what the members of each ensemble do
     # Each beside the system of study.systems that is trained cleanly, with as many members.
     study.responses = ()  # adversarially trained systems whose decision boundaries are drawn
     study.planes = ()  # two of the systems: decision planes of their first seed's runs; or none

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.study.systems = ('baseline', 'singleadv', 'doubleadv', 'ensemble2adv', 'separate2adv')
     config.study.planes = ('singleadv', 'ensemble2adv')
     config.study.audit = False
+    config.study.members = False
     config.epsilon = 0.15
     config.data.name = 'digits'
     config.data.pad = 1

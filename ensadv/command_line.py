@@ -33,6 +33,7 @@ MODES = {
     'evaluate': 'evaluate the snapshots of a run, also with other attacks; or any --model',
     'study': 'train and evaluate several systems and seeds, and report on them',
     'audit': 'check whether the robust accuracy of a finished run can be believed',
+    'members': "measure what the members of a finished run's ensemble do under attack",
     'blackbox': 'make a transfer set, the examples of the black-box attack',
     'compare': 'compare two ledgers, example by example',
     'report': 'write tables, figures and a page on all runs below --workdir',
@@ -40,8 +41,9 @@ MODES = {
     'describe': 'show the size, cost and memory of a config, without training',
 }
 WITHOUT_CONFIG = ('compare', 'report')
-FOR_A_RUN = ('evaluate', 'audit', 'planes')  # need an existing run
-EVALUATION_MODES = ('evaluate', 'audit')  # take a model, or members that are runs
+FOR_A_RUN = ('evaluate', 'audit', 'members', 'planes')  # need an existing run
+EVALUATION_MODES = ('evaluate', 'audit', 'members')  # take a model, or members that are runs
+_EVALUATION = f'{", ".join(EVALUATION_MODES[:-1])} or {EVALUATION_MODES[-1]}'
 CONFIGS = epath.Path(__file__).parents[1] / 'configs'
 EXAMPLE = 'python main.py --config=configs/small.py --config.data.name=digits --workdir=runs/small'
 FLAGS = flags.FLAGS
@@ -411,9 +413,8 @@ def config() -> ConfigDict:
     config_lib.validate(found)
     config_lib.keep_network(found, check_unchanged=FLAGS.mode == 'train')
     if found.ensemble.members_from and FLAGS.mode not in EVALUATION_MODES:
-        allowed = ' and '.join(EVALUATION_MODES)
         raise ConfigError(
-            f'ensemble.members_from: only for --mode={allowed}, found --mode={FLAGS.mode}'
+            f'ensemble.members_from: only for --mode={_EVALUATION}, found --mode={FLAGS.mode}'
         )
     other_weights = found.train.ema_decay and found.eval.weights == 'trained'
     if other_weights and FLAGS.mode not in EVALUATION_MODES:
@@ -422,9 +423,7 @@ def config() -> ConfigDict:
             f'--mode=evaluate, beside the averaged ones; found --mode={FLAGS.mode}'
         )
     if FLAGS.model and FLAGS.mode not in EVALUATION_MODES:
-        raise UserError(
-            f'--model: only for --mode={" and ".join(EVALUATION_MODES)}, found --mode={FLAGS.mode}'
-        )
+        raise UserError(f'--model: only for --mode={_EVALUATION}, found --mode={FLAGS.mode}')
     if FLAGS.mode == 'train' and found.study.systems and found.system == 'custom':
         raise ConfigError('study.systems: names systems, so this is for --mode=study')
     if FLAGS.mode == 'study':

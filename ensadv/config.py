@@ -36,6 +36,7 @@ MUTABLE_FIELDS = (
     'eval.long_attacks',
     'eval.seed',
     'eval.weights',  # those of a run that are not its usual ones have a folder of their own
+    'members',
     'model.conv',
     'model.remat',
     'planes',
@@ -84,6 +85,8 @@ MAX_MEMBERS = 1000
 MAX_ROUNDS = 20
 MAX_RESOLUTION = 10_000
 MAX_WINDOW = 1000
+MAX_DIRECTIONS = 1000
+MAX_RADIUS = 1000
 SPLITS = ('test', 'validation')
 WEIGHTS = ('trained', 'averaged')
 DTYPES = ('float32', 'bfloat16')
@@ -123,7 +126,7 @@ def validate(config: ConfigDict) -> None:
     """Raises ConfigError, which names the field, for the first value that is not allowed."""
     for group in (_validate_data, _validate_network, _validate_train, _validate_attacks,
                   _validate_evaluation, _validate_blackbox, _validate_planes,
-                  _validate_study):  # fmt: skip
+                  _validate_members, _validate_study):  # fmt: skip
         group(config)
     _one_of(config, 'device', DEVICES)
     _boolean(config, 'debug.nans')
@@ -137,6 +140,7 @@ def validate(config: ConfigDict) -> None:
 def _validate_study(config: ConfigDict) -> None:
     _integer(config, 'audit.examples', 1)
     _boolean(config, 'study.audit')
+    _boolean(config, 'study.members')
     _files(config, 'study.systems')
     seeds = tuple(config.study.seeds)
     if not seeds or not all(is_integer(seed, 0) for seed in seeds) or len(set(seeds)) != len(seeds):
@@ -427,6 +431,29 @@ def _validate_planes(config: ConfigDict) -> None:
         )
     _number(config, 'planes.window', 2, MAX_WINDOW)  # 2 holds all that an attack may do
     _integer(config, 'planes.resolution', 2, MAX_RESOLUTION)
+
+
+def _validate_members(config: ConfigDict) -> None:
+    group = config.members
+    _integer(config, 'members.examples', 1)
+    _integer(config, 'members.directions', 1, MAX_DIRECTIONS)
+    _number(config, 'members.radius', 0, MAX_RADIUS, above=True)
+    listed, names = registry.entries(config.eval), []
+    for text in group.attacks:
+        found = listed.get(text) or checked_entry(config, 'members.attacks', text)
+        names.append(found.name)
+        if found.kind in registry.WITHOUT_SETTINGS:
+            raise ConfigError(f'members.attacks: {found.name} attacks nothing')
+        settings = registry.settings(config.eval, found, config.epsilon) | {'attack': found.kind}
+        if registry.is_staged(found.name) and not registry.only_stage(settings):
+            raise ConfigError(
+                f'members.attacks: {found.name} is made of several stages; expected attacks of '
+                'one, as pgd20, apgd_ce or square'
+            )
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(
+            f'members.attacks: expected attacks, each once, found {shown(tuple(group.attacks))}'
+        )
 
 
 def _files(config: ConfigDict, field: str) -> tuple[str, ...]:

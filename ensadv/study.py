@@ -1,6 +1,7 @@
 """Whole jobs: a run from its first step to its last evaluation, and a study of many runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ensadv import systems
 from ensadv.errors import ConfigError, TrainingError, UserError
-from ensadv.evaluation import any_model, audit, blackbox, decision_planes, evaluate
+from ensadv.evaluation import any_model, audit, blackbox, decision_planes, evaluate, members
 from ensadv.runtime import distributed
 from ensadv.storage import workdir
 from ensadv.training import train
@@ -81,6 +82,29 @@ def make_audit(
     return audit_page.write(path, content)
 
 
+def measure_members(
+    config: ConfigDict, path: epath.Path, model: any_model.Source | None = None
+) -> epath.Path | None:
+    """Measures and shows what the members of a run's ensemble do; returns the path of the JSON.
+
+    Args:
+      config: the run's, with this command's changes.
+      path: the workdir.
+      model: whose it is, where it is no run's.
+
+    Raises:
+      UserError: if there are no members.
+    """
+    if model:
+        raise UserError(f'{model.name}: a model is one network; --mode=members is for ensembles')
+    folder, content = members.run(config, path)
+    if not distributed.is_main():
+        return None
+    from ensadv.report import members as members_report
+
+    return members_report.show(folder, content)
+
+
 def make_transfer_set(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> epath.Path:
     """Makes a transfer set and returns its path; see `blackbox.make`."""
     return blackbox.make(config, path, systems_dir, run_one)
@@ -122,7 +146,10 @@ def run(config: ConfigDict, path: epath.Path, systems_dir: epath.Path) -> None:
     if distributed.agree(report is not None):
         _draw_all_planes(path, finished, run_configs, pairs_of_planes(config, run_configs))
     if config.study.audit:
-        _audit(finished, run_configs)
+        _add('audit', finished, run_configs, audit.is_made, make_audit)
+    if config.study.members:
+        ensembles = [each for each in finished if run_configs[each.name].ensemble.size > 1]
+        _add('members', ensembles, run_configs, members.is_made, members.run)
     if report and finished:
         report.write(path)
     if failures:
@@ -149,15 +176,22 @@ def _draw_all_planes(
         jax.clear_caches()
 
 
-def _audit(finished: Sequence[epath.Path], run_configs: Mapping[str, ConfigDict]) -> None:
-    """Audits runs that have no audit of their attacks yet."""
+def _add(
+    what: str,
+    finished: Sequence[epath.Path],
+    run_configs: Mapping[str, ConfigDict],
+    is_made: Callable[[ConfigDict, epath.Path], bool],
+    make: Callable[[ConfigDict, epath.Path], Any],
+) -> None:
+    """Adds to finished runs what they have not yet."""
     for path in finished:
         try:
             with distributed.failing_together():
-                if not distributed.agree(audit.is_made(run_configs[path.name], path)):
-                    make_audit(run_configs[path.name], path)
+                if not distributed.agree(is_made(run_configs[path.name], path)):
+                    logging.info('%s: %s', path.name, what)
+                    make(run_configs[path.name], path)
         except UserError as error:  # a report without it is still worth having
-            logging.error('%s: no audit: %s', path.name, error)
+            logging.error('%s: no %s: %s', path.name, what, error)
         jax.clear_caches()
 
 

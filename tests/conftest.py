@@ -70,6 +70,7 @@ TINY = {
     'eval.num_examples': 30,
     'eval.batch_size': 16,
     'study.audit': False,
+    'study.members': False,
 }
 # What makes a study of two systems small; for their own fields see TINY.
 TINY_STUDY = {

@@ -6,6 +6,7 @@ import re
 import sys
 
 import jax
+import numpy as np
 import pytest
 from conftest import CIFAR10, ROOT, TINY, TINY_STUDY, overrides, run_main, tiny_config
 from etils import epath
@@ -15,8 +16,9 @@ from configs import quickstart, table1
 from ensadv import command_line, study
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, TrainingError, UserError
-from ensadv.evaluation import audit
+from ensadv.evaluation import audit, members
 from ensadv.report import write
+from ensadv.storage import files
 from ensadv.storage import workdir as workdir_lib
 from ensadv.training import train
 
@@ -133,11 +135,12 @@ def test_a_study_audits_the_runs_that_have_no_audit_and_goes_on_after_a_failed_o
     monkeypatch, tmp_path, asked
 ):
     config = quickstart.get_config()
-    config.study.update({'systems': ('baseline', 'singleadv', 'doubleadv'), 'planes': ()})
-    config.study.audit = asked
+    systems = ('baseline', 'singleadv', 'doubleadv', 'ensemble2', 'ensemble2adv')
+    config.study.update({'systems': systems, 'planes': ()})
+    config.study.audit = config.study.members = asked
     config.eval.attacks = ('clean', 'pgd20')
     finished = [epath.Path(tmp_path / f'{name}_seed0') for name in config.study.systems]
-    audited, reported = [], []
+    audited, measured, reported = [], [], []
 
     def make_audit(config, path):
         audited.append((config.system, path.name))
@@ -147,10 +150,15 @@ def test_a_study_audits_the_runs_that_have_no_audit_and_goes_on_after_a_failed_o
     monkeypatch.setattr(study, 'make_runs', lambda *args: (finished, {}))
     monkeypatch.setattr(study, 'make_audit', make_audit)
     monkeypatch.setattr(audit, 'is_made', lambda config, path: 'singleadv' in path.name)
+    # Of ensembles alone, also that of what members do.
+    monkeypatch.setattr(members, 'run', lambda config, path: measured.append(path.name))
+    monkeypatch.setattr(members, 'is_made', lambda config, path: path.name == 'ensemble2_seed0')
     monkeypatch.setattr(write, 'write', reported.append)
     study.run(config, epath.Path(tmp_path), CONFIGS)
-    expected = [('Baseline', 'baseline_seed0'), ('DoubleAdv', 'doubleadv_seed0')]
+    names = ('Baseline', 'DoubleAdv', 'Ensemble2', 'Ensemble2Adv')
+    expected = [(name, f'{name.lower()}_seed0') for name in names]
     assert audited == (expected if asked else [])
+    assert measured == (['ensemble2adv_seed0'] if asked else [])
     assert reported == [epath.Path(tmp_path)]
 
 
@@ -191,6 +199,11 @@ FIELDS = (
         'study.systems': ('baseline', 'separate2adv'),
         'study.planes': ('baseline', 'separate2adv'),
         'train.snapshot_every': 4,
+        'study.members': True,
+        'members.examples': 4,
+        'members.attacks': ('apgd_ce2',),
+        'members.directions': 1,
+        'members.radius': 0.5,
     }
 )
 
@@ -222,6 +235,11 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
     assert 'figure_examples' in page
     assert 'figure4_baseline_seed0-separate2adv_seed0' in page
     assert 'figure3' in page  # one of them is trained cleanly
+    assert 'figure_members' in page
+    ledger = files.read_arrays(epath.Path(tmp_path) / 'separate2adv_seed0/eval/4_members.npz')
+    assert ledger['apgd_ce2_transfer'].shape == (3, 3, 4)
+    of_run = files.read_arrays(epath.Path(tmp_path) / 'separate2adv_seed0/eval/4.npz')
+    np.testing.assert_allclose(ledger['clean_margin'][2], of_run['clean_margin'][:4], atol=1e-4)
     # The set is made once, against a run with another seed than those that are judged.
     assert (tmp_path / 'blackbox' / 'baseline_seed1000' / 'config.json').exists()
     transfer_set = (tmp_path / 'blackbox' / 'blackbox.npz').read_bytes()
@@ -229,11 +247,14 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
     # A run that is lost is made again, a finished one is not touched.
     finished = tmp_path / 'baseline_seed0' / 'eval' / '4.json'
     before = finished.stat().st_mtime_ns
+    measured = tmp_path / 'separate2adv_seed0' / 'eval' / '4_members.json'
+    of_members = measured.stat().st_mtime_ns
     (tmp_path / 'separate2adv_seed0' / 'eval' / '4.json').unlink()
     again = run_main(*command, f'--workdir={tmp_path}', small=True)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / 'report' / 'table1.md').read_text() == text
     assert finished.stat().st_mtime_ns == before
+    assert measured.stat().st_mtime_ns == of_members
     again = (tmp_path / 'blackbox' / 'blackbox.npz').read_bytes()
     assert hashlib.sha256(again).hexdigest() == digest
 

@@ -8,4 +8,5 @@ __all__ = [
     'decision_planes',
     'evaluate',
     'evaluator',
+    'members',
 ]

@@ -17,6 +17,8 @@ from ensadv.report import (
     drawing,
     figures,
     findings,
+    member_figures,
+    members,
     page,
     pictures,
     stages,
@@ -33,7 +35,7 @@ _OLD = (
     *(f'figure{of}.{kind}' for of in ('2*', '3*', '4_*', '_*') for kind in ('png', 'pdf')),
     *(
         f'{of}.{kind}'
-        for of in ('differences', 'computation', 'stages_*')
+        for of in ('differences', 'computation', 'members', 'stages_*')
         for kind in ('csv', 'tex')
     ),
 )
@@ -207,6 +209,31 @@ def differences(outcomes: findings.Outcomes, writer: Writer) -> page.Section:
             writer.table(findings.differences_table(shown), findings.Difference._fields, numbers),
         ]
     return page.Section('Are the differences real?', 'differences', blocks)
+
+
+def members_of_ensembles(collection: Collection, writer: Writer) -> page.Section:
+    """What members do under attack, of the ensembles whose runs --mode=members was made on."""
+    systems, others = members.by_system(collection)
+    blocks: list[Any] = []
+    if systems:
+        contents = {s: [content for _, content in found] for s, found in systems.items()}
+        attack = next(iter(next(iter(contents.values()))[0]['attacks']))
+        name = attack_name(attack)
+        caption = (
+            f'Above: accuracy of each member, and of all as one, on the examples that {name} made '
+            'on each of them; bold: what an attack does to what it was made on. Below: on how many '
+            'images how many members err, of the examples made on the whole ensemble, and what '
+            'members with the same rates of errors would do that err independently of each other. '
+            'Lines: 95 % intervals; of several runs, from the lowest to the highest.'
+        )
+        alt = f'Accuracies of members on examples of {name}, and how many members err at once'
+        blocks = [
+            writer.figure('figure_members', member_figures.members(contents, attack), caption, alt),
+            writer.table(members.table(contents), members.CSV_HEADER, members.csv_rows(systems)),
+        ]
+        if others:
+            blocks.append(f'Made with other settings, and left out: {", ".join(others)}.')
+    return page.Section(members.TITLE, members.NAME, blocks)
 
 
 def computation_costs(outcomes: findings.Outcomes, writer: Writer) -> page.Section:

@@ -37,6 +37,7 @@ def write(root: epath.Path) -> epath.Path:
         sections.over_training(collection, writer),
         sections.over_attack_steps(collection, writer),
         sections.differences(outcomes, writer),
+        sections.members_of_ensembles(collection, writer),
         sections.computation_costs(outcomes, writer),
         sections.examples(collection, writer),
         planes_page.section(collection, writer),

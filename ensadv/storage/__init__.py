@@ -7,6 +7,7 @@ __all__ = [
     'files',
     'leases',
     'ledgers',
+    'member_files',
     'metrics',
     'plane_files',
     'records',

@@ -155,6 +155,60 @@ AUDIT = {
 }
 
 
+# eval/<step>_members.json, see `member_files`: as far as it is read.
+_ESTIMATE = {'value': (float, None), 'low': (float, None), 'high': (float, None), 'n': _NUMBER}
+_CONDITION = {
+    'accuracy': [_ESTIMATE],
+    'accuracy_of_members': _ESTIMATE,
+    'erring': {'observed': [_ESTIMATE], 'independent': [_ESTIMATE]},
+    'disagreement': _ESTIMATE,
+    'kl': _ESTIMATE,
+    'margin': [_ESTIMATE],
+    'margin_of_members': _ESTIMATE,
+    'below_whole_of_members': _ESTIMATE,
+}
+_DISTANCES = {
+    'distance': [_ESTIMATE],
+    'distance_of_members': _ESTIMATE,
+    'reached': [_ESTIMATE],
+    'reached_of_members': _ESTIMATE,
+}
+MEMBERS = {
+    'system': str,
+    'step': _NUMBER,
+    'k': _COUNT,
+    'n': _COUNT,
+    'settings': {'attacks': {}, 'radius': float},
+    'clean': _CONDITION,
+    'attacks': {},  # by name, each as MEMBERS_ATTACK has it
+    'gradients': {},  # by place, each as MEMBERS_GRADIENTS has it
+    'distances': {'adversarial': _DISTANCES, 'random': _DISTANCES},
+}
+MEMBERS_ATTACK = {
+    'transfer': [[_ESTIMATE]],
+    'no_gradient': [_NUMBER],
+    'without_a_member': _ESTIMATE,
+    'member_itself': _ESTIMATE,
+    'another_member': _ESTIMATE,
+    'whole_by_member': _ESTIMATE,
+    'on_whole': _CONDITION,
+}
+MEMBERS_GRADIENTS = {'cosine': _ESTIMATE, 'sign': _ESTIMATE, 'undefined': [_NUMBER]}
+
+
+def members_mismatch(content: Any) -> str | None:
+    """Returns why JSON is not the content of an eval/<step>_members.json; None if it is."""
+    if reason := mismatch(content, MEMBERS):
+        return reason
+    for group, schema in (('attacks', MEMBERS_ATTACK), ('gradients', MEMBERS_GRADIENTS)):
+        if not content[group]:
+            return f'nothing in {group}'
+        for name, found in content[group].items():
+            if reason := mismatch(found, schema, f'{group}.{name}'):
+                return reason
+    return None
+
+
 def run_mismatch(record: Any) -> str | None:
     """Returns why JSON is not the content of a run's config.json; None if it is."""
     is_model = isinstance(record, Mapping) and 'model' in record
