@@ -158,4 +158,4 @@ def test_only_evaluation_takes_members_from(root):
         f'--config.ensemble.members_from={root / "wide"}',
     )  # fmt: skip
     assert result.returncode == 2
-    assert 'only for --mode=evaluate and audit, found --mode=train' in result.stderr
+    assert 'only for --mode=evaluate, audit or members, found --mode=train' in result.stderr
