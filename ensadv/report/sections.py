@@ -221,10 +221,10 @@ def members_of_ensembles(collection: Collection, writer: Writer) -> page.Section
         name = attack_name(attack)
         caption = (
             f'Above: accuracy of each member, and of all as one, on the examples that {name} made '
-            'on each of them; bold: what an attack does to what it was made on. Below: on how many '
-            'images how many members err, of the examples made on the whole ensemble, and what '
-            'members with the same rates of errors would do that err independently of each other. '
-            'Lines: 95 % intervals; of several runs, from the lowest to the highest.'
+            'on each of them; bold: on its own. Below: on how many images so many members err at '
+            'once, of the examples made on all as one; diamonds: members with the same rates of '
+            'errors that err independently of each other. Lines: 95 % intervals; of several runs, '
+            'from the lowest to the highest.'
         )
         alt = f'Accuracies of members on examples of {name}, and how many members err at once'
         blocks = [
