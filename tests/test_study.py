@@ -201,7 +201,7 @@ FIELDS = (
         'train.snapshot_every': 4,
         'study.members': True,
         'members.examples': 4,
-        'members.attacks': ('apgd_ce2',),
+        'members.attacks': ('ifgsm2',),
         'members.directions': 1,
         'members.radius': 0.5,
     }
@@ -237,7 +237,7 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
     assert 'figure3' in page  # one of them is trained cleanly
     assert 'figure_members' in page
     ledger = files.read_arrays(epath.Path(tmp_path) / 'separate2adv_seed0/eval/4_members.npz')
-    assert ledger['apgd_ce2_transfer'].shape == (3, 3, 4)
+    assert ledger['ifgsm2_transfer'].shape == (3, 3, 4)
     of_run = files.read_arrays(epath.Path(tmp_path) / 'separate2adv_seed0/eval/4.npz')
     np.testing.assert_allclose(ledger['clean_margin'][2], of_run['clean_margin'][:4], atol=1e-4)
     # The set is made once, against a run with another seed than those that are judged.
