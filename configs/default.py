@@ -69,10 +69,28 @@ def get_config() -> ConfigDict:
     # instead, so that train.adversarial_weight stays 1, or is 0 for clean training.
     train.objective = 'paper'  # what training descends: paper, trades or mart
     train.beta = 6.0  # of trades and mart: weight of the divergence of adversarial from clean
+    # L is the cross-entropy of the ensemble, or the sum of its members' own. auto: of the members
+    # where train.diversity is set, as its authors have it, else of the ensemble.
+    train.cross_entropy_of = 'auto'  # ensemble, members or auto
     train.label_smoothing = 0.0  # share of a label's mass spread over all classes; not of mart
     # Adversarial weight perturbation (Wu et al., 2020), of any objective, the clean one too.
     train.awp_gamma = 0.0  # norm of a layer's perturbation / norm of its weights; 0: none
     train.awp_start = 0  # first step with perturbed weights
+    # Methods that have members differ, see docs/extending.md: adp (Pang et al., 2019), gal
+    # (Kariyappa & Qureshi, 2019), trs (Yang et al., 2021), dverge (Yang et al., 2020). The defaults
+    # are their authors'.
+    train.diversity = 'none'  # none, adp, gal, trs or dverge
+    train.adp_alpha = 2.0  # weight of the entropy of the mean prediction
+    train.adp_beta = 0.5  # weight of the log determinant of the other classes' predictions
+    train.gal_weight = 0.5  # weight of the alignment of input gradients
+    train.trs_similarity = 40.0  # weight of the absolute cosine of input gradients
+    # Theirs is 2.5, of twice the square of the gradient of a mean over 128 images.
+    train.trs_smoothness = 2 * 2.5 / 128**2  # weight of the square of an image's input gradient
+    train.trs_radius = 0.03  # linf ball in which steep points are looked for, in pixels of [0, 1]
+    train.dverge_epsilon = 0.07  # linf ball of distilled images, in pixels of [0, 1]
+    train.dverge_steps = 10  # of dverge_epsilon / dverge_steps each
+    train.dverge_layer = 'random'  # whose features are distilled; random: another at each step
+    train.dverge_start = 0  # first step with distilled images; before it there are clean ones
     train.learning_rate = 0.1  # the highest: of the first steps, or of those after the warm-up
     # cosine and linear end at 0 at train.steps; one_cycle rises along a cosine over warmup_steps
     # (0: the first 30 % of train.steps) and falls along one. The next two are of steps alone.

@@ -63,7 +63,19 @@ _OF_OLDER_RUNS = {
     'model.source': None,
     'train.objective': 'paper',
     'train.beta': 6.0,
+    'train.cross_entropy_of': 'ensemble',
     'train.label_smoothing': 0.0,
+    'train.diversity': 'none',
+    'train.adp_alpha': 2.0,
+    'train.adp_beta': 0.5,
+    'train.gal_weight': 0.5,
+    'train.trs_similarity': 40.0,
+    'train.trs_smoothness': 2 * 2.5 / 128**2,
+    'train.trs_radius': 0.03,
+    'train.dverge_epsilon': 0.07,
+    'train.dverge_steps': 10,
+    'train.dverge_layer': 'random',
+    'train.dverge_start': 0,
     'train.awp_gamma': 0.0,
     'train.awp_start': 0,
     'train.schedule': 'steps',
@@ -78,6 +90,8 @@ ON_DEVICE = ('auto', 'yes', 'no')
 COMBINES = ('probs', 'logits', 'gating')
 TRAININGS = ('joint', 'separate')
 OBJECTIVES = ('paper', 'trades', 'mart')
+CROSS_ENTROPIES = ('ensemble', 'members')
+DIVERSITIES = ('none', 'adp', 'gal', 'trs', 'dverge')
 SCHEDULES = ('steps', 'cosine', 'one_cycle', 'linear')
 # Far beyond what anyone trains. What is made for each of so many would take all memory, or hours.
 MAX_WIDTH = 1000
@@ -96,6 +110,39 @@ def weights(config: ConfigDict) -> str:
     """Returns which weights of a run's snapshots are evaluated: 'trained' or 'averaged'."""
     found = config.eval.weights
     return ('averaged' if config.train.ema_decay else 'trained') if found == 'auto' else found
+
+
+def cross_entropy_of(found: str, diversity: str) -> str:
+    """Returns of what training's cross-entropy is: 'ensemble' or 'members'.
+
+    Args:
+      found, diversity: of a config, `train.cross_entropy_of` and `train.diversity`.
+    """
+    return ('ensemble' if diversity == 'none' else 'members') if found == 'auto' else found
+
+
+# What each method of `train.diversity` is called, and its fields in `train` with their words.
+_DIVERSITY_WORDS = {
+    'adp': ('alpha', 'beta'),
+    'gal': ('weight',),
+    'trs': ('similarity', 'smoothness', 'radius'),
+    'dverge': ('epsilon', 'steps', 'layer', 'start'),
+}
+
+
+def diversity_words(train: Mapping[str, Any]) -> str:
+    """Returns how members are made to differ, as 'ADP with alpha 2, beta 0.5'.
+
+    Args:
+      train: a config's group `train`, whose `diversity` is not 'none'.
+    """
+    method = train['diversity']
+    found = {name: train[f'{method}_{name}'] for name in _DIVERSITY_WORDS[method]}
+    texts = (
+        f'{name} {value}' if isinstance(value, str) else f'{name} {value:.4g}'
+        for name, value in found.items()
+    )
+    return f'{method.upper()} with {", ".join(texts)}'
 
 
 def nearest_field(found: str, fields: Iterable[str], prefix: str = '') -> str:
@@ -187,6 +234,7 @@ def _validate_cutmix(config: ConfigDict) -> None:
     for field, found in (
         ('attack.loss=margin', config.attack.loss == 'margin' and config.train.adversarial_weight),
         ('train.objective=mart', config.train.objective == 'mart'),
+        ('train.diversity=adp', config.train.diversity == 'adp'),
     ):
         if config.data.cutmix and found:
             raise ConfigError(
@@ -247,6 +295,7 @@ def _validate_train(config: ConfigDict) -> None:
     _one_of(config, 'train.weight_decay_on', ('all', 'kernels'))
     _validate_schedule(config)
     _validate_objective(config)
+    _validate_diversity(config)
 
 
 def _validate_schedule(config: ConfigDict) -> None:
@@ -305,6 +354,43 @@ def _validate_objective(config: ConfigDict) -> None:
                 f'{field}: expected uniform, or gaussian with sigma > 0, with '
                 'train.objective=trades: at the image itself its attack has no gradient'
             )
+
+
+def _validate_diversity(config: ConfigDict) -> None:
+    train, method = config.train, config.train.diversity
+    _one_of(config, 'train.cross_entropy_of', ('auto', *CROSS_ENTROPIES))
+    _one_of(config, 'train.diversity', DIVERSITIES)
+    for name in ('adp_alpha', 'adp_beta', 'gal_weight', 'trs_similarity', 'trs_smoothness'):
+        _number(config, f'train.{name}', 0)
+    for name in ('trs_radius', 'dverge_epsilon'):
+        _number(config, f'train.{name}', 0, 1)
+    _integer(config, 'train.dverge_steps', 1)
+    _integer(config, 'train.dverge_start', 0)
+    of_members = cross_entropy_of(train.cross_entropy_of, method) == 'members'
+    attacked_objective = train.objective if train.adversarial_weight else 'paper'
+    size, training = config.ensemble.size, config.ensemble.training
+    if method != 'none' and (size == 1 or training == 'separate'):
+        raise ConfigError(
+            f'train.diversity: {method} needs two members or more that are trained jointly, found '
+            f'ensemble.size={size}, ensemble.training={training}'
+        )
+    if of_members and config.ensemble.combine == 'gating':
+        raise ConfigError(
+            "ensemble.combine: expected probs or logits where training's cross-entropy is of the "
+            'members (train.cross_entropy_of, train.diversity), from which gates learn nothing, '
+            'found gating'
+        )
+    if attacked_objective == 'mart' and train.cross_entropy_of == 'members':
+        raise ConfigError(
+            'train.cross_entropy_of: expected auto or ensemble with train.objective=mart, whose '
+            'loss is no cross-entropy, found members'
+        )
+    allowed = {'adp': ('paper', 'trades'), 'dverge': ('paper',)}.get(method)
+    if allowed and attacked_objective not in allowed:
+        raise ConfigError(
+            f'train.objective: expected {" or ".join(allowed)} with train.diversity={method}, or '
+            f'train.adversarial_weight=0, found {attacked_objective}'
+        )
 
 
 def _validate_attacks(config: ConfigDict) -> None:
@@ -600,7 +686,9 @@ def _text_of(own: architectures.Own) -> str:
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a run's settings, flat, with those that an older version had and did not write."""
-    return _OF_OLDER_RUNS | flatten(config)
+    found = _OF_OLDER_RUNS | flatten(config)
+    named = found['train.cross_entropy_of'], found['train.diversity']
+    return found | {'train.cross_entropy_of': cross_entropy_of(*named)}
 
 
 def changed_fields(

@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import architectures, build, prng, study
+from ensadv import config as config_lib
 from ensadv.attacks import registry
 from ensadv.data import datasets
 from ensadv.evaluation import attack_settings, blackbox
@@ -172,6 +173,10 @@ def _objective(config: ConfigDict) -> str:
         text = f'adversarial weight {train.adversarial_weight:g}'
     else:
         text = f'{train.objective.upper()} with beta {train.beta:g}'
+    if config_lib.cross_entropy_of(train.cross_entropy_of, train.diversity) == 'members':
+        text += ', cross-entropy of each member'
+    if train.diversity != 'none':
+        text += f', {config_lib.diversity_words(train)}'
     if train.label_smoothing:
         text += f', label smoothing {train.label_smoothing:g}'
     if train.awp_gamma:
@@ -203,10 +208,18 @@ def _flops(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     if made.attack_steps:
         steps = f'{made.attack_steps} attack step{"s" * (made.attack_steps > 1)}'
         parts.append(f'{steps} of {_giga(operations.attack_step)}')
-    if made.attack_steps or made.perturbed_share:
+    if made.attack_steps or made.perturbed_share or made.updates > 1:
         number = (1 + made.perturbed_share) * made.updates
         mean = ' on average' * (0 < made.perturbed_share < 1)
         parts.append(f'{number:.3g} passes of {_giga(operations.update)}{mean}')
+    times = 1 + made.perturbed_share
+    for number, what in (
+        (made.distillation_steps, 'steps that distil'),
+        (made.gradient_updates, 'passes with the gradient of input gradients'),
+        (made.gradient_steps, 'steps that climb input gradients'),
+    ):
+        if number:
+            parts.append(f'{times * number:.3g} {what}')
     kind = 'adversarial' if made.attack_steps else 'clean'
     rows[f'{kind} step'] = _giga(operations.train_step) + f' ({", ".join(parts)})' * bool(parts)
     total = operations.train_step * config.train.batch_size * config.train.steps

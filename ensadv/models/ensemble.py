@@ -49,6 +49,10 @@ def apply(model: nn.Module, variables: Variables, x: Array) -> Array:
 def apply_train(model: nn.Module, variables: Variables, x: Array) -> tuple[Array, Any]:
     """As `apply`, but with the batch's statistics in batch norm.
 
+    Args:
+      model, variables: as in `apply`.
+      x: images [B, H, W, C], the same for every member; or each member's own, [k, B, H, W, C].
+
     Returns:
       The logits, and the running averages (`batch_stats`) that now include this batch.
     """
@@ -57,7 +61,10 @@ def apply_train(model: nn.Module, variables: Variables, x: Array) -> tuple[Array
         logits, updated = model.apply(v, x, train=True, mutable=['batch_stats'])
         return logits, updated.get('batch_stats', {})
 
-    return order.each_member(member, variables, x)
+    if x.ndim == 4:
+        return order.each_member(member, variables, x)
+    places = jnp.arange(len(x))
+    return order.each_member(lambda its, x: member(its[0], x[its[1]]), (variables, places), x)
 
 
 def combine(member_logits: Array, how: str) -> Array:

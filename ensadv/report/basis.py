@@ -145,6 +145,10 @@ def _objective(train: Mapping[str, Any]) -> str:
         texts.append(f'rho {train["adversarial_weight"]:.4g}')
     elif train['adversarial_weight']:
         texts.append(f'{train["objective"].upper()}, beta {train["beta"]:.4g}')
+    if train['cross_entropy_of'] == 'members':
+        texts.append('cross-entropy of each member')
+    if train['diversity'] != 'none':
+        texts.append(config_lib.diversity_words(train))
     if train['label_smoothing']:
         texts.append(f'label smoothing {train["label_smoothing"]:.4g}')
     if train['awp_gamma']:

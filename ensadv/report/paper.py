@@ -52,6 +52,8 @@ _TRAINING = {
     'data.cutmix': 0.0,
     'data.extra_fraction': 0.0,
     'train.objective': 'paper',
+    'train.cross_entropy_of': 'ensemble',
+    'train.diversity': 'none',
     'train.label_smoothing': 0.0,
     'train.awp_gamma': 0.0,
     'train.schedule': 'steps',

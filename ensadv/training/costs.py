@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from ensadv import build, losses, prng
 from ensadv.attacks import registry
 from ensadv.models import ensemble
-from ensadv.training import from_config
+from ensadv.training import diversity, from_config
+from ensadv.training.objectives import Predict
 
 
 class Operations(NamedTuple):
@@ -42,24 +43,45 @@ class Passes(NamedTuple):
       predictions: for the attack's target.
       attack_steps: gradient steps of the attack.
       updates: forward and backward passes of the objective.
-      perturbed_share: share of training's steps that have the updates twice, see `objectives.awp`.
+      perturbed_share: share of training's steps that have twice the updates, and what stands below,
+        see `objectives.awp`.
+      distillation_steps: of DVERGE, an average over training; of the operations of attack steps.
+      gradient_updates: of GAL and TRS, passes whose input gradients are differentiated again.
+      gradient_steps: of TRS, steps that climb the square of input gradients, for each image.
     """
 
     predictions: int
     attack_steps: int
     updates: int
     perturbed_share: float
+    distillation_steps: float = 0.0
+    gradient_updates: int = 0
+    gradient_steps: float = 0.0
 
 
 def passes(config: ConfigDict) -> Passes:
     """Returns what a training step is made of: its objective takes clean and adversarial images."""
-    objective, share = from_config.objective(config), 0.0
+    objective, train, share = from_config.objective(config), config.train, 0.0
     if objective.perturbation:
-        share = max(0.0, 1 - objective.perturbation.start / config.train.steps)
-    if not objective.attacks:
-        return Passes(0, 0, 1, share)
-    steps = registry.training_settings(config.attack)['steps']
-    return Passes(int(objective.attack_target is not None), steps, 2, share)
+        share = max(0.0, 1 - objective.perturbation.start / train.steps)
+    predictions, steps = 0, 0
+    if objective.attacks:
+        predictions = int(objective.attack_target is not None)
+        steps = registry.training_settings(config.attack)['steps']
+    made = Passes(predictions, steps, 1 + objective.attacks, share)
+    if train.diversity == 'dverge':
+        distils = train.dverge_steps * max(0.0, 1 - train.dverge_start / train.steps)
+        updates = config.ensemble.size - 1 + objective.attacks
+        return made._replace(updates=updates, distillation_steps=distils)
+    if train.diversity == 'gal':
+        return made._replace(gradient_updates=int(train.gal_weight > 0))
+    if train.diversity == 'trs':
+        smooths = train.trs_smoothness > 0
+        return made._replace(
+            gradient_updates=(train.trs_similarity > 0) + smooths,
+            gradient_steps=smooths * diversity.ROUGHEST_STEPS / 2,  # of every second image
+        )
+    return made
 
 
 def size(tree: Any) -> int:
@@ -91,15 +113,19 @@ def operations(config: ConfigDict, dataset: Mapping[str, Any]) -> Operations:
       dataset: 'num_classes', 'image_shape', 'mean' and 'std', as `data.Dataset.describe` gives
         them.
     """
-    counts = _of_one_member(
-        one_device(config, dataset), config.ensemble.combine, tuple(dataset['image_shape'])
-    )
+    model, shape = one_device(config, dataset), tuple(dataset['image_shape'])
+    counts = _of_one_member(model, config.ensemble.combine, shape)
     forward, attack_step, update = (count * config.ensemble.size for count in counts)
     made = passes(config)
+    passed = made.updates * update + made.distillation_steps * attack_step
+    if made.gradient_updates:
+        counts = _of_one_gradient(model, shape)
+        gradient_update, gradient_step = (count * config.ensemble.size for count in counts)
+        passed += made.gradient_updates * gradient_update + made.gradient_steps * gradient_step
     train_step = (
         made.predictions * forward
         + made.attack_steps * attack_step
-        + (1 + made.perturbed_share) * made.updates * update
+        + (1 + made.perturbed_share) * passed
     )
     return Operations(forward, attack_step, update, train_step)
 
@@ -113,9 +139,6 @@ def _of_one_member(
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
 
-    def count(f: Callable[..., Any], *args: Any) -> float:
-        return jax.jit(f).lower(*args).cost_analysis()['flops']
-
     def clean_loss(v, x, y):
         log_probs = ensemble.combine(ensemble.apply(model, v, x), combine)
         return jnp.sum(losses.cross_entropy(log_probs, y))
@@ -124,9 +147,31 @@ def _of_one_member(
         logits, stats = ensemble.apply_train(model, {'params': params, 'batch_stats': stats}, x)
         return jnp.sum(losses.cross_entropy(ensemble.combine(logits, combine), y)), stats
 
-    forward = count(functools.partial(ensemble.apply, model), variables, x)
-    attack_step = count(jax.grad(clean_loss, argnums=1), variables, x, label)
-    update = count(
+    forward = _count(functools.partial(ensemble.apply, model), variables, x)
+    attack_step = _count(jax.grad(clean_loss, argnums=1), variables, x, label)
+    update = _count(
         jax.grad(train_loss, has_aux=True), variables['params'], variables['batch_stats'], x, label
     )
     return forward, attack_step, update
+
+
+@functools.cache
+def _of_one_gradient(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[float, float]:
+    """Returns one member's operations of a squared input gradient, differentiated.
+
+    With respect to the weights, and to the images.
+    """
+    variables = jax.eval_shape(lambda: ensemble.init(model, prng.key(0), 1, image_shape))
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def square(params, stats, x, y):
+        predict = Predict(model, 'probs', params, stats)
+        return jnp.sum(jnp.square(diversity.input_gradients(predict, x, y)))
+
+    arguments = variables['params'], variables['batch_stats'], x, label
+    return tuple(_count(jax.grad(square, argnums=place), *arguments) for place in (0, 2))
+
+
+def _count(f: Callable[..., Any], *args: Any) -> float:
+    return jax.jit(f).lower(*args).cost_analysis()['flops']

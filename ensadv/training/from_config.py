@@ -1,7 +1,7 @@
 """From config values to what a training step is made of."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,10 +9,12 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from ensadv import losses
+from ensadv import config as config_lib
+from ensadv import losses, values
 from ensadv.attacks import driver, registry
 from ensadv.attacks.threat_model import ThreatModel
-from ensadv.training import objectives, optim
+from ensadv.models import features
+from ensadv.training import diversity, objectives, optim
 from ensadv.training.objectives import Objective
 
 
@@ -70,10 +72,47 @@ def _attack(config: ConfigDict, settings: Mapping[str, Any]) -> Callable[..., ja
 
 
 def objective(config: ConfigDict) -> Objective:
-    """Returns what training descends: without an adversarial weight the clean loss."""
+    """Returns what training descends: without an adversarial weight the clean loss.
+
+    Terms that promote diversity count as much as the clean loss.
+    """
     train = config.train
-    name = train.objective if train.adversarial_weight else 'paper'
-    return objectives.awp(objectives.OBJECTIVES[name](train), train.awp_gamma, train.awp_start)
+    name, method = train.objective if train.adversarial_weight else 'paper', train.diversity
+    cross_entropy_of = config_lib.cross_entropy_of(train.cross_entropy_of, method)
+    made = objectives.OBJECTIVES[name](
+        train,
+        members=cross_entropy_of == 'members',
+        penalty=diversity.adp(train.adp_alpha, train.adp_beta) if method == 'adp' else None,
+    )
+    added = ()
+    if method == 'gal' and train.gal_weight:
+        added = (objectives.Term(1, diversity.gal(train.gal_weight)),)
+    elif method == 'trs' and (train.trs_similarity or train.trs_smoothness):
+        loss = diversity.trs(train.trs_similarity, train.trs_smoothness, train.trs_radius)
+        added = (objectives.Term(1, loss),)
+    terms = made.terms + added
+    if method == 'dverge':
+        loss = diversity.dverge(
+            train.dverge_epsilon, train.dverge_steps, train.dverge_layer, train.dverge_start,
+            config.seed,
+        )  # fmt: skip
+        terms = (objectives.Term(1, loss), *terms[1:])  # in place of the clean one
+    return objectives.awp(made._replace(terms=terms), train.awp_gamma, train.awp_start)
+
+
+def check_layer(config: ConfigDict, model: nn.Module, image_shape: Sequence[int]) -> None:
+    """Raises ConfigError unless the network has the layer that is distilled.
+
+    Args:
+      config: validated.
+      model: a member's network.
+      image_shape: (H, W, C).
+    """
+    layer = config.train.dverge_layer
+    if config.train.diversity == 'dverge' and layer != diversity.LAYER:
+        values.check_choice(
+            'train.dverge_layer', layer, (diversity.LAYER, *features.names(model, image_shape))
+        )
 
 
 def step_settings(config: ConfigDict, model: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What training descends. An objective is a weighted sum of terms."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,21 +31,26 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass
 class Predict:
-    """The ensemble in training: images [B, H, W, C] -> `Prediction`.
+    """The ensemble in training: images -> `Prediction`.
 
-    Batch norm takes the statistics of the images, and `batch_stats` takes them in, call after call.
+    The images are [B, H, W, C], or each member's own, [k, B, H, W, C]. Batch norm takes their
+    statistics, and `batch_stats` takes them in, call after call.
 
     Attributes:
       model: the members' network.
       combine: how members' outputs become one, see `ensemble.combine`.
       params: the members' weights, [k, ...].
       batch_stats: the running averages so far, [k, ...].
+      step: int32 [], the step's number, from 0.
+      rng: keys [B], one per example.
     """
 
     model: nn.Module
     combine: str
     params: Any
     batch_stats: Any
+    step: Array | None = None
+    rng: Array | None = None
 
     def __call__(self, images: Array) -> Prediction:
         variables = {'params': self.params, 'batch_stats': self.batch_stats}
@@ -56,6 +62,8 @@ class Predict:
 # labels int32 [B], or distributions float32 [B, classes]. The loss is an average over the batch,
 # differentiated with respect to `predict.params`.
 Loss = Callable[[Predict, Array, Array | None, Array], tuple[Array, Metrics]]
+# (prediction, labels int32 [B]) -> (what is added to a cross-entropy [], metrics).
+Penalty = Callable[[Prediction, Array], tuple[Array, Metrics]]
 
 
 class Term(NamedTuple):
@@ -98,7 +106,12 @@ class Objective(NamedTuple):
     perturbation: WeightPerturbation | None = None
 
 
-def paper(adversarial_weight: float, label_smoothing: float = 0.0) -> Objective:
+def paper(
+    adversarial_weight: float,
+    label_smoothing: float = 0.0,
+    members: bool = False,
+    penalty: Penalty | None = None,
+) -> Objective:
     """Returns the objective of Algorithm 1: (L(x) + rho L(x_adv)) / (1 + rho).
 
     L is the ensemble's cross-entropy. The clean and the adversarial images are two forward passes
@@ -108,15 +121,20 @@ def paper(adversarial_weight: float, label_smoothing: float = 0.0) -> Objective:
     Args:
       adversarial_weight: rho. At 0 it is clean training, without an attack.
       label_smoothing: share of the targets' mass that is spread over all classes evenly.
+      members: whether L is the sum of the members' own cross-entropies instead.
+      penalty: added to each L, as that of `diversity.adp`.
     """
+    loss = functools.partial(
+        _cross_entropy, label_smoothing=label_smoothing, members=members, penalty=penalty
+    )
 
     def clean(predict, x, x_adv, y):
         del x_adv
-        return _cross_entropy('clean', predict(x).log_probs, y, label_smoothing)
+        return loss('clean', predict(x), y)
 
     def adversarial(predict, x, x_adv, y):
         del x
-        return _cross_entropy('adversarial', predict(x_adv).log_probs, y, label_smoothing)
+        return loss('adversarial', predict(x_adv), y)
 
     if not adversarial_weight:
         return Objective((Term(1, clean),), attacks=False)
@@ -124,7 +142,12 @@ def paper(adversarial_weight: float, label_smoothing: float = 0.0) -> Objective:
     return Objective(terms, scale=1 / (1 + adversarial_weight))
 
 
-def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
+def trades(
+    beta: float,
+    label_smoothing: float = 0.0,
+    members: bool = False,
+    penalty: Penalty | None = None,
+) -> Objective:
     """Returns TRADES: L(x) + beta KL(p(x) || p(x_adv)) (Zhang et al., ICML 2019).
 
     The attack climbs that KL too, from the ensemble's prediction at x, which it takes as given. The
@@ -132,14 +155,18 @@ def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
 
     Args:
       beta: 1 / lambda of the paper. At 0 it is clean training, without an attack.
-      label_smoothing: of L, as in `paper`.
+      label_smoothing, members, penalty: of L, as in `paper`.
     """
+    cross_entropy = functools.partial(
+        _cross_entropy, label_smoothing=label_smoothing, members=members
+    )
 
     def loss(predict, x, x_adv, y):
-        clean, adversarial = predict(x).log_probs, predict(x_adv).log_probs
-        natural, metrics = _cross_entropy('clean', clean, y, label_smoothing)
-        metrics |= _cross_entropy('adversarial', adversarial, y, label_smoothing)[1]
-        metrics['divergence'] = divergence = jnp.mean(losses.kl_divergence(clean, adversarial))
+        clean, adversarial = predict(x), predict(x_adv)
+        natural, metrics = cross_entropy('clean', clean, y, penalty=penalty)
+        metrics |= cross_entropy('adversarial', adversarial, y)[1]
+        divergence = jnp.mean(losses.kl_divergence(clean.log_probs, adversarial.log_probs))
+        metrics['divergence'] = divergence
         return natural + beta * divergence, metrics
 
     def clean_prediction(log_prob_fn, x, y):
@@ -148,7 +175,7 @@ def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
         return jnp.exp(log_prob_fn(x))
 
     if not beta:
-        return paper(0.0, label_smoothing)
+        return paper(0.0, label_smoothing, members, penalty)
     return Objective((Term(1, loss),), attack_target=clean_prediction)
 
 
@@ -163,12 +190,13 @@ def mart(beta: float) -> Objective:
     """
 
     def loss(predict, x, x_adv, y):
-        clean, adversarial = predict(x).log_probs, predict(x_adv).log_probs
+        both = predict(x), predict(x_adv)
+        clean, adversarial = (prediction.log_probs for prediction in both)
         boosted = jnp.mean(losses.boosted_cross_entropy(adversarial, y))
         doubt = -jnp.expm1(-losses.cross_entropy(clean, y))
         divergence = jnp.mean(doubt * losses.kl_divergence(clean, adversarial))
-        metrics = _cross_entropy('clean', clean, y)[1]
-        metrics |= _cross_entropy('adversarial', adversarial, y)[1]
+        metrics = _cross_entropy('clean', both[0], y)[1]
+        metrics |= _cross_entropy('adversarial', both[1], y)[1]
         metrics |= {'boosted_loss': boosted, 'divergence': divergence}
         return boosted + beta * divergence, metrics
 
@@ -195,22 +223,41 @@ def awp(objective: Objective, gamma: float, start: int = 0) -> Objective:
 
 
 def _cross_entropy(
-    name: str, log_probs: Array, y: Array, label_smoothing: float = 0.0
+    name: str,
+    prediction: Prediction,
+    y: Array,
+    label_smoothing: float = 0.0,
+    members: bool = False,
+    penalty: Penalty | None = None,
 ) -> tuple[Array, Metrics]:
-    """Returns the loss, and the metrics <name>_loss and <name>_accuracy."""
+    """Returns the loss, with its penalty, and the metrics <name>_loss and <name>_accuracy."""
     labels = losses.labels_of(y)
     if label_smoothing:
-        classes = log_probs.shape[-1]
+        classes = prediction.log_probs.shape[-1]
         y = y if y.ndim == 2 else jax.nn.one_hot(y, classes)
         y = optax.smooth_labels(y, label_smoothing)
-    loss = jnp.mean(losses.cross_entropy(log_probs, y))
-    accuracy = jnp.mean(losses.margin(log_probs, labels) > 0)
-    return loss, {f'{name}_loss': loss, f'{name}_accuracy': accuracy}
+    if members:
+        loss = member_cross_entropies(prediction, y)
+    else:
+        loss = jnp.mean(losses.cross_entropy(prediction.log_probs, y))
+    accuracy = jnp.mean(losses.margin(prediction.log_probs, labels) > 0)
+    metrics = {f'{name}_loss': loss, f'{name}_accuracy': accuracy}
+    if penalty:
+        added, found = penalty(prediction, labels)
+        loss += added
+        metrics |= {f'{name}_{what}': value for what, value in found.items()}
+    return loss, metrics
 
 
-# From the config's group `train`, by `train.objective`.
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    'paper': lambda train: paper(train.adversarial_weight, train.label_smoothing),
-    'trades': lambda train: trades(train.beta, train.label_smoothing),
-    'mart': lambda train: mart(train.beta),
+def member_cross_entropies(prediction: Prediction, y: Array) -> Array:
+    """Returns the sum over members of their own cross-entropies, [] (averages over the batch)."""
+    log_probs = jax.nn.log_softmax(prediction.member_logits)
+    return jnp.sum(jnp.mean(jax.vmap(losses.cross_entropy, (0, None))(log_probs, y), axis=1))
+
+
+# From the config's group `train`, by `train.objective`; `of` are members and penalty, of `paper`.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    'paper': lambda train, **of: paper(train.adversarial_weight, train.label_smoothing, **of),
+    'trades': lambda train, **of: trades(train.beta, train.label_smoothing, **of),
+    'mart': lambda train, **of: mart(train.beta),
 }

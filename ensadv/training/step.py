@@ -94,6 +94,7 @@ def descend(
     x: Array,
     x_adv: Array | None,
     y: Array,
+    rng: Array,
 ) -> tuple[Any, Any, Metrics]:
     """Returns the objective's gradient, the running averages after it, and its metrics.
 
@@ -102,7 +103,7 @@ def descend(
     """
 
     def weighted(params, batch_stats, term, x, x_adv):
-        predict = Predict(model, combine, params, batch_stats)
+        predict = Predict(model, combine, params, batch_stats, state.step, rng)
         loss, metrics = term.loss(predict, x, x_adv, y)
         return term.weight * objective.scale * loss, (loss, predict.batch_stats, metrics)
 
@@ -152,7 +153,7 @@ def train_step(
     Args:
       state: the state before the step.
       batch: this device's share of the global batch.
-      rng: keys [B], one per example, for the attack's start.
+      rng: keys [B], one per example, for the attack's start and what the objective draws.
       model: the members' network.
       optimizer: turns gradients into updates.
       combine: how members' outputs become one, see `ensemble.combine`.
@@ -176,7 +177,7 @@ def train_step(
 
     def passes(params, x, x_adv):
         at = state.replace(params=params)
-        return mean_over_devices(descend(objective, model, combine, at, x, x_adv, y))
+        return mean_over_devices(descend(objective, model, combine, at, x, x_adv, y, rng))
 
     gradient, batch_stats, metrics = passes(state.params, x, x_adv)
     if objective.perturbation:

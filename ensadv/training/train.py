@@ -106,8 +106,8 @@ def check_fits(config: ConfigDict, dataset: Mapping[str, Any]) -> None:
 
     Args:
       config: a validated config.
-      dataset: 'num_train' and 'image_shape', as `data.Dataset.describe` gives them, and 'extra' as
-        `data.Extra.describe` gives it, or None.
+      dataset: 'num_train', 'num_classes' and 'image_shape', as `data.Dataset.describe` gives them,
+        and 'extra' as `data.Extra.describe` gives it, or None.
 
     Raises:
       ConfigError: naming the field.
@@ -116,6 +116,17 @@ def check_fits(config: ConfigDict, dataset: Mapping[str, Any]) -> None:
     if batch_size % devices:
         raise ConfigError(
             f'train.batch_size: expected a multiple of the {devices} devices, found {batch_size}'
+        )
+    method, share = config.train.diversity, batch_size // devices
+    if method in ('trs', 'dverge') and share % 2:
+        raise ConfigError(
+            f'train.batch_size: expected an even number of examples on each device with '
+            f'train.diversity={method}, found {share}'
+        )
+    if method == 'adp' and config.ensemble.size >= dataset['num_classes']:
+        raise ConfigError(
+            f'ensemble.size: expected fewer members than the {dataset["num_classes"]} classes with '
+            f'train.diversity=adp, found {config.ensemble.size}'
         )
     extra, num_extra = dataset.get('extra'), streams.num_extra(config)
     if batch_size - num_extra > dataset['num_train']:
@@ -183,6 +194,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
     dataset, extra, description = _read_data(config, workdir_path)
     group = config.model
     model = build.model(config, description, dtype=group.dtype, remat=group.remat)
+    from_config.check_layer(config, model, dataset.image_shape)
     keys = streams.learner_keys(config)
     make_state = partial(init_state, config, model, dataset.image_shape)
     abstract = jax.eval_shape(make_state, keys)

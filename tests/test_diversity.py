@@ -1,0 +1,405 @@
+"""Methods that have members differ, against formulas written out again and known members."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny_config
+from small_network import SmallNetwork
+
+from ensadv import build
+from ensadv import config as config_lib
+from ensadv.errors import ConfigError
+from ensadv.models import features
+from ensadv.training import costs, diversity, from_config, objectives, train
+from ensadv.training.objectives import Predict, Prediction
+from ensadv.training.step import initial_state, train_step
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(0, 2, (3, 5, 4)).astype(np.float32)  # of three members, five images
+LABELS = np.array([0, 3, 1, 1, 2])
+X = jnp.asarray(RNG.uniform(0.1, 0.9, (8, 4, 4, 1)), jnp.float32)
+Y = jnp.arange(8) % 3
+KEYS = jax.random.split(jax.random.key(1), 8)
+
+
+class Linear(nn.Module):
+    """Linear members, whose gradients are known."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3, use_bias=False, name='linear')(x.reshape(len(x), -1))
+
+
+KERNELS = jnp.asarray(RNG.normal(0, 1, (3, 16, 3)), jnp.float32)
+
+
+def linear(kernels, rng=None):
+    return Predict(Linear(), 'probs', {'linear': {'kernel': kernels}}, {}, jnp.int32(0), rng)
+
+
+def gradients_by_hand(kernels, x, y):
+    """Of a linear member's cross-entropy: (p - y) W."""
+    logits = jnp.einsum('bd,kdc->kbc', x.reshape(len(x), -1), kernels, precision='highest')
+    errors = jax.nn.softmax(logits) - jax.nn.one_hot(y, 3)
+    return jnp.einsum('kbc,kdc->kbd', errors, kernels, precision='highest')
+
+
+def cosines_by_hand(gradients):
+    units = gradients / jnp.linalg.norm(gradients, axis=-1, keepdims=True)
+    return jnp.stack([(units[i] * units[j]).sum(-1) for i, j in ((0, 1), (0, 2), (1, 2))])
+
+
+# ADP.
+
+
+def test_entropy_and_determinant_are_those_of_the_mean_and_of_the_other_classes():
+    probs = np.exp(LOGITS.astype(float))
+    probs /= probs.sum(-1, keepdims=True)
+    mean = probs.mean(0)
+    entropy = -np.sum(mean * np.log(mean), -1)
+    np.testing.assert_allclose(diversity.entropy_of_mean(LOGITS), entropy, rtol=1e-5)
+    determinants = []
+    for image, label in enumerate(LABELS):
+        others = np.delete(probs[:, image], label, axis=-1)
+        units = others / np.linalg.norm(others, axis=-1, keepdims=True)
+        determinants.append(np.log(np.linalg.det(units @ units.T + 1e-6 * np.eye(3))))
+    found = diversity.log_determinant(LOGITS, LABELS)
+    np.testing.assert_allclose(found, determinants, rtol=1e-3, atol=1e-4)
+    loss, metrics = diversity.adp(2.0, 0.5)(Prediction(jnp.asarray(LOGITS), None), LABELS)
+    expected = -2 * np.mean(entropy) - 0.5 * np.mean(determinants)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+    assert set(metrics) == {'entropy', 'log_determinant'}
+
+
+def test_members_that_agree_or_are_sure_have_a_finite_determinant_and_gradient():
+    alike = np.stack([LOGITS[0]] * 2)
+    found = diversity.log_determinant(alike, LABELS)
+    np.testing.assert_allclose(found, np.log(2e-6), atol=0.2)
+    # All but certain of the label, in which case what is left of the others underflows.
+    sure = LOGITS + 200 * np.eye(4)[LABELS].astype(np.float32)
+    found = diversity.log_determinant(sure, LABELS)
+    np.testing.assert_allclose(found, diversity.log_determinant(LOGITS, LABELS), rtol=1e-3)
+    penalty = diversity.adp(2.0, 0.5)
+    for logits in (alike, sure):
+        gradient = jax.grad(lambda z: penalty(Prediction(z, None), LABELS)[0])(jnp.asarray(logits))
+        assert np.all(np.isfinite(gradient))
+
+
+# GAL and TRS.
+
+
+def test_input_gradients_are_of_each_members_own_cross_entropy():
+    found = diversity.input_gradients(linear(KERNELS), X, Y)
+    assert (found.shape, found.dtype) == ((3, 8, 4, 4, 1), jnp.float32)
+    expected = gradients_by_hand(KERNELS, X, Y)
+    np.testing.assert_allclose(found.reshape(3, 8, -1), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('method', ['gal', 'trs'])
+def test_the_loss_and_its_gradient_are_those_of_the_formula(method):
+    """They are differentiated twice; written out for linear members, once."""
+
+    def found(kernels):
+        predict = linear(kernels, KEYS)
+        loss = diversity.gal(0.5) if method == 'gal' else diversity.trs(40.0, 0.1, 0.0)
+        return loss(predict, X, None, Y)[0]
+
+    def by_hand(kernels):
+        gradients = gradients_by_hand(kernels, X, Y)
+        cosines = cosines_by_hand(gradients)
+        if method == 'gal':
+            return 0.5 * jnp.mean(jnp.log(jnp.sum(jnp.exp(cosines), axis=0)))
+        squares = jnp.sum(gradients**2, axis=-1)
+        return 40 * jnp.mean(jnp.abs(cosines)) + 0.1 * jnp.mean(squares)
+
+    for ours, expected in zip(
+        jax.value_and_grad(found)(KERNELS), jax.value_and_grad(by_hand)(KERNELS), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_sure_members_gradient_has_a_direction():
+    """Its squares are no float32 numbers."""
+    gradients = jnp.asarray(RNG.normal(0, 1, (3, 5, 16)), jnp.float32)
+    scaled = gradients * jnp.array([1e-28, 1.0, 1e15])[:, None, None]
+    for found in (diversity.cosines(gradients), diversity.cosines(scaled)):
+        np.testing.assert_allclose(found, cosines_by_hand(gradients), atol=1e-5)
+    none = jax.grad(lambda g: jnp.sum(diversity.cosines(g)))(jnp.zeros((2, 5, 16)))
+    np.testing.assert_array_equal(none, 0)
+
+
+def test_trs_looks_for_steep_points_near_every_second_image():
+    predict = linear(KERNELS, KEYS)
+    x = X.at[3].set(0.0).at[5].set(1.0)  # at the box's ends
+    near = diversity.roughest(predict, x[1::2], Y[1::2], 0.05)
+    moves = np.abs(near - x[1::2])
+    assert np.max(moves) <= 0.05 + 1e-6
+    assert near.min() >= 0
+    assert near.max() <= 1
+    square = lambda points, y: np.sum(np.square(gradients_by_hand(KERNELS, points, y)), axis=(0, 2))
+    assert np.all(square(near, Y[1::2]) >= square(x[1::2], Y[1::2]))
+    # And it is those, and the others themselves, whose squares count.
+    found, metrics = diversity.trs(0.0, 2.0, 0.05)(predict, x, None, Y)
+    expected = np.mean([*square(near, Y[1::2]), *square(x[::2], Y[::2])]) / 3
+    np.testing.assert_allclose(metrics['gradient_square'], expected, rtol=1e-4)
+    np.testing.assert_allclose(found, 2 * expected, rtol=1e-4)
+
+
+# DVERGE.
+
+
+def network(**changes):
+    return SmallNetwork(num_classes=3, conv='grouped', **changes)
+
+
+@functools.cache
+def first_state(k=3):
+    return initial_state(network(), jax.random.key(2), k, (4, 4, 1), optax.sgd(0.5))
+
+
+def of_state(state, model=None, step=0):
+    model = model or network()
+    return Predict(model, 'probs', state.params, state.batch_stats, jnp.int32(step), KEYS)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def distances(state, points, layer):
+    """Of each member's features of its points from those of each image's neighbour, [k]."""
+    swapped = X[jnp.array([1, 0, 3, 2, 5, 4, 7, 6])]
+
+    def of_member(params, batch_stats, points):
+        variables = {'params': params, 'batch_stats': batch_stats}
+        of = lambda x: features.of_layers(network(), variables, x)[layer]
+        return jnp.sum((of(points) - of(swapped)) ** 2)
+
+    return jax.vmap(of_member)(state.params, state.batch_stats, points)
+
+
+@pytest.mark.parametrize('layer', ['conv', 'linear'])
+def test_distilled_images_keep_their_looks_and_have_their_neighbours_features(layer):
+    state = first_state()
+    distil = jax.jit(lambda: diversity.distilled(of_state(state), X, 0.07, 10, layer))
+    found = distil()
+    assert found.shape == (3, *X.shape)
+    assert 0.069 < np.max(np.abs(found - X)) <= 0.07 + 1e-6
+    assert np.all(
+        distances(state, found, layer) < 0.95 * distances(state, jnp.stack([X] * 3), layer)
+    )
+    # Each member's own: their features differ.
+    assert np.all(np.any(found[0] != found[1], axis=(1, 2, 3)))
+
+
+def test_random_layers_are_drawn_for_each_step():
+    state = first_state()
+    distil = jax.jit(
+        lambda step: diversity.distilled(of_state(state, step=step), X, 0.07, 2, seed=3)
+    )
+    of_layers = [
+        diversity.distilled(of_state(state), X, 0.07, 2, layer)
+        for layer in ('conv', 'linear', 'norm')
+    ]
+    chosen = []
+    for step in range(8):
+        found = distil(step)
+        chosen += [i for i, of_one in enumerate(of_layers) if np.allclose(found, of_one, atol=1e-3)]
+    assert len(chosen) == 8
+    assert {*chosen} == {0, 1, 2}
+
+
+@pytest.mark.parametrize('k', [2, 4])
+def test_no_member_trains_on_what_was_distilled_from_itself(monkeypatch, k):
+    """Every member sees every other one's images once, with the images' own labels."""
+    marked = jnp.arange(k)[:, None, None, None, None] * jnp.ones((k, *X.shape))
+    monkeypatch.setattr(diversity, 'distilled', lambda *args: marked)
+    seen = []
+
+    class Spy(Predict):
+        def __call__(self, images):
+            seen.append(images[:, 0, 0, 0, 0].astype(int).tolist())
+            return Prediction(jnp.stack([jax.nn.one_hot(Y, 3)] * k), None)
+
+    predict = Spy(None, '', {'w': jnp.zeros((k, 1))}, {}, jnp.int32(0))
+    loss, metrics = diversity.dverge(0.07, 10)(predict, X, None, Y)
+    for member in range(k):
+        of_member = [images[member] for images in seen]
+        assert sorted(of_member) == sorted({*range(k)} - {member})
+    right = -np.log(np.e / (np.e + 2))
+    np.testing.assert_allclose(loss, k * (k - 1) * right, rtol=1e-5)
+    assert metrics['distilled_accuracy'] == 1
+
+
+# In a step.
+
+
+STATIC = ('model', 'optimizer', 'attack', 'combine', 'objective', 'mean_over_devices')
+make_step = jax.jit(train_step, static_argnames=STATIC)
+
+
+def step(objective, number=0, k=3, y=Y):
+    state = first_state(k).replace(step=jnp.int32(number))
+    return make_step(
+        state, (X, y), KEYS, model=network(), optimizer=optax.sgd(0.5), combine='probs',
+        attack=lambda predict, rng, x, y: x, objective=objective,
+    )  # fmt: skip
+
+
+def of_config(method='none', **changes):
+    fields = {f'train__{field}': value for field, value in changes.items()}
+    return from_config.objective(tiny_config('ensemble4', train__diversity=method, **fields))
+
+
+def test_members_cross_entropies_are_summed_and_each_descends_its_own():
+    """As if it were alone."""
+    together, metrics = step(of_config(cross_entropy_of='members'))
+    single = objectives.paper(0.0)
+    total = 0.0
+    for i in range(3):
+        state = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], first_state().params)
+        before = first_state(1).replace(params=state)
+        alone, its = make_step(
+            before, (X, Y), KEYS, model=network(), optimizer=optax.sgd(0.5), combine='probs',
+            attack=None, objective=single,
+        )  # fmt: skip
+        total += its['loss']
+        jax.tree.map(
+            lambda ours, its, i=i: np.testing.assert_allclose(ours[i], its[0], atol=1e-6),
+            together.params, alone.params,
+        )  # fmt: skip
+    np.testing.assert_allclose(metrics['loss'], total, rtol=1e-6)
+
+
+def test_running_averages_take_in_only_what_members_are_trained_on():
+    plain, _ = step(of_config(cross_entropy_of='members'))
+    for method in ('adp', 'gal', 'trs'):
+        new, metrics = step(of_config(method))
+        same = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+        jax.tree.map(same, new.batch_stats, plain.batch_stats)
+        assert np.max(np.abs(new.params['linear']['kernel'] - plain.params['linear']['kernel'])) > (
+            1e-4
+        )
+        assert np.isfinite(metrics['loss'])
+    # Before its start DVERGE trains on the images as they are, k - 1 times.
+    new, metrics = step(of_config('dverge', dverge_start=5), number=4)
+    once = plain.batch_stats['norm']['mean'] / 0.1
+    np.testing.assert_allclose(new.batch_stats['norm']['mean'], 0.19 * once, atol=1e-6)
+    np.testing.assert_allclose(
+        new.params['linear']['bias'] - first_state().params['linear']['bias'],
+        2 * (plain.params['linear']['bias'] - first_state().params['linear']['bias']),
+        atol=1e-6,
+    )
+    later, _ = step(of_config('dverge', dverge_start=5), number=5)
+    assert np.max(np.abs(later.batch_stats['norm']['mean'] - new.batch_stats['norm']['mean'])) > (
+        1e-5
+    )
+
+
+def test_without_weights_the_program_is_the_plain_one():
+    def program(objective):
+        return str(jax.make_jaxpr(functools.partial(train_step, model=network(), combine='probs',
+            optimizer=optax.sgd(0.5), attack=lambda predict, rng, x, y: x, objective=objective,
+        ))(first_state(), (X, Y), KEYS))  # fmt: skip
+
+    for plain, rho in (('members', 0.0), ('members', 1.0), ('ensemble', 0.0)):
+        wanted = program(of_config(adversarial_weight=rho, cross_entropy_of=plain))
+        for method, weights in (
+            ('adp', {'adp_alpha': 0.0, 'adp_beta': 0.0}),
+            ('gal', {'gal_weight': 0.0}),
+            ('trs', {'trs_similarity': 0.0, 'trs_smoothness': 0.0}),
+        ):
+            fields = {'adversarial_weight': rho, 'cross_entropy_of': plain} | weights
+            assert program(of_config(method, **fields)) == wanted
+            others = dict.fromkeys(weights, 1.0)
+            assert program(of_config(method, **(fields | others))) != wanted
+
+
+@pytest.mark.parametrize('method', ['trs', 'dverge'])
+def test_two_devices_descend_one_gradient(method):
+    """Pairs of images stay on one device, and batch statistics are of both."""
+    objective = of_config(method, trs_smoothness=0.1)
+    one, _ = step(objective)
+
+    @jax.jit
+    @functools.partial(jax.vmap, axis_name='devices')
+    def on_each(batch, keys):
+        return train_step(
+            first_state(), batch, keys, model=network(norm_axis='devices'), combine='probs',
+            optimizer=optax.sgd(0.5), attack=None, objective=objective,
+            mean_over_devices=lambda tree: jax.lax.pmean(tree, 'devices'),
+        )[0]  # fmt: skip
+
+    two = on_each((X.reshape(2, 4, 4, 4, 1), Y.reshape(2, 4)), KEYS.reshape(2, 4))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=2e-5),
+        two.params, one.params,
+    )  # fmt: skip
+
+
+# From config fields.
+
+
+def test_the_method_is_the_configs():
+    predict = lambda images: Prediction(jnp.asarray(LOGITS), objectives.ensemble.combine(
+        jnp.asarray(LOGITS), 'probs'))  # fmt: skip
+    objective = of_config('adp', adp_alpha=3.0, adp_beta=0.25, adversarial_weight=2.0)
+    expected = np.sum(np.mean(-jax.nn.log_softmax(LOGITS)[:, np.arange(5), LABELS], axis=1))
+    expected += diversity.adp(3.0, 0.25)(predict(0), LABELS)[0]
+    for term, name in zip(objective.terms, ('clean', 'adversarial'), strict=True):
+        loss, metrics = term.loss(predict, 0, 0, LABELS)  # the penalty goes with both
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        assert f'{name}_entropy' in metrics
+    assert [len(of_config(method).terms) for method in config_lib.DIVERSITIES] == [1, 1, 2, 2, 1]
+    found = of_config('gal', adversarial_weight=3.0, objective='paper')
+    assert [term.weight for term in found.terms] == [1, 3.0, 1]
+    assert found.scale == 0.25
+    assert [term.weight for term in of_config('dverge', adversarial_weight=3.0).terms] == [1, 3.0]
+    loss = of_config('gal', gal_weight=2.0).terms[1].loss(linear(KERNELS), X, None, Y)[0]
+    np.testing.assert_allclose(
+        loss, 4 * diversity.gal(0.5)(linear(KERNELS), X, None, Y)[0], rtol=1e-5
+    )
+    fields = {'trs_similarity': 3.0, 'trs_smoothness': 2.0, 'trs_radius': 0.0}
+    loss = of_config('trs', **fields).terms[1].loss(linear(KERNELS, KEYS), X, None, Y)[0]
+    expected = diversity.trs(3.0, 2.0, 0.0)(linear(KERNELS, KEYS), X, None, Y)[0]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_layers_are_named_and_one_that_is_not_there_is_refused():
+    dataset = {'num_classes': 3, 'mean': [0.5], 'std': [0.5], 'image_shape': [8, 8, 1]}
+    blocks = [f'group_{group}_block_1' for group in (1, 2, 3)]
+    named = {}
+    for remat in (False, True):
+        config = tiny_config('ensemble2', train__diversity='dverge', model__remat=remat)
+        model = build.model(config, dataset, dtype='bfloat16', remat=remat)
+        named[remat] = features.names(model, (8, 8, 1))
+    assert named[False] == named[True] == ['conv_0', *blocks, 'linear', 'norm']
+    config.train.dverge_layer = 'group_2_block_2'
+    with pytest.raises(ConfigError, match="did you mean 'group_2_block_1'"):
+        from_config.check_layer(config, model, (8, 8, 1))
+    config.train.dverge_layer = 'norm'
+    from_config.check_layer(config, model, (8, 8, 1))
+
+
+def test_what_does_not_fit_devices_and_data_is_refused():
+    dataset = {'num_train': 100, 'num_classes': 3, 'image_shape': [8, 8, 1]}
+    odd = tiny_config('ensemble2', train__diversity='dverge', train__batch_size=9)
+    with pytest.raises(ConfigError, match='even number of examples on each device'):
+        train.check_fits(odd, dataset)
+    many = tiny_config('ensemble4', train__diversity='adp')
+    with pytest.raises(ConfigError, match='fewer members than the 3 classes'):
+        train.check_fits(many, dataset)
+
+
+def test_passes_are_counted():
+    made = lambda method, **changes: costs.passes(
+        tiny_config('ensemble4', train__diversity=method, **changes)
+    )
+    assert made('adp') == made('none')
+    assert made('gal').gradient_updates == 1
+    assert made('trs')[4:] == (0, 2, 3)
+    assert made('trs', train__trs_smoothness=0.0)[4:] == (0, 1, 0)
+    found = made('dverge', train__dverge_start=1, train__adversarial_weight=1.0)
+    assert (found.updates, found.distillation_steps) == (4, 7.5)
