@@ -139,7 +139,7 @@ def diversity_words(train: Mapping[str, Any]) -> str:
     method = train['diversity']
     found = {name: train[f'{method}_{name}'] for name in _DIVERSITY_WORDS[method]}
     texts = (
-        f'{name} {value}' if isinstance(value, str) else f'{name} {value:.4g}'
+        f'{name} {value:.4g}' if isinstance(value, float) else f'{name} {value}'
         for name, value in found.items()
     )
     return f'{method.upper()} with {", ".join(texts)}'
@@ -366,6 +366,11 @@ def _validate_diversity(config: ConfigDict) -> None:
         _number(config, f'train.{name}', 0, 1)
     _integer(config, 'train.dverge_steps', 1)
     _integer(config, 'train.dverge_start', 0)
+    if method == 'dverge' and train.dverge_start >= train.steps:
+        raise ConfigError(
+            f'train.dverge_start: expected fewer than train.steps, {train.steps}, or nothing would '
+            f'be distilled, found {train.dverge_start}'
+        )
     of_members = cross_entropy_of(train.cross_entropy_of, method) == 'members'
     attacked_objective = train.objective if train.adversarial_weight else 'paper'
     size, training = config.ensemble.size, config.ensemble.training

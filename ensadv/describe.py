@@ -1,5 +1,6 @@
 """The describe job: what a config amounts to, without training."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,8 @@ from ensadv.evaluation import attack_settings, blackbox
 from ensadv.models import ensemble
 from ensadv.runtime import distributed
 from ensadv.storage import workdir
-from ensadv.training import costs, feeds, from_config, streams, train
+from ensadv.training import costs, diversity, feeds, from_config, streams, train
+from ensadv.training.objectives import Predict
 
 
 def run(config: ConfigDict, path: epath.Path | None, systems_dir: epath.Path) -> str:
@@ -141,11 +143,13 @@ def _network(config: ConfigDict) -> str:
 
 def _system(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     k = config.ensemble.size
-    training = (
-        'one loss, of the ensemble'
-        if config.ensemble.training == 'joint'
-        else 'each member by itself'
-    )
+    train = config.train
+    if config.ensemble.training == 'separate':
+        training = 'each member by itself'
+    elif config_lib.cross_entropy_of(train.cross_entropy_of, train.diversity) == 'members':
+        training = "one loss, the sum of its members'"
+    else:
+        training = 'one loss, of the ensemble'
     return {
         'network': _network(config),
         'members': f'{k}, combined by {_COMBINES[config.ensemble.combine]}',
@@ -173,8 +177,6 @@ def _objective(config: ConfigDict) -> str:
         text = f'adversarial weight {train.adversarial_weight:g}'
     else:
         text = f'{train.objective.upper()} with beta {train.beta:g}'
-    if config_lib.cross_entropy_of(train.cross_entropy_of, train.diversity) == 'members':
-        text += ', cross-entropy of each member'
     if train.diversity != 'none':
         text += f', {config_lib.diversity_words(train)}'
     if train.label_smoothing:
@@ -215,7 +217,7 @@ def _flops(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
     times = 1 + made.perturbed_share
     for number, what in (
         (made.distillation_steps, 'steps that distil'),
-        (made.gradient_updates, 'passes with the gradient of input gradients'),
+        (made.gradient_updates, 'backward passes through input gradients'),
         (made.gradient_steps, 'steps that climb input gradients'),
     ):
         if number:
@@ -238,21 +240,35 @@ def _memory(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
         f = lambda params: ensemble.apply_train(model, {'params': params, 'batch_stats': stats}, x)
         return jax.vjp(f, params)[1]
 
+    def kept_of_gradients(params, stats, x):
+        y = jnp.zeros(batch, jnp.int32)
+        predict = functools.partial(Predict, model, 'probs', batch_stats=stats)
+        f = lambda params: diversity.input_gradients(predict(params=params), x, y)
+        return jax.vjp(f, params)[1]
+
+    made = costs.passes(config)
     # The weights are among what is kept, and counted already.
-    activations = _bytes(jax.eval_shape(kept, params, variables['batch_stats'], x)) - _bytes(params)
-    passes = costs.passes(config).updates
+    activations, of_gradients = (
+        _bytes(jax.eval_shape(f, params, variables['batch_stats'], x)) - _bytes(params) if f else 0
+        for f in (kept, kept_of_gradients if made.gradient_updates else None)
+    )
+    passes = made.updates
     perturbed = bool(config.train.awp_gamma)
     state = (3 + perturbed) * _bytes(params) + _bytes(variables['batch_stats'])
     weights = 'weights, perturbed weights' if perturbed else 'weights'
     nums = dataset['num_train'], (dataset.get('extra') or {'num': 0})['num']
     images = sum(nums) * math.prod(dataset['image_shape'])
     fits = feeds.fits_devices(config, images, max(nums))
-    return {
+    rows = {
         'images': f'{_mebi(images)}, {"on every device" if fits else "streamed from the host"}',
         'on every device': f'{_mebi(state)} ({weights}, momentum and gradients, float32)',
         'over all devices': f'{_mebi(passes * activations)} (activations for the backward pass, '
         f'{passes} x {_mebi(activations)})',
     }
+    if of_gradients:
+        found = f'{_mebi(of_gradients)} (for a backward pass through input gradients)'
+        rows['at another time'] = found
+    return rows
 
 
 def _learning_rate(config: ConfigDict) -> dict[str, str]:

@@ -112,7 +112,9 @@ def test_calls_of_any_length_give_the_same_bits(workdir):
     """The chunks of the compiled loop are a matter of speed."""
     results = []
     for steps_per_call in (1, 3):
-        config = tiny_config('singleadv', train__steps_per_call=steps_per_call)
+        # What is drawn for a step, as DVERGE's layer is, depends on its number alone.
+        recipe = {'train__diversity': 'dverge', 'train__dverge_start': 1}
+        config = tiny_config('ensemble2adv', train__steps_per_call=steps_per_call, **recipe)
         config.train.log_every = 4
         config.train.checkpoint_every = config.train.snapshot_every = 4
         train.run(config, workdir / str(steps_per_call))
