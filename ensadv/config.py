@@ -390,8 +390,8 @@ def _validate_diversity(config: ConfigDict) -> None:
             'train.cross_entropy_of: expected auto or ensemble with train.objective=mart, whose '
             'loss is no cross-entropy, found members'
         )
-    allowed = {'adp': ('paper', 'trades'), 'dverge': ('paper',)}.get(method)
-    if allowed and attacked_objective not in allowed:
+    allowed = ('paper',) if method == 'dverge' else ('paper', 'trades')
+    if method != 'none' and attacked_objective not in allowed:
         raise ConfigError(
             f'train.objective: expected {" or ".join(allowed)} with train.diversity={method}, or '
             f'train.adversarial_weight=0, found {attacked_objective}'

@@ -216,7 +216,7 @@ TWO = {'ensemble.size': 2}
         ('trades', {'attack.sigma': 0.0}, 'at the image itself its attack has no gradient'),
         ('paper', {'train.schedule': 'linear', 'train.warmup_steps': 500_000}, 'than train.steps,'),
         ('mart', {'train.cross_entropy_of': 'members'}, 'train.objective=mart, whose loss is no'),
-        ('mart', TWO | {'train.diversity': 'adp'}, 'expected paper or trades with train.diversity'),
+        ('mart', TWO | {'train.diversity': 'gal'}, 'expected paper or trades with train.diversity'),
         ('trades', TWO | {'train.diversity': 'dverge'}, 'expected paper with train.diversity='),
         ('paper', {'train.diversity': 'gal'}, 'gal needs two members or more that are trained'),
         (
