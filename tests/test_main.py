@@ -298,6 +298,11 @@ def test_describe_tells_the_recipe():
     assert attack.endswith('loss divergence from the clean prediction')
     config.train.adversarial_weight = 0.0
     assert describe._objective(config).startswith('clean, label smoothing')
+    config.ensemble.size = 2
+    config.train.diversity = 'dverge'
+    assert describe._objective(config).startswith(
+        'clean, DVERGE with epsilon 0.07, steps 10, layer random, start 0, label smoothing'
+    )
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,8 @@ SHORTER = [
     ({'attack__steps': 3}, 'attack.steps 3, not 7'),
     ({'train__objective': 'trades'}, 'train.objective trades, not paper'),
     ({'train__awp_gamma': 0.005}, 'train.awp_gamma 0.005, not 0'),
+    ({'train__cross_entropy_of': 'members'}, 'train.cross_entropy_of members, not ensemble'),
+    ({'train__diversity': 'gal'}, 'train.diversity gal, not none'),
     ({'train__schedule': 'cosine'}, 'train.schedule cosine, not steps'),
 ]
 

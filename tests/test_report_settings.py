@@ -91,6 +91,9 @@ def test_the_recipe_is_told(tmp_path):
     assert 'learning rate 0.1 (cosine) after 5 steps of warm-up, momentum 0.9, ' in rate
     assert 'weight decay 0.0005 on kernels, ' in rate
     assert attack.endswith('; TRADES, beta 6, label smoothing 0.1, AWP with gamma 0.005.')
+    write(tmp_path / 'adp', {40: LAST}, 'ensemble2adv', train__diversity='adp')
+    _, attack = basis.training(collected(tmp_path / 'adp'))
+    assert attack.endswith('; rho 1, cross-entropy of each member, ADP with alpha 2, beta 0.5.')
     newer = {
         'model__activation': 'silu', 'attack__name': 'n_fgsm', 'train__ema_decay': 0.5,
     }  # fmt: skip
