@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 from conftest import tiny_config
+from small_network import SmallNetwork
 
 from ensadv import build
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError
-from ensadv.models import features
+from ensadv.models import ensemble, features
 from ensadv.models.norm import BatchNorm
 from ensadv.training import costs, diversity, from_config, objectives, train
 from ensadv.training.objectives import Predict, Prediction
@@ -101,6 +102,17 @@ def test_input_gradients_are_of_each_members_own_cross_entropy():
     assert (found.shape, found.dtype) == ((3, 8, 4, 4, 1), jnp.float32)
     expected = gradients_by_hand(KERNELS, X, Y)
     np.testing.assert_allclose(found.reshape(3, 8, -1), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_input_gradients_are_float32_where_members_are_not():
+    model = SmallNetwork(num_classes=3, dtype=jnp.bfloat16)
+
+    def found(x):
+        variables = ensemble.init(model, jax.random.key(0), 2, (4, 4, 1))
+        predict = Predict(model, 'probs', variables['params'], variables['batch_stats'])
+        return diversity.input_gradients(predict, x, Y)
+
+    assert jax.eval_shape(found, X) == jax.ShapeDtypeStruct((2, 8, 4, 4, 1), jnp.float32)
 
 
 @pytest.mark.parametrize('method', ['gal', 'trs'])
@@ -364,7 +376,7 @@ def test_two_devices_descend_one_gradient(method, fields, number):
 
 
 def test_the_method_is_the_configs(monkeypatch):
-    predict = lambda images: Prediction(jnp.asarray(LOGITS), objectives.ensemble.combine(
+    predict = lambda images: Prediction(jnp.asarray(LOGITS), ensemble.combine(
         jnp.asarray(LOGITS), 'probs'))  # fmt: skip
     objective = of_config('adp', adp_alpha=3.0, adp_beta=0.25, adversarial_weight=2.0)
     expected = np.sum(np.mean(-jax.nn.log_softmax(LOGITS)[:, np.arange(5), LABELS], axis=1))

@@ -88,11 +88,11 @@ def gal(weight: float) -> Loss:
     """Returns GAL: weight times log sum over pairs of members of exp(cos(g_i, g_j)), clean images.
 
     g are input gradients (Kariyappa & Qureshi, 2019, arXiv 1901.09981: gradient alignment loss).
-    It is differentiated twice: with ReLU members' gradients change with the weights alone, and the
-    authors take a leaky one; `model.activation` has SiLU.
+    It is differentiated twice. With ReLU members are piecewise linear in the images, and DVERGE's
+    authors, who compare with it, take a leaky one; `model.activation` has SiLU.
 
     Args:
-      weight: lambda of the paper, 0.5 there.
+      weight: 0.5 in the code of DVERGE's and of TRS's authors.
     """
 
     def loss(predict, x, x_adv, y):
