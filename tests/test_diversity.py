@@ -382,7 +382,8 @@ def test_the_method_is_the_configs(monkeypatch):
     expected = np.sum(np.mean(-jax.nn.log_softmax(LOGITS)[:, np.arange(5), LABELS], axis=1))
     expected += diversity.adp(3.0, 0.25)(predict(0), LABELS)[0]
     for term, name in zip(objective.terms, ('clean', 'adversarial'), strict=True):
-        loss, metrics = term.loss(predict, 0, 0, LABELS)  # the penalty goes with both
+        # The penalty goes with both.
+        loss, metrics = jax.jit(lambda term=term: term.loss(predict, 0, 0, LABELS))()
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
         assert f'{name}_entropy' in metrics
     assert [len(of_config(method).terms) for method in config_lib.DIVERSITIES] == [1, 1, 2, 2, 1]
