@@ -262,6 +262,24 @@ def test_newcomers_mistakes_are_told_with_what_was_meant(program, args, told):
     assert_told(program.run('--mode=describe', *config, *args.split(' ')), told)
 
 
+@pytest.mark.parametrize(
+    'args, told',
+    [
+        ('--mode=import', '--from: needed'),
+        ('--mode=import --from=none.npz', '--architecture: needed'),
+        ('--mode=import --from=none.npz --architecture=WRN-28', 'expected WRN-DEPTH-WIDTH'),
+        ('--mode=import --from=none.npz --architecture=WRN-28-1-tanh', 'relu, silu'),
+        ('--mode=import --from=none.npz --architecture=WRN-27-1', 'model.depth: expected 6n + 4'),
+        ('--mode=import --from=none.safetensors', 'none.safetensors: cannot be read'),
+        ('--mode=import --from=none.npz --architecture=WRN-10-1', 'none.npz: cannot be read'),
+        ('--mode=export', 'no run is here'),
+    ],
+)
+def test_mistakes_of_exports_and_imports(program, tmp_path, args, told):
+    common = f'--workdir={tmp_path}/run', '--compilation_cache='
+    assert_told(program.run(*args.split(), *common), told)
+
+
 def test_a_study_is_not_trained_as_one_run(program, tmp_path):
     result = program.run(QUICK, f'--workdir={tmp_path}/run', '--compilation_cache=')
     assert_told(result, 'this is for --mode=study')
