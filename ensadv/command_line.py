@@ -367,12 +367,20 @@ def _config_to_import(get_default: Callable[[], ConfigDict]) -> ConfigDict:
     found = get_default()
     named = architectures.parse(FLAGS.architecture) if FLAGS.architecture else {}
     exported = tensor_files.exported_config(tensor_files.split(source)[0])
-    if FLAGS.config is not None:
-        found = _run_config_file(FLAGS.config, get_default)
-    elif exported is not None:
-        found = config_lib.from_dict(exported, found)
+    if exported is not None:
+        if FLAGS.config is not None:
+            raise UserError(
+                f'--config: {source} was exported with a config of its own, and is imported with '
+                'it; --config.FIELD=VALUE sets a field'
+            )
+        try:
+            found = config_lib.from_dict(exported, found)
+        except ConfigError as error:
+            raise ConfigError(f'--from={source}: {error}') from error
         found.model.update(named)
         return found
+    if FLAGS.config is not None:
+        found = _run_config_file(FLAGS.config, get_default)
     elif not FLAGS.architecture:
         raise UserError('--architecture: needed, as --architecture=WRN-28-10')
     if found.system == get_default().system:

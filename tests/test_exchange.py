@@ -19,7 +19,7 @@ from ensadv.architectures import ARCHITECTURES
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluation import evaluate, finished_runs
 from ensadv.exchange import export, imports, naming
-from ensadv.storage import checkpoints, files, tensor_files, workdir
+from ensadv.storage import checkpoints, files, records, tensor_files, workdir
 from ensadv.training import imported, streams, train
 
 DESCRIPTION = {'num_classes': 10, 'mean': [0.4] * 3, 'std': [0.3] * 3, 'image_shape': [8, 8, 3]}
@@ -220,6 +220,8 @@ def test_weights_come_in_go_out_and_come_in_again(small, tmp_path, capsys):
     again.model.update(mean=None, std=None)
     imports.run(again, second, str(weights), None)
     assert snapshot_bytes(config, second, 1) == snapshot_bytes(config, first, 1)
+    namings = [workdir.read_record(path)['imported']['naming'] for path in (first, second)]
+    assert namings == [naming.OWN, records.EXPORTED]
     # The card has the numbers of these weights, with n.
     card = (out / 'README.md').read_text()
     (clean,) = workdir.read_evaluations(first)[1]['attacks']

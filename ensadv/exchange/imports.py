@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ensadv import architectures, build
+from ensadv import config as config_lib
 from ensadv.data import datasets
 from ensadv.errors import UserError
 from ensadv.exchange import export, naming
@@ -53,8 +54,9 @@ def run(config: ConfigDict, path: epath.Path, source: str, architecture: str | N
     _settle_network(config, found, source, architecture)
     dataset = build.dataset(config)
     description = build.describe_data(config, dataset)
-    exported = tensor_files.read_metadata(file)
-    _check_exported(config, description, exported, source)
+    exported = tensor_files.exported_config(file)
+    if exported is not None:
+        _check_exported(config, description, tensor_files.read_metadata(file), source)
     network = build.network(config, description)
     try:
         variables, standardisation = naming.from_pytorch(tensors, found, network.variables)
@@ -69,7 +71,7 @@ def run(config: ConfigDict, path: epath.Path, source: str, architecture: str | N
     imported = {
         'file': file.name,
         'digest': hashlib.sha256(file.read_bytes()).hexdigest(),
-        'naming': records.EXPORTED if 'ensadv' in exported else found.naming,
+        'naming': records.EXPORTED if _is_trained_as(config, exported) else found.naming,
         'step': config.train.steps,
     }
     _write(config, path, variables, description, imported)
@@ -98,18 +100,34 @@ def _check_exported(
     config: ConfigDict, dataset: Mapping[str, Any], metadata: Mapping[str, str], source: str
 ) -> None:
     """Refuses a config whose network is another than that which a file was exported from."""
-    if 'network' not in metadata:
-        return
-    theirs, mine = json.loads(metadata['network']), export.network_settings(config, dataset)
+    mine = export.network_settings(config, dataset)
+    try:
+        theirs = {**json.loads(metadata['network'])}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f'--from={source}: not as --mode=export writes it ({error})') from error
     differing = [
-        f'{name} {theirs[name]}, not {value}' for name, value in mine.items()
-        if name in theirs and theirs[name] != value
-    ]  # fmt: skip
+        f'{name} {theirs.get(name)}, not {value}'
+        for name, value in mine.items()
+        if theirs.get(name) != value
+    ]
     if differing:
         raise UserError(
             f'--from={source}: was exported from another network than the config asks for '
-            f"({'; '.join(differing)}); without --config and --architecture it is the file's"
+            f"({'; '.join(differing)}); without --architecture it is the file's"
         )
+
+
+def _is_trained_as(config: ConfigDict, exported: Mapping[str, Any] | None) -> bool:
+    """Returns whether a config says of training what a file was exported with."""
+    if exported is None:
+        return False
+    mine = config_lib.settings(config_lib.to_dict(config))
+    groups = ('train.', 'attack.')
+    return all(
+        mine.get(field) == value
+        for field, value in config_lib.flatten(exported).items()
+        if field.startswith(groups)
+    )
 
 
 def _settle_standardisation(

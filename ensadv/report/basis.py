@@ -13,7 +13,6 @@ from ensadv.report import paper
 from ensadv.report.collect import Collection
 from ensadv.report.run import Run
 from ensadv.report.table1 import attack_name
-from ensadv.storage import records
 
 TITLE, APART_TITLE = 'How these numbers were made', 'Not in this report'
 
@@ -173,7 +172,7 @@ def imported(collection: Collection) -> list[str]:
         text = f'{system}: weights imported from {facts["file"]} (SHA-256 {facts["digest"]:.8}...)'
         if not run.is_trained_here:
             text += '; how they were trained is not known here'
-        elif facts['naming'] != records.EXPORTED:
+        elif run.steps > facts['step']:
             text += f', and trained on from step {facts["step"]:,}'
         lines.append(f'{text}.')
     return lines

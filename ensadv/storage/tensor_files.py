@@ -63,9 +63,12 @@ def exported_config(path: epath.Path) -> dict[str, Any] | None:
       UserError: if the file cannot be read.
     """
     metadata = read_metadata(path)
+    if 'ensadv' not in metadata:
+        return None
     try:
-        return json.loads(metadata['ensadv'])['config'] if 'ensadv' in metadata else None
-    except (ValueError, TypeError, KeyError) as error:
+        config = json.loads(metadata['ensadv'])['config']
+        return {**config}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _not_read(path, 'a file as --mode=export writes it', error) from error
 
 
