@@ -18,7 +18,7 @@ from ensadv import build
 from ensadv.architectures import ARCHITECTURES
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluation import evaluate, finished_runs
-from ensadv.exchange import export, imports, naming
+from ensadv.exchange import card, export, imports, naming
 from ensadv.storage import checkpoints, files, records, tensor_files, workdir
 from ensadv.training import imported, streams, train
 
@@ -286,6 +286,24 @@ def test_separate_members_and_averages_begin_at_imported_weights(small, tmp_path
     with pytest.raises(UserError, match='step 8'):
         imported.state_at(config, opened, 8, like)
     opened.close()
+
+
+def test_robustbench_gets_accuracies_as_published_on_the_whole_test_set_alone():
+    config = config_of(ensemble__size=1, model__depth=28, model__width=10)
+    config.epsilon = 8 / 255
+    run = finished_runs.Run(None, config, {'dataset': {'num_test': 10, 'name': 'cifar10'}}, 5)
+    published = {'gradient_steps': 100, 'targets': 9, 'queries': 5000}
+
+    def result(n, accuracy, name='autoattack', **changes):
+        settings = published | changes
+        return {'name': name, 'n': n, 'accuracy': accuracy, 'settings': settings}
+
+    results = [result(10, 0.9, 'clean'), result(10, 0.5, queries=10), result(5, 0.3)]
+    fields = card.robustbench(run, results)
+    assert (fields['architecture'], fields['eps']) == ('WideResNet-28-10', '8/255')
+    assert (fields['clean_acc'], fields['autoattack_acc']) == ('90.00', '')
+    fields = card.robustbench(run, [*results, result(10, 0.4)])
+    assert fields['reported'] == fields['autoattack_acc'] == '40.00'
 
 
 def test_what_a_file_does_not_say_is_asked_for(small, tmp_path):

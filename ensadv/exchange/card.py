@@ -183,8 +183,16 @@ def robustbench(
     Accuracies in % are those on the whole test set; '' where they were not measured on it.
     """
     config, total = run.config, run.record['dataset']['num_test']
-    named = {selection.ledger_key(r): r for r in results if r['n'] == total}
-    accuracy = lambda name: f'{100 * named[name]["accuracy"]:.2f}' if name in named else ''
+    known = {'clean': {}, 'autoattack': registry.defaults('autoattack', config.epsilon)}
+    known['autoattack'].pop('examples', None)
+
+    def accuracy(name):
+        """Returns that of an attack as published; '' where it was not made on all images."""
+        for r in (r for r in results if r['name'] == name and r['n'] == total):
+            if all(r['settings'].get(field) == value for field, value in known[name].items()):
+                return f'{100 * r["accuracy"]:.2f}'
+        return ''
+
     k, group = config.ensemble.size, config.model
     names = {'wide_resnet': 'WideResNet-{depth}-{width}', 'vgg': 'VGG-{depth}'}
     fields = {
