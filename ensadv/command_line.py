@@ -366,7 +366,7 @@ def _config_to_import(get_default: Callable[[], ConfigDict]) -> ConfigDict:
         raise UserError('--from: needed, a file of weights, as --from=weights.safetensors')
     found = get_default()
     named = architectures.parse(FLAGS.architecture) if FLAGS.architecture else {}
-    exported = tensor_files.exported_config(tensor_files.split(source)[0])
+    exported = tensor_files.exported(tensor_files.split(source)[0])
     if exported is not None:
         if FLAGS.config is not None:
             raise UserError(
@@ -374,7 +374,7 @@ def _config_to_import(get_default: Callable[[], ConfigDict]) -> ConfigDict:
                 'it; --config.FIELD=VALUE sets a field'
             )
         try:
-            found = config_lib.from_dict(exported, found)
+            found = config_lib.from_dict(exported['config'], found)
         except ConfigError as error:
             raise ConfigError(f'--from={source}: {error}') from error
         found.model.update(named)

@@ -283,9 +283,9 @@ def test_mistakes_of_exports_and_imports(program, tmp_path, args, told):
 @pytest.mark.parametrize(
     'content, told',
     [
-        ('{"config": {"seed": 1}}', '--config: '),
-        ('{"config": {"sed": 1}}', 'unknown config field sed'),
-        ('{"config": 3}', 'expected a file as --mode=export writes it'),
+        ('{"config": {"seed": 1}, "network": {}}', '--config: '),
+        ('{"config": {"sed": 1}, "network": {}}', 'unknown config field sed'),
+        ('{"config": 3, "network": {}}', 'expected a file as --mode=export writes it'),
         ('{', 'expected a file as --mode=export writes it'),
     ],
 )

@@ -213,7 +213,7 @@ def test_weights_come_in_go_out_and_come_in_again(small, tmp_path, capsys):
     np.testing.assert_array_equal(kept.pop('std').ravel(), [0.5])
     assert_equal(kept, naming.to_pytorch(variables))
     # What it was exported with is what it is imported with, but for paths.
-    theirs = tensor_files.exported_config(weights)
+    theirs = tensor_files.exported(weights)['config']
     assert theirs['model']['mean'] == [0.25]
     assert 'path' not in theirs['data']
     again = config.copy_and_resolve_references()

@@ -115,9 +115,11 @@ def _metadata(run: finished_runs.Run) -> dict[str, str]:
     for field in _PATHS:
         group, name = field.split('.')
         config[group] = {key: value for key, value in config[group].items() if key != name}
-    origin = {'version': ensadv.__version__, 'step': run.step, 'config': config}
-    return {
-        'format': 'pt',
-        'network': json.dumps(network_settings(run.config, run.record['dataset'])),
-        'ensadv': json.dumps(origin),
+    content = {
+        'version': ensadv.__version__,
+        'step': run.step,
+        'network': network_settings(run.config, run.record['dataset']),
+        'config': config,
     }
+    # One entry, since safetensors writes several in any order: the same run has the same bytes.
+    return {tensor_files.EXPORTED: json.dumps(content)}

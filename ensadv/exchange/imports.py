@@ -1,7 +1,6 @@
 """The import job: weights of a Wide ResNet in PyTorch, or of an exported ensemble, become a run."""
 
 import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -54,9 +53,9 @@ def run(config: ConfigDict, path: epath.Path, source: str, architecture: str | N
     _settle_network(config, found, source, architecture)
     dataset = build.dataset(config)
     description = build.describe_data(config, dataset)
-    exported = tensor_files.exported_config(file)
+    exported = tensor_files.exported(file)
     if exported is not None:
-        _check_exported(config, description, tensor_files.read_metadata(file), source)
+        _check_exported(config, description, exported['network'], source)
     network = build.network(config, description)
     try:
         variables, standardisation = naming.from_pytorch(tensors, found, network.variables)
@@ -97,14 +96,10 @@ def _settle_network(
 
 
 def _check_exported(
-    config: ConfigDict, dataset: Mapping[str, Any], metadata: Mapping[str, str], source: str
+    config: ConfigDict, dataset: Mapping[str, Any], theirs: Mapping[str, Any], source: str
 ) -> None:
     """Refuses a config whose network is another than that which a file was exported from."""
     mine = export.network_settings(config, dataset)
-    try:
-        theirs = {**json.loads(metadata['network'])}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f'--from={source}: not as --mode=export writes it ({error})') from error
     differing = [
         f'{name} {theirs.get(name)}, not {value}'
         for name, value in mine.items()
@@ -125,7 +120,7 @@ def _is_trained_as(config: ConfigDict, exported: Mapping[str, Any] | None) -> bo
     groups = ('train.', 'attack.')
     return all(
         mine.get(field) == value
-        for field, value in config_lib.flatten(exported).items()
+        for field, value in config_lib.flatten(exported['config']).items()
         if field.startswith(groups)
     )
 

@@ -188,7 +188,7 @@ def read_safetensors(path):
 def load(path=FOLDER / 'weights.safetensors'):
     """Returns the ensemble of a file of weights, on the CPU and in evaluation mode."""
     tensors, metadata = read_safetensors(path)
-    ensemble = Ensemble(**json.loads(metadata['network']))
+    ensemble = Ensemble(**json.loads(metadata['ensadv'])['network'])
     ensemble.load_state_dict(tensors)
     return ensemble.eval()
 

@@ -15,6 +15,7 @@ from ensadv.storage import files
 
 SAFETENSORS, NPZ = '.safetensors', '.npz'
 PICKLED = ('.pt', '.pth', '.pt7', '.bin', '.ckpt', '.tar')  # as torch.save writes them
+EXPORTED = 'ensadv'  # the entry of a .safetensors' metadata that --mode=export writes
 _LARGEST_HEADER = 100_000_000  # bytes, as the format's own library allows
 
 
@@ -56,18 +57,21 @@ def split(source: str) -> tuple[epath.Path, str]:
     return files.absolute(path), entry
 
 
-def exported_config(path: epath.Path) -> dict[str, Any] | None:
-    """Returns the config of the run that a file was exported from; None of any other file.
+def exported(path: epath.Path) -> dict[str, Any] | None:
+    """Returns what a file that --mode=export wrote says of itself; None of any other file.
+
+    Returns:
+      Its 'config', the run's, and 'network', the arguments of model.py's Ensemble, among others.
 
     Raises:
       UserError: if the file cannot be read.
     """
     metadata = read_metadata(path)
-    if 'ensadv' not in metadata:
+    if EXPORTED not in metadata:
         return None
     try:
-        config = json.loads(metadata['ensadv'])['config']
-        return {**config}
+        content = json.loads(metadata[EXPORTED])
+        return {**content, 'config': {**content['config']}, 'network': {**content['network']}}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _not_read(path, 'a file as --mode=export writes it', error) from error
 
