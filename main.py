@@ -10,6 +10,8 @@ python main.py --mode=blackbox --config=configs/blackbox.py --workdir=DIR
 python main.py --mode=report --workdir=DIR
 python main.py --mode=planes --workdir=DIR --config.planes.other=OTHER
 python main.py --mode=compare --ledgers=DIR/eval/1000.npz,OTHER/eval/1000.npz
+python main.py --mode=export --workdir=DIR --to=FOLDER
+python main.py --mode=import --from=FILE.pt --architecture=WRN-28-10-silu --workdir=DIR
 python main.py --mode=describe --config=configs/ensemble4adv.py
 """
 
@@ -47,6 +49,7 @@ def run(mode: str) -> None:
     path = command_line.workdir_path(to_write=True)
     from ensadv import build, study
     from ensadv.evaluation import any_model, evaluate
+    from ensadv.exchange import export, imports
     from ensadv.runtime import compilation_cache, distributed
 
     def model():
@@ -67,11 +70,15 @@ def run(mode: str) -> None:
         'audit': lambda config, path: study.make_audit(config, path, model()),
         'members': lambda config, path: study.measure_members(config, path, model()),
         'planes': study.draw_planes,
+        'export': lambda config, path: export.run(config, path, command_line.folder_to_write()),
+        'import': lambda config, path: imports.run(
+            config, path, FLAGS['from'].value, FLAGS.architecture
+        ),
     }
     compilation_cache.enable(FLAGS.compilation_cache)
     with build.on_all_processes(mode, config, path):
         jobs[mode](config, path)
-        if mode not in ('audit', 'members', 'planes') and distributed.is_main():
+        if mode not in ('audit', 'members', 'planes', 'export') and distributed.is_main():
             print(command_line.closing_lines())
 
 

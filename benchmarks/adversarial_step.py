@@ -145,7 +145,7 @@ class Peer:
             self.ensemble, config.train.learning_rate, config.train.momentum,
             config.train.weight_decay,
         )  # fmt: skip
-        momentum = peer_pytorch.state_dict(optax.tree.get(ours.start.opt_state, 'trace'), depth)
+        momentum = peer_pytorch.state_dict(optax.tree.get(ours.start.opt_state, 'trace'))
         for name, parameter in self.ensemble.named_parameters():
             buffer = torch.empty_like(parameter).copy_(torch.tensor(momentum[name]))
             self.optimizer.state[parameter]['momentum_buffer'] = buffer
@@ -237,15 +237,15 @@ def compare(ours, device='cpu'):
 
 
 def _compare_updates(ours, peer, x_adv, sizes):
-    depth, momentum = ours.config.model.depth, ours.config.batch_norm.momentum
+    momentum = ours.config.batch_norm.momentum
     state, metrics = ours.update(x_adv)
     peer_metrics = peer.update(x_adv)
     found = [
         (name.replace('_', ' '), abs(float(metrics[name]) - peer_metrics[name]), 1e-4)
         for name in ('clean_loss', 'adversarial_loss')
     ]
-    weights = peer_pytorch.state_dict(state.params, depth)
-    sums = peer_pytorch.state_dict(optax.tree.get(state.opt_state, 'trace'), depth)
+    weights = peer_pytorch.state_dict(state.params)
+    sums = peer_pytorch.state_dict(optax.tree.get(state.opt_state, 'trace'))
     gradient_error = weight_error = 0.0
     for name, parameter in peer.ensemble.named_parameters():
         buffer = peer.optimizer.state[parameter]['momentum_buffer']
@@ -260,9 +260,9 @@ def _compare_updates(ours, peer, x_adv, sizes):
     found.append(('weights', weight_error, 1e-4))
     # Torch's running variance takes in unbiased variances, n / (n - 1) times those that Flax's
     # takes in; both passes of a step have the same n.
-    before = peer_pytorch.state_dict(ours.start.batch_stats, depth)
+    before = peer_pytorch.state_dict(ours.start.batch_stats)
     errors = {'mean': 0.0, 'var': 0.0}
-    for name, array in peer_pytorch.state_dict(state.batch_stats, depth).items():
+    for name, array in peer_pytorch.state_dict(state.batch_stats).items():
         module, _, kind = name.rpartition('.running_')
         if kind == 'var':
             kept = momentum**2 * before[name]

@@ -128,7 +128,7 @@ class Reference:
 
 def classes(run):
     """Returns how many classes a run has."""
-    return run.peer.members[0].linear.out_features
+    return run.peer.members[0].fc.out_features
 
 
 def in_turns(sides, attacks, seed):

@@ -1,135 +1,56 @@
 """The PyTorch peer: the same ensemble, attack and training step, written as PyTorch users would.
 
-It exists to be measured against, by the other programs here, and is imported by nothing else. It
-does the same work, step for step: Wide ResNets (Zagoruyko & Komodakis), the mean of the
-members' softmax, IFGSM on the ensemble's loss with running averages, then the mean of clean and
+It exists to be measured against, by the other programs here, and is imported by nothing else. The
+ensemble is that of the model.py that --mode=export writes. The rest does the same work as ours,
+step for step: IFGSM on the ensemble's loss with running averages, then the mean of clean and
 adversarial loss with batch statistics, and momentum. `load` gives it our weights.
 """
 
-import math
-import re
-
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812, as every PyTorch program calls it
 from torch import nn
 
-
-class Block(nn.Module):
-    """A pre-activation residual block, [N, inputs, H, W] -> [N, outputs, H/stride, W/stride]."""
-
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        same = inputs == outputs and stride == 1
-        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x):
-        activated = F.relu(self.bn1(x))
-        h = self.conv1(activated)
-        h = self.conv2(F.relu(self.bn2(h)))
-        return h + (x if self.shortcut is None else self.shortcut(activated))
+from ensadv.exchange import model, naming
 
 
-class WideResNet(nn.Module):
-    """WRN-depth-width: float32 pixels [N, 3, H, W] in [0, 1] -> logits [N, num_classes]."""
-
-    def __init__(self, depth, width, num_classes, mean, std):
-        super().__init__()
-        for name, value in (('mean', mean), ('std', std)):
-            value = torch.as_tensor(value, dtype=torch.float32).reshape(1, -1, 1, 1)
-            self.register_buffer(name, value, persistent=False)
-        self.conv0 = nn.Conv2d(self.mean.shape[1], 16, 3, 1, 1, bias=False)
-        layers, inputs = [], 16
-        for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
-            for i in range((depth - 4) // 6):
-                layers.append(Block(inputs, outputs, 2 if group and i == 0 else 1))
-                inputs = outputs
-        self.blocks = nn.Sequential(*layers)
-        self.bn = nn.BatchNorm2d(inputs)
-        self.linear = nn.Linear(inputs, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x):
-        x = self.conv0((x - self.mean) / self.std)
-        x = F.relu(self.bn(self.blocks(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-class Ensemble(nn.Module):
-    """k Wide ResNets: float32 pixels [N, 3, H, W] in [0, 1] -> log-probabilities [N, classes].
+class Ensemble(model.Ensemble):
+    """k Wide ResNets: float32 pixels [N, C, H, W] in [0, 1] -> log-probabilities [N, classes].
 
     `combine`: 'probs' or 'logits', what is averaged over the members.
     """
 
     def __init__(self, depth, width, k, num_classes, mean, std, combine='probs'):
-        super().__init__()
-        self.combine = combine
-        self.members = nn.ModuleList(
-            WideResNet(depth, width, num_classes, mean, std) for _ in range(k)
-        )
+        super().__init__('wide_resnet', depth, width, len(mean), num_classes, k, combine)
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            buffer.copy_(torch.as_tensor(values, dtype=torch.float32)[:, None, None])
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        if self.combine == 'logits':
-            return F.log_softmax(torch.stack([member(x) for member in self.members]).mean(0), 1)
-        log_probs = torch.stack([F.log_softmax(member(x), 1) for member in self.members])
-        return torch.logsumexp(log_probs, 0) - math.log(len(self.members))
+        return F.log_softmax(super().forward(x), 1)
 
 
-def state_dict(tree, depth):
+def state_dict(tree):
     """Renames our members' variables for the `state_dict` of an `Ensemble`.
 
     Args:
-      tree: params or batch_stats, nested dicts with leaves [k, ...], kernels HWIO.
-      depth: of the Wide ResNet.
+      tree: params, batch_stats or what has their form, nested dicts with leaves [k, ...].
 
     Returns:
-      {'members.0.conv0.weight': array, ...}, kernels OIHW.
+      {'members.0.conv1.weight': array, ...}, kernels OIHW.
     """
-    leaves = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
-    leaves |= {'mean': 'running_mean', 'var': 'running_var'}
-
-    def renamed(module):
-        if not (match := re.fullmatch(r'group_(\d+)_block_(\d+)', module)):
-            return module.replace('norm', 'bn').replace('_', '')
-        group, block = map(int, match.groups())
-        return f'blocks.{(group - 1) * ((depth - 4) // 6) + block - 1}'
-
-    result = {}
-
-    def visit(tree, modules):
-        for name, value in tree.items():
-            if hasattr(value, 'items'):
-                visit(value, (*modules, renamed(name)))
-                continue
-            array = np.array(value)
-            if name == 'kernel':
-                array = np.moveaxis(array, (-1, -2), (1, 2))
-            path = '.'.join((*modules, leaves[name]))
-            result.update({f'members.{i}.{path}': member for i, member in enumerate(array)})
-
-    visit(tree, ())
-    return result
+    return naming.to_pytorch({'tree': tree})
 
 
 def load(ensemble, params, batch_stats):
     """Gives an `Ensemble` our weights and running averages, in place."""
-    depth = 2 * len(ensemble.members[0].blocks) + 4
-    weights = state_dict(params, depth) | state_dict(batch_stats, depth)
+    weights = state_dict(params) | state_dict(batch_stats)
     weights = {name: torch.tensor(array) for name, array in weights.items()}
-    counters = {
-        name: tensor
-        for name, tensor in ensemble.state_dict().items()
-        if name.endswith('num_batches_tracked')
-    }
-    ensemble.load_state_dict(weights | counters)
+    ensemble.load_state_dict({**ensemble.state_dict(), **weights})
 
 
 def images(array):

@@ -42,6 +42,10 @@ def get_config() -> ConfigDict:
     model.depth = 28  # layers: 6n + 4 for wide_resnet; 11, 13, 16 or 19 for vgg
     model.width = 10  # widening factor; the first channels of vgg are 16 times this
     model.activation = 'relu'  # relu or silu
+    # symmetric: a pixel on each side, as the authors pad; same: as TensorFlow and so DeepMind do.
+    model.padding = 'symmetric'  # of a wide_resnet's convolutions with stride 2
+    model.mean = placeholder(tuple)  # of each channel, to standardise; None: the training images'
+    model.std = placeholder(tuple)  # likewise; of one number each, all channels have these
     model.dtype = 'auto'  # training compute: float32, bfloat16; auto: float32 on CPU, else bfloat16
     model.conv = 'auto'  # convolutions: grouped, separate, onednn; auto: onednn on CPU only
     model.remat = False  # training keeps fewer activations and computes them again: less memory

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ensadv.errors import ConfigError
+from ensadv.errors import ConfigError, UserError
 from ensadv.values import is_integer, shown
 
 ACTIVATIONS = ('relu', 'silu')
+PADDINGS = ('symmetric', 'same')
 VGG_DEPTHS = (11, 13, 16, 19)
 MAX_DEPTH = 1000  # far beyond what anyone trains
 
@@ -74,6 +75,28 @@ def words(name: str, depth: int, width: int, activation: str = 'relu') -> str:
     else:
         name = ARCHITECTURES[name].words(depth, width)
     return name if activation == 'relu' else f'{name}, {activation}'
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Returns the fields of a config's group `model` that make a network of this name.
+
+    It is the opposite of `words`, of Wide ResNets; without an activation none is among the fields.
+
+    Raises:
+      UserError: for any other name.
+
+    >>> parse('WRN-28-10-silu')
+    {'name': 'wide_resnet', 'depth': 28, 'width': 10, 'activation': 'silu'}
+    """
+    match = re.fullmatch(r'WRN-(\d{1,4})-(\d{1,4})(?:(?:-|, ?)([a-z]+))?', text, re.IGNORECASE)
+    activation = match and match[3] and match[3].lower()
+    if not match or activation not in (None, *ACTIVATIONS):
+        raise UserError(
+            f"--architecture: '{shown(text)}': expected WRN-DEPTH-WIDTH, as in WRN-28-10, or with "
+            f'an activation, as in WRN-28-10-silu; activations are {", ".join(ACTIVATIONS)}'
+        )
+    fields = {'name': 'wide_resnet', 'depth': int(match[1]), 'width': int(match[2])}
+    return fields | ({'activation': activation} if activation else {})
 
 
 class Own(NamedTuple):

@@ -180,6 +180,32 @@ def describe_data(config: ConfigDict, dataset: datasets.Dataset) -> dict[str, An
     return dataset.describe() | {'indices': indices_digest(config)}
 
 
+def standardisation(
+    config: ConfigDict, dataset: Mapping[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns by which mean and deviation, of each channel, the networks standardise images.
+
+    Args:
+      config: the run's.
+      dataset: 'mean' and 'std', of the training images, and 'image_shape'.
+
+    Raises:
+      ConfigError: if the config has them of other channels than the data have.
+    """
+    found = config.model.mean
+    if found is None:
+        return tuple(dataset['mean']), tuple(dataset['std'])
+    channels = dataset['image_shape'][-1]
+    if len(found) not in (1, channels):
+        raise ConfigError(
+            f'model.mean: expected one number or {channels}, one for each channel, found '
+            f'{len(found)}'
+        )
+    return tuple(
+        tuple(map(float, each)) * (channels // len(each)) for each in (found, config.model.std)
+    )
+
+
 def model(
     config: ConfigDict, dataset: Mapping[str, Any], *, dtype: str, remat: bool = False
 ) -> nn.Module:
@@ -192,10 +218,11 @@ def model(
       dtype: compute type: float32 or bfloat16.
       remat: whether backward passes compute activations again, see `models.base`.
     """
+    mean, std = standardisation(config, dataset)
     settings = {
         'num_classes': dataset['num_classes'],
-        'mean': tuple(dataset['mean']),
-        'std': tuple(dataset['std']),
+        'mean': mean,
+        'std': std,
         'dtype': jnp.dtype(dtype),
         'conv': config.model.conv,
         'remat': remat,
@@ -208,6 +235,8 @@ def model(
         member = own_networks.make(own, _text(config, own), settings, dataset['image_shape'])
     else:
         sizes = {'depth': config.model.depth, 'width': config.model.width}
+        if config.model.padding != 'symmetric':  # which only Wide ResNets have
+            sizes['padding'] = config.model.padding
         member = architectures.network(config.model.name)(**settings, **sizes)
     if config.ensemble.combine == 'gating':
         return Gated(member=member, width=config.ensemble.gate_width)

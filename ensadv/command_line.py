@@ -21,11 +21,11 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from ensadv import architectures, flag_values, python_files, systems, values
 from ensadv import config as config_lib
-from ensadv import flag_values, python_files, systems, values
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError, line_of
 from ensadv.runtime import stopping, terminal
-from ensadv.storage import files, workdir
+from ensadv.storage import files, tensor_files, workdir
 
 # The modes, with what --help says of each.
 MODES = {
@@ -38,10 +38,12 @@ MODES = {
     'compare': 'compare two ledgers, example by example',
     'report': 'write tables, figures and a page on all runs below --workdir',
     'planes': 'draw decision planes of two runs',
+    'export': 'write a run as a folder that PyTorch alone can use',
+    'import': 'make a run of the weights of a network in PyTorch',
     'describe': 'show the size, cost and memory of a config, without training',
 }
 WITHOUT_CONFIG = ('compare', 'report')
-FOR_A_RUN = ('evaluate', 'audit', 'members', 'planes')  # need an existing run
+FOR_A_RUN = ('evaluate', 'audit', 'members', 'planes', 'export')  # need an existing run
 EVALUATION_MODES = ('evaluate', 'audit', 'members')  # take a model, or members that are runs
 _EVALUATION = f'{", ".join(EVALUATION_MODES[:-1])} or {EVALUATION_MODES[-1]}'
 CONFIGS = epath.Path(__file__).parents[1] / 'configs'
@@ -78,6 +80,20 @@ flags.DEFINE_string(
     '[0, 1], and returns logits; see docs/any_model.md. Default: that of --workdir.',
 )
 flags.DEFINE_list('ledgers', None, 'For --mode=compare: two files eval/<step>.npz.')
+
+flags.DEFINE_string('to', None, 'For --mode=export: the folder that is written; may be on gs://.')
+flags.DEFINE_string(
+    'from',
+    None,
+    'For --mode=import: a file of weights, .safetensors, .npz or what torch.save wrote; see '
+    'docs/exchange.md.',
+)
+flags.DEFINE_string(
+    'architecture',
+    None,
+    'For --mode=import: the network, as WRN-28-10 or WRN-28-10-silu. Default: that of --config, or '
+    'of an exported file.',
+)
 
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]*)')
 _LONGEST_MESSAGE = 600
@@ -133,6 +149,13 @@ def workdir_path(to_write: bool = False) -> epath.Path:
     if '://' not in FLAGS.workdir and (reason := _no_directory(path, to_write)):
         raise UserError(f'--workdir={FLAGS.workdir}: {reason}')
     return path
+
+
+def folder_to_write() -> epath.Path:
+    """Returns --to, absolute; raises UserError if it is missing."""
+    if not FLAGS.to:
+        raise UserError('--to: needed, the folder that is written, as --to=exported')
+    return files.absolute(FLAGS.to)
 
 
 def _no_directory(path: epath.Path, to_write: bool) -> str:
@@ -306,6 +329,8 @@ def _wait_for_run(seconds: float) -> None:
 
 def _without_overrides(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
     """Returns the config of --config, else of the run in --workdir, else None."""
+    if FLAGS.mode == 'import':
+        return _config_to_import(get_default)
     if FLAGS.config is not None:
         found = _run_config_file(FLAGS.config, get_default)
         if FLAGS.model:  # which is not the system that the file is of
@@ -329,6 +354,41 @@ def _config_of_run(get_default: Callable[[], ConfigDict]) -> ConfigDict | None:
         return config_lib.from_dict(record['config'], get_default())
     except ConfigError as error:
         raise ConfigError(f'{path / "config.json"}: {error}') from error
+
+
+def _config_to_import(get_default: Callable[[], ConfigDict]) -> ConfigDict:
+    """Returns the config of weights to import: of --config, else that they were exported with.
+
+    Of other weights it is not known how they were trained: they stand for the first step.
+    """
+    source = FLAGS['from'].value
+    if not source:
+        raise UserError('--from: needed, a file of weights, as --from=weights.safetensors')
+    found = get_default()
+    named = architectures.parse(FLAGS.architecture) if FLAGS.architecture else {}
+    exported = tensor_files.exported(tensor_files.split(source)[0])
+    if exported is not None:
+        if FLAGS.config is not None:
+            raise UserError(
+                f'--config: {source} was exported with a config of its own, and is imported with '
+                'it; --config.FIELD=VALUE sets a field'
+            )
+        try:
+            found = config_lib.from_dict(exported['config'], found)
+        except ConfigError as error:
+            raise ConfigError(f'--from={source}: {error}') from error
+        found.model.update(named)
+        return found
+    if FLAGS.config is not None:
+        found = _run_config_file(FLAGS.config, get_default)
+    elif not FLAGS.architecture:
+        raise UserError('--architecture: needed, as --architecture=WRN-28-10')
+    if found.system == get_default().system:
+        found.system = tensor_files.split(source)[0].stem
+    found.model.update(named)
+    found.train.update(get_default().train)
+    found.train.steps = 1
+    return found
 
 
 def _run_config_file(path: str, get_default: Callable[[], ConfigDict]) -> ConfigDict:
@@ -417,7 +477,7 @@ def config() -> ConfigDict:
             f'ensemble.members_from: only for --mode={_EVALUATION}, found --mode={FLAGS.mode}'
         )
     other_weights = found.train.ema_decay and found.eval.weights == 'trained'
-    if other_weights and FLAGS.mode not in EVALUATION_MODES:
+    if other_weights and FLAGS.mode not in (*EVALUATION_MODES, 'export'):
         raise ConfigError(
             'eval.weights: trained weights of a run with train.ema_decay are evaluated by '
             f'--mode=evaluate, beside the averaged ones; found --mode={FLAGS.mode}'

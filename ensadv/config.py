@@ -60,6 +60,9 @@ _OF_OLDER_RUNS = {
     'data.cutmix': 0.0,
     'data.extra_fraction': 0.0,
     'model.activation': 'relu',
+    'model.padding': 'symmetric',
+    'model.mean': None,
+    'model.std': None,
     'model.source': None,
     'train.objective': 'paper',
     'train.beta': 6.0,
@@ -253,6 +256,10 @@ def _validate_network(config: ConfigDict) -> None:
     _one_of(config, 'model.dtype', ('auto', *DTYPES))
     _one_of(config, 'model.conv', ('auto', 'grouped', 'onednn', 'separate'))
     _one_of(config, 'model.activation', architectures.ACTIVATIONS)
+    _one_of(config, 'model.padding', architectures.PADDINGS)
+    if config.model.padding != 'symmetric' and name != 'wide_resnet':
+        raise ConfigError(f'model.padding: only of wide_resnet, found model.name={shown(name)}')
+    _validate_standardisation(config)
     _number(config, 'batch_norm.momentum', 0, 1, below=True)
     _number(config, 'batch_norm.epsilon', 0, above=True)
     _integer(config, 'ensemble.size', 1, MAX_MEMBERS)
@@ -277,6 +284,24 @@ def _validate_network(config: ConfigDict) -> None:
         raise ConfigError('eval.follow: not with ensemble.members_from, whose runs are finished')
     # Members trained separately have the seeds size * seed + i.
     _integer(config, 'seed', 0, 2**31 // config.ensemble.size - 1)
+
+
+def _validate_standardisation(config: ConfigDict) -> None:
+    mean, std = config.model.mean, config.model.std
+    if mean is None and std is None:
+        return
+    if architectures.own(config.model.name):
+        raise ConfigError('model.mean, model.std: not of a network of your own, which has its own')
+    for field, found in (('model.mean', mean), ('model.std', std)):
+        for value in found or (None,):
+            values.check_number(field, value, -values.MAX_NUMBER)
+    if len(mean) != len(std):
+        raise ConfigError(
+            'model.mean, model.std: expected as many of both, one for each channel, or one for '
+            f'all, found {shown(mean)} and {shown(std)}'
+        )
+    for value in std:
+        values.check_number('model.std', value, 0, above=True)
 
 
 def _validate_train(config: ConfigDict) -> None:

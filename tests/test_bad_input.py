@@ -30,7 +30,7 @@ from ensadv import config as config_lib
 from ensadv.command_line import EXAMPLE
 from ensadv.data import datasets
 from ensadv.evaluation import transfer_sets
-from ensadv.storage import plane_files, workdir
+from ensadv.storage import plane_files, tensor_files, workdir
 
 TIMES = int(os.environ.get('BAD_INPUT_EXAMPLES', '1'))
 FIELDS = config_lib.field_types(default.get_config())
@@ -260,6 +260,41 @@ def test_a_fraction_is_a_number_in_every_form(program, tmp_path):
 def test_newcomers_mistakes_are_told_with_what_was_meant(program, args, told):
     config = [] if '--mode=evaluate' in args else [SINGLE]
     assert_told(program.run('--mode=describe', *config, *args.split(' ')), told)
+
+
+@pytest.mark.parametrize(
+    'args, told',
+    [
+        ('--mode=import', '--from: needed'),
+        ('--mode=import --from=none.npz', '--architecture: needed'),
+        ('--mode=import --from=none.npz --architecture=WRN-28', 'expected WRN-DEPTH-WIDTH'),
+        ('--mode=import --from=none.npz --architecture=WRN-28-1-tanh', 'relu, silu'),
+        ('--mode=import --from=none.npz --architecture=WRN-27-1', 'model.depth: expected 6n + 4'),
+        ('--mode=import --from=none.safetensors', 'none.safetensors: cannot be read'),
+        ('--mode=import --from=none.npz --architecture=WRN-10-1', 'none.npz: cannot be read'),
+        ('--mode=export', 'no run is here'),
+    ],
+)
+def test_mistakes_of_exports_and_imports(program, tmp_path, args, told):
+    common = f'--workdir={tmp_path}/run', '--compilation_cache='
+    assert_told(program.run(*args.split(), *common), told)
+
+
+@pytest.mark.parametrize(
+    'content, told',
+    [
+        ('{"config": {"seed": 1}, "network": {}}', '--config: '),
+        ('{"config": {"sed": 1}, "network": {}}', 'unknown config field sed'),
+        ('{"config": 3, "network": {}}', 'expected a file as --mode=export writes it'),
+        ('{', 'expected a file as --mode=export writes it'),
+    ],
+)
+def test_an_exported_file_has_a_config_of_its_own(program, tmp_path, content, told):
+    file = tmp_path / 'weights.safetensors'
+    file.write_bytes(tensor_files.to_safetensors({'a': np.zeros(1)}, {'ensadv': content}))
+    common = f'--workdir={tmp_path}/run', '--compilation_cache='
+    config = [SINGLE] if told == '--config: ' else []
+    assert_told(program.run('--mode=import', f'--from={file}', *config, *common), told)
 
 
 def test_a_study_is_not_trained_as_one_run(program, tmp_path):

@@ -2,6 +2,7 @@ import itertools
 import re
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +130,25 @@ def test_activations():
     expected = x + once / (1 + np.exp(-once))
     np.testing.assert_allclose(block(WRN_10_1(activation='silu').activate), expected, atol=1e-6)
     np.testing.assert_allclose(block(WRN_10_1().activate), x + np.maximum(x, 0), atol=1e-6)
+
+
+def test_same_padding_is_below_and_on_the_right_where_sides_are_even():
+    # Kernels that pass on what is at their centre, and no shortcut.
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[1, 1] = 1
+    params = {name: {'kernel': kernel} for name in ('conv_1', 'conv_2')}
+    params['shortcut'] = {'kernel': np.zeros((1, 1, 1, 1), np.float32)}
+    convolution = partial(nn.Conv, use_bias=False)
+    as_it_is = lambda *_, **__: lambda x: x
+
+    def block(x, padding):
+        module = Block(1, 2, convolution, as_it_is, lambda x: x, padding)
+        return np.ravel(module.apply({'params': params}, x[None, :, None, None]))
+
+    even, odd = jnp.arange(6.0), jnp.arange(5.0)
+    np.testing.assert_array_equal(block(even, 'symmetric'), [0, 2, 4])
+    np.testing.assert_array_equal(block(even, 'same'), [1, 3, 5])
+    np.testing.assert_array_equal(block(odd, 'same'), [0, 2, 4])
 
 
 @small_networks

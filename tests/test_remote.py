@@ -61,6 +61,19 @@ def without_times(evaluations):
     return json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k != 'seconds'})
 
 
+def test_a_folder_appears_when_all_in_it_is_written(bucket):
+    path = bucket / 'exported' / 'out'
+    files.check_is_free(path, '--to')
+    with files.appearing(path, 'one') as folder:
+        (folder / 'one').write_bytes(b'1')
+        (folder / 'two').write_text('2')
+        assert not path.exists()
+    assert sorted(each.name for each in path.iterdir()) == ['one', 'two']
+    assert [each.name for each in path.parent.iterdir()] == ['out']
+    with pytest.raises(UserError, match='is there already'):
+        files.check_is_free(path, '--to')
+
+
 @pytest.mark.usefixtures('without_tensorboard')
 def test_a_run_goes_on_and_is_evaluated_and_reported_on(bucket, tmp_path):
     here, there = epath.Path(tmp_path) / 'run', bucket / 'runs' / 'run'

@@ -8,5 +8,6 @@ __all__ = [
     'decision_planes',
     'evaluate',
     'evaluator',
+    'finished_runs',
     'members',
 ]

@@ -19,6 +19,7 @@ class Block(nn.Module):
     conv: Callable[..., Any]
     norm: Callable[..., Any]
     activate: Callable[[Array], Array]
+    padding: str = 'symmetric'
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -27,7 +28,8 @@ class Block(nn.Module):
         shortcut = x
         if self.stride > 1 or x.shape[-1] != self.features:
             shortcut = self.conv(self.features, (1, 1), self.stride, padding=0, name='shortcut')(y)
-        y = self.conv(self.features, (3, 3), self.stride, padding=1, name='conv_1')(y)
+        padding = 'SAME' if self.padding == 'same' else 1
+        y = self.conv(self.features, (3, 3), self.stride, padding=padding, name='conv_1')(y)
         y = self.activate(self.norm(name='norm_2')(y))
         y = self.conv(self.features, (3, 3), 1, padding=1, name='conv_2')(y)
         return shortcut + y
@@ -39,10 +41,14 @@ class WideResNet(ImageNetwork):
     Attributes:
       depth: 6n + 4 with n >= 1 blocks in each of the three groups.
       width: the groups have 16, 32 and 64 times this many channels.
+      padding: of the 3x3 convolutions with stride 2: 'symmetric', a pixel on each side, as in the
+        authors' code; or 'same', as TensorFlow pads: images of even sides below and on the right
+        alone, which the networks of Gowal et al. (2020) do.
     """
 
     depth: int = 28
     width: int = 10
+    padding: str = 'symmetric'
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -62,7 +68,10 @@ class WideResNet(ImageNetwork):
                 stride = 2 if group > 0 and block == 0 else 1
                 name = f'group_{group + 1}_block_{block + 1}'
                 features = 16 * 2**group * self.width
-                x = block_of(features, stride, convolution, norm, activate, name=name)(x)
+                block_here = block_of(
+                    features, stride, convolution, norm, activate, self.padding, name=name
+                )
+                x = block_here(x)
         x = activate(norm(name='norm')(x))
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return self.linear()(x)

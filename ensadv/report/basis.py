@@ -27,6 +27,7 @@ def all_of_it(collection: Collection) -> list[str]:
     """Returns how the numbers were made, a sentence each."""
     return [
         *training(collection),
+        *imported(collection),
         *models(collection),
         *settings(collection),
         *machines(collection),
@@ -61,7 +62,7 @@ def _short(value: Any) -> str:
 
 def training(collection: Collection) -> list[str]:
     """Returns how the systems were trained; `Collection.notes` has what differs among them."""
-    runs = [run for run in collection.runs if not (run.members or run.model)]
+    runs = [run for run in collection.runs if run.is_trained_here and not run.members]
     if not runs:
         return []
     # An adversarially trained one tells more.
@@ -167,10 +168,24 @@ def models(collection: Collection) -> list[str]:
     ]
 
 
+def imported(collection: Collection) -> list[str]:
+    """Returns which systems have, or began with, weights that were imported."""
+    lines = []
+    for system, run in {run.system: run for run in collection.runs if run.imported}.items():
+        facts = run.imported
+        text = f'{system}: weights imported from {facts["file"]} (SHA-256 {facts["digest"]:.8}...)'
+        if not run.is_trained_here:
+            text += '; how they were trained is not known here'
+        elif run.steps > facts['step']:
+            text += f', and trained on from step {facts["step"]:,}'
+        lines.append(f'{text}.')
+    return lines
+
+
 def machines(collection: Collection) -> list[str]:
     """Returns on what the runs were trained and evaluated."""
     runs = collection.runs
-    trained = [run for run in runs if not (run.members or run.model)]
+    trained = [run for run in runs if run.is_trained_here and not run.members]
     trained = [session for run in trained for session in run.record['sessions']]
     evaluated = [r for run in runs for r in run.results(run.steps)]
     return [
@@ -211,7 +226,7 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
             ('Threat model', _threat_model(runs[0].config)),
             ('Seeds', ', '.join(seeds)),
         ]
-    if steps := sorted({run.steps for run in runs if not run.model}):
+    if steps := sorted({run.steps for run in runs if run.is_trained_here}):
         facts.append(('Training steps', ', '.join(f'{s:,}' for s in steps)))
     if collection.apart:
         facts.append(('Not in this report', f'{len(collection.apart)} runs, listed at the end'))

@@ -167,6 +167,8 @@ def _training(run: Run) -> dict[str, Any]:
     """Returns the settings that two seeds share, flat; those of an ensemble are its members'."""
     if run.model:
         return {'a model that was given': True}
+    if not run.is_trained_here:
+        return {'imported weights': run.imported['digest']}
     each = trained(run, _OF_A_SEED)
     if not run.members:
         return each[0]
@@ -184,9 +186,9 @@ def _training(run: Run) -> dict[str, Any]:
 def trained(run: Run, ignore: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Returns the settings by which a run, or each of its members, was trained, flat.
 
-    Of a model that was given none is known.
+    Of a model that was given none is known, nor of imported weights.
     """
-    if run.model:
+    if not run.is_trained_here:
         return []
     if not run.members:
         extra = run.record['dataset'].get('extra')
@@ -261,7 +263,8 @@ def _notes_on_switches(runs: Sequence[Run]) -> list[str]:
     notes = []
     records = {
         'trained': {
-            run: [] if run.members or run.model else run.record['sessions'] for run in runs
+            run: run.record['sessions'] if run.is_trained_here and not run.members else []
+            for run in runs
         },
         'evaluated': {
             run: [r for step in run.judged_steps for r in run.results(step)] for run in runs

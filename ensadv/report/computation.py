@@ -42,6 +42,8 @@ def of_system(runs: Sequence[Run]) -> Costs:
             operations['train_step'] * config['train']['batch_size'] * steps
             for operations, config, steps in trained
         )
+    if not first.is_trained_here:
+        training = None
     timed = [timing for run in runs if (timing := _timing(run))]
     machines = sorted({machine for _, machine in timed})
     # Times of different machines are not to be averaged.

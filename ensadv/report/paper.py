@@ -114,6 +114,8 @@ def unlike(runs: Sequence[Run]) -> list[str]:
     system = runs[0].system
     if any(run.model for run in runs):
         return ['a model that was given']
+    if any(run.imported for run in runs):
+        return ['imported weights']
     return _differences(runs, _COMMON | _OWN[system]) if system in _OWN else ['system']
 
 

@@ -54,6 +54,20 @@ class Run:
         return self.record.get('model')
 
     @property
+    def imported(self) -> Mapping[str, Any] | None:
+        """What is known of the weights that its training began with, if they were imported."""
+        return self.record.get('imported')
+
+    @property
+    def is_trained_here(self) -> bool:
+        """Whether its config says how it was trained: it is no model that was given.
+
+        Nor is it weights of another program's, as they were imported.
+        """
+        foreign = self.imported and self.imported['naming'] != records.EXPORTED
+        return not (self.model or (foreign and self.steps == self.imported['step']))
+
+    @property
     def of_selected(self) -> bool:
         """Whether it is an ensemble of runs' best snapshots, and not of their last."""
         return bool(self.members) and self.config['ensemble']['members_snapshot'] == 'best'

@@ -12,5 +12,6 @@ __all__ = [
     'plane_files',
     'records',
     'selection',
+    'tensor_files',
     'workdir',
 ]

@@ -5,8 +5,9 @@ import errno
 import io
 import json
 import os
+import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,59 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
         with contextlib.suppress(Exception):
             beside.unlink(missing_ok=True)
         raise storage_error(path, getattr(error, 'strerror', None) or str(error)) from error
+
+
+def check_is_free(path: epath.Path, flag: str) -> None:
+    """Raises UserError if something is at a path already, but for an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f'{flag}={path}: is there already; name a new folder')
+
+
+@contextlib.contextmanager
+def appearing(path: epath.Path, last: str) -> Iterator[epath.Path]:
+    """Gives a new folder, which becomes that of a path when all in it is written.
+
+    On a local disk that is a renaming. Object stores rename no folders: there its files are copied,
+    and `last` comes last.
+
+    Args:
+      path: free, see `check_is_free`.
+      last: name of a file in it, without which nobody takes it for whole.
+
+    Raises:
+      StorageError: if it cannot be written; nothing is left then.
+    """
+    if '://' in str(path):
+        with tempfile.TemporaryDirectory() as local:
+            folder = Path(local)
+            yield epath.Path(folder)
+            with _removed_if_it_fails(path, path):
+                files = [file for file in folder.rglob('*') if not file.is_dir()]
+                for file in sorted(files, key=lambda file: file == folder / last):
+                    copy = path / file.relative_to(folder).as_posix()
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_bytes(file.read_bytes())
+        return
+    beside = path.parent / f'.{path.name}.tmp'
+    with _removed_if_it_fails(beside, path):
+        beside.rmtree(missing_ok=True)  # what a killed process left
+        beside.mkdir(parents=True)
+        yield beside
+        if path.exists():
+            path.rmdir()
+        beside.rename(path)
+
+
+@contextlib.contextmanager
+def _removed_if_it_fails(folder: epath.Path, path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            folder.rmtree(missing_ok=True)
+        if isinstance(error, OSError):
+            raise storage_error(path, error.strerror or str(error)) from error
+        raise
 
 
 def storage_error(path: epath.Path, reason: str) -> StorageError:

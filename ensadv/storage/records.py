@@ -61,6 +61,11 @@ _ENVIRONMENT = {
 # What a transfer set tells of a run that it was made from.
 SOURCE = {'system': str, 'seed': _NUMBER, 'config': {}}
 
+# What is known of weights that were imported: the step that they stand for, and how the file's
+# weights are called.
+IMPORTED = {'file': str, 'digest': str, 'naming': str, 'step': _COUNT}
+EXPORTED = 'ensadv'  # the naming of what --mode=export wrote, with the config of its training
+
 # What an ensemble of runs tells of a member.
 _MEMBER = {
     'workdir': str,
@@ -91,6 +96,7 @@ _RUN = {
     'parameters': _LARGE,
     'operations?': _OPERATIONS,
     'members?': [_MEMBER],
+    'imported?': IMPORTED,
     'sessions': [_ENVIRONMENT | {'seconds_per_step?': float, 'workdir?': str}],
 }
 

@@ -214,7 +214,9 @@ def write_record(
     settings = record['config'] if config is None else config_lib.to_dict(config)
     # By it a run that has moved finds what has moved with it.
     session = {'workdir': str(workdir), **session}
-    content = {'config': settings, **facts, 'sessions': [*record['sessions'], session]}
+    # Where its first weights came from stays true of it.
+    kept = {'imported': record['imported']} if 'imported' in record else {}
+    content = {'config': settings, **kept, **facts, 'sessions': [*record['sessions'], session]}
     files.write_json(workdir / 'config.json', content)
 
 

@@ -25,7 +25,16 @@ from ensadv.data import extra as extra_data
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.runtime import distributed, progress, stopping
 from ensadv.storage import checkpoints, environments, leases, metrics, workdir
-from ensadv.training import costs, feeds, from_config, nans, overfitting, pace, streams
+from ensadv.training import (
+    costs,
+    feeds,
+    from_config,
+    imported,
+    nans,
+    overfitting,
+    pace,
+    streams,
+)  # fmt: skip
 from ensadv.training.optim import TrainState
 from ensadv.training.step import initial_state, train_step
 
@@ -179,10 +188,14 @@ def run(
         max(saved.steps(), default=0) >= config.train.steps
         and config.train.steps in snapshots.steps()
     )
+    has_trained = bool(saved.steps())
     for opened in (saved, snapshots):
         opened.close()
     # A finished run is looked at on any machine, whatever type it would train in there.
-    workdir.check_config(workdir_path, config, ('model.dtype',) if is_finished else ())
+    ignore = ('model.dtype',) if is_finished else ()
+    if not has_trained:
+        ignore += imported.free_fields(config, workdir_path)
+    workdir.check_config(workdir_path, config, ignore)
     if not is_finished:
         _train(config, workdir_path, on_snapshot, label)
     if on_snapshot:
@@ -215,11 +228,16 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
         snapshots = checkpoints.open_snapshots(workdir_path, tidy=True)
         stack.callback(saved.close)
         stack.callback(snapshots.close)
-        step, state = saved.restore_newest(abstract) or (0, None)
+        first_step = imported.step_of(workdir_path)
+        if first_step:
+            begin = partial(imported.state_at, config, snapshots, first_step)
+            draw_state = lambda draw=draw_state: begin(draw())
+        step, state = saved.restore_newest(abstract) or (first_step, None)
         _begin_session(config, workdir_path, facts, step)
         distributed.tell(f'{label}: training {build.computation(config, group.dtype)}')
         if state is None:
-            with progress.waiting(f'{label}: drawing the first weights'):
+            what = 'reading the imported weights' if step else 'drawing the first weights'
+            with progress.waiting(f'{label}: {what}'):
                 state = draw_state()
             _log_parameters(abstract.params)
         else:
@@ -264,7 +282,7 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
             if not config.debug.nans:
                 raise nans.error_with_advice(error, start) from None
             newest = saved.restore_newest(abstract)
-            start, state = newest or (0, distributed.replicate(draw_state()))
+            start, state = newest or (first_step, distributed.replicate(draw_state()))
             finder = nans.Finder(config, dataset, draw, feed.take, keys)
             raise nans.error_with_place(error, start, state, advance, finder.find) from None
 

@@ -1,0 +1,3 @@
+"""Weights that leave as PyTorch's, and others' that become a run."""
+
+__all__ = ['export', 'imports', 'naming']
