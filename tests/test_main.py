@@ -56,7 +56,7 @@ def last_error(result, code=2):
         ([SINGLE, '--config.train=3'], '--config.train=3'),
         ([SINGLE, "--config.eval.attacks=('clean',)", "--config.eval.attacks=('pgd5',)"],
          'eval.attacks is given more than once'),
-        ([SINGLE, '--mode=trian'], "planes, describe (did you mean 'train'?)"),
+        ([SINGLE, '--mode=trian'], "planes, export, import, describe (did you mean 'train'?)"),
         ([SINGLE, '--wrkdir=x'], 'wrkdir'),
         ([SINGLE, 'extra'], "'extra'"),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),

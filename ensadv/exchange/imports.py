@@ -116,12 +116,10 @@ def _is_trained_as(config: ConfigDict, exported: Mapping[str, Any] | None) -> bo
     """Returns whether a config says of training what a file was exported with."""
     if exported is None:
         return False
-    mine = config_lib.settings(config_lib.to_dict(config))
+    mine, theirs = map(config_lib.settings, (config_lib.to_dict(config), exported['config']))
     groups = ('train.', 'attack.')
     return all(
-        mine.get(field) == value
-        for field, value in config_lib.flatten(exported['config']).items()
-        if field.startswith(groups)
+        mine.get(field) == value for field, value in theirs.items() if field.startswith(groups)
     )
 
 
