@@ -33,7 +33,7 @@ SINGLE = '--config=configs/singleadv.py'
 DRIVER = """
 import os, runpy, sys
 
-folder, tensorflow = sys.argv.pop(1), sys.argv.pop(1)
+folder, tensorflow, sign_seconds = (sys.argv.pop(1) for _ in range(3))
 if not tensorflow:
     sys.modules['tensorflow'] = None
 
@@ -53,6 +53,9 @@ sys.argv[0] = 'main.py'
 sys.path[:0] = ['.', 'tests']
 import small_network
 small_network.install()
+if sign_seconds:
+    from ensadv.runtime import peers
+    peers.Peers.__init__.__kwdefaults__.update(sign_seconds=float(sign_seconds))
 runpy.run_path('main.py', run_name='__main__')
 """
 
@@ -108,9 +111,9 @@ class Pod:
 
 
 @contextlib.contextmanager
-def pod(*args, watched='', tensorflow='', **settings):
+def pod(*args, watched='', tensorflow='', sign_seconds='', **settings):
     """Starts main.py on several processes, which do not outlive the test."""
-    program = [sys.executable, '-c', DRIVER, str(watched), tensorflow]
+    program = [sys.executable, '-c', DRIVER, str(watched), tensorflow, sign_seconds]
     started = Pod([*program, *map(str, args)], **settings)
     try:
         yield started
@@ -260,10 +263,10 @@ def test_a_study(tmp_path):
 
 
 @contextlib.contextmanager
-def training(path):
+def training(path, **settings):
     """Starts a run without an end, which has written a checkpoint."""
     fields = TINY | {'train.steps': 10**6, 'train.checkpoint_every': 20, 'eval.inline': False}
-    with pod(SINGLE, *overrides(fields), f'--workdir={path}') as started:
+    with pod(SINGLE, *overrides(fields), f'--workdir={path}', **settings) as started:
         deadline = time.monotonic() + SECONDS
         while not checkpoints.open_checkpoints(path, 3).steps():
             assert time.monotonic() < deadline
@@ -286,7 +289,7 @@ def test_one_process_asked_to_end_ends_all_with_a_checkpoint(tmp_path):
 
 
 def test_a_process_that_dies_ends_the_other(tmp_path):
-    with training(epath.Path(tmp_path) / 'run') as started:
+    with training(epath.Path(tmp_path) / 'run', sign_seconds='0.5') as started:
         started.processes[1].kill()
         survivor, _ = started.results()
     assert survivor.code == 1, survivor.stderr
