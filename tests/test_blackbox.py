@@ -103,13 +103,13 @@ def test_escalation_goes_on_only_with_what_stands(root, monkeypatch, tmp_path):
     import shutil
 
     attacked = []
-    original = Evaluator.worst_points
+    original = Evaluator.points
 
     def watching(*given, places, **others):
         attacked.append(places)
         return original(*given, places=places, **others)
 
-    monkeypatch.setattr(Evaluator, 'worst_points', watching)
+    monkeypatch.setattr(Evaluator, 'points', watching)
     copy = epath.Path(tmp_path) / 'copy'
     shutil.copytree(root, copy)
     before = transfer_sets.read_record(copy / 'blackbox.npz')
@@ -126,7 +126,7 @@ def test_a_set_that_is_there_is_not_made_again(root, monkeypatch):
     def never(*_):
         raise AssertionError('attacked again')
 
-    monkeypatch.setattr(Evaluator, 'worst_points', never)
+    monkeypatch.setattr(Evaluator, 'points', never)
     assert blackbox.make(config_of(), root, CONFIGS, study.run_one) == root / 'blackbox.npz'
     with pytest.raises(UserError, match='made from other sources or settings'):
         blackbox.make(config_of(blackbox__rounds=1), root, CONFIGS, study.run_one)

@@ -36,7 +36,7 @@ def test_worst_points_are_where_evaluation_found_its_margins(name):
     bench, variables = bench_of(Ripples(), (4, 4, 1), 7)
     verdicts = bench.evaluate(variables, settings, images, labels, 'test')
     compiled = len(bench._compiled)
-    x_adv = bench.worst_points(variables, settings, images, labels, 'test')
+    x_adv = bench.points(variables, settings, images, labels, 'test').worst
     assert len(bench._compiled) == compiled
     margin = losses.margin(bench.log_probs(variables, x_adv, 'test'), labels)
     np.testing.assert_allclose(margin, verdicts.margin, atol=1e-5)
@@ -44,7 +44,7 @@ def test_worst_points_are_where_evaluation_found_its_margins(name):
     assert np.abs(x_adv - images / np.float32(255)).max() <= 0.05 + 1e-6
     # Each is attacked from its own start, whoever else is.
     places = np.array([29, 3, 11])
-    some = bench.worst_points(variables, settings, images, labels, 'test', places=places)
+    some = bench.points(variables, settings, images, labels, 'test', places=places).worst
     np.testing.assert_allclose(some, x_adv[places], atol=1e-5)
 
 
@@ -59,8 +59,10 @@ def test_a_clean_image_may_be_the_worst_point():
 
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), np.uint8)
     network, variables = network_of(Fixed())
-    x_adv = Evaluator(network, 2).worst_points(
-        variables, settings_of('ifgsm3'), images, np.zeros(3, np.int32), 'test'
+    x_adv = (
+        Evaluator(network, 2)
+        .points(variables, settings_of('ifgsm3'), images, np.zeros(3, np.int32), 'test')
+        .worst
     )
     np.testing.assert_allclose(x_adv, images / np.float32(255), atol=1e-7)
 
@@ -179,7 +181,7 @@ def check_against(made, attacked, rows, config):
     images, labels = dataset.split('test')
     x = images[places] / np.float32(255)
     examples = [
-        bench.worst_points(variables, settings, images, labels, 'test', places=places)
+        bench.points(variables, settings, images, labels, 'test', places=places).worst
         for bench, variables in attacked
     ]
     np.testing.assert_array_equal(made.images, images[places])

@@ -372,13 +372,13 @@ def test_an_attack_on_all_members_makes_every_member_err():
         np.testing.assert_array_equal(clean[:, member] > 0, right)
     places = np.array([1, 4, 5, 20, 29])
     settings = settings_of('pgd40', epsilon=0.2) | {'loss': 'best_margin'}
-    x_adv = bench.worst_points(variables, settings, images, labels, 'test', places=places)
+    x_adv = bench.points(variables, settings, images, labels, 'test', places=places).worst
     assert x_adv.shape == (5, 4, 4, 1)
     assert np.abs(x_adv - x[places]).max() <= 0.2 + 1e-6
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     errs = np.argmax(network.member_logits(variables, x_adv), axis=-1) != labels[places]
     # Each was attacked by its own key: the same as when all are.
-    every = bench.worst_points(variables, settings, images, labels, 'test')
+    every = bench.points(variables, settings, images, labels, 'test').worst
     np.testing.assert_allclose(every[places], x_adv, atol=1e-5)
     assert np.mean(np.all(errs, axis=0)) >= 0.8

@@ -171,7 +171,7 @@ def test_rows_are_attacks_on_their_part_and_columns_its_predictions():
         bench, weights = made.parts[row].evaluator, W[chosen[row]]
         own = bench.evaluate(weights, PGD, IMAGES, LABELS, 'test').margin
         np.testing.assert_allclose(margins[row, row], own, atol=1e-4)
-        points = bench.worst_points(weights, PGD, IMAGES, LABELS, 'test')
+        points = bench.points(weights, PGD, IMAGES, LABELS, 'test').worst
         for column, judges in enumerate(chosen):
             p = np.mean(jax.nn.softmax(NETWORK.member_logits(W[judges], points)), axis=0)
             assert list(margins[row, column] > 0) == list(p.argmax(-1) == LABELS)

@@ -463,7 +463,7 @@ def test_the_transfer_sets_attack_is_the_configs(number):
     config = config_of()
     settings = blackbox._rounds(config)[number]
     bench, variables = bench_of(WEIGHTS, 'logits')
-    x_adv = bench.worst_points(variables, settings, IMAGES, Y, 'test')
+    x_adv = bench.points(variables, settings, IMAGES, Y, 'test').worst
 
     def of_members(x):
         return np.stack([margin(x @ member, Y) for member in WEIGHTS])
@@ -490,7 +490,7 @@ def test_the_transfer_sets_attack_starts_as_the_config_says():
     config = config_of(blackbox__start='gaussian', blackbox__step_size=1e-8)
     settings = blackbox._rounds(config)[0]
     bench, variables = bench_of(WEIGHTS[:1, :, :2], 'logits')
-    attack = lambda settings: bench.worst_points(variables, settings, images, labels, 'test')
+    attack = lambda settings: bench.points(variables, settings, images, labels, 'test').worst
     noise = attack(settings) - images / np.float32(255)
     # Half of the starts are worse than the clean image, and kept.
     kept = np.abs(noise).max((1, 2, 3)) > 1e-4

@@ -82,7 +82,7 @@ def check_rounding(subject: Subject, clean: np.ndarray) -> Check:
     places = np.flatnonzero(clean)
     count = 0
     if len(places):
-        worst = subject.evaluator.worst_points(
+        worst = subject.evaluator.points(
             subject.variables,
             {**subject.reported, **subject.settings()},
             subject.images,
@@ -90,7 +90,7 @@ def check_rounding(subject: Subject, clean: np.ndarray) -> Check:
             'audit 8 bits',
             places=places,
             split_places=subject.places,
-        )
+        ).worst
         labels, x = subject.labels[places], pixels(subject)[places]
         fools = subject.log_probs(worst).argmax(-1) != labels
         moves = np.round((worst - x) * 255)

@@ -206,13 +206,10 @@ def _moved(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 def check_scale(subject: Subject) -> Check:
     """Logits are of a size at which cross-entropy has gradients that tell something."""
-    n, evaluator = subject.n, subject.evaluator
-    step = evaluator.compile(n, 'logit_gaps', {}, on_device.logit_gaps_batch, 1)
-    found = [
-        step(subject.variables, (subject.places[b], subject.images[b], subject.labels[b]))
-        for b in evaluator.batches(np.arange(n), n)
-    ]
-    whole, *members = np.median(np.concatenate(found), axis=0)
+    found = subject.evaluator.map_batches(
+        on_device.logit_gaps_batch, subject.variables, (subject.images,), 'audit logits'
+    )
+    whole, *members = np.median(found, axis=0)
     low, high = LOGIT_GAPS
     medians = {'the network': whole}
     if len(members) > 1:

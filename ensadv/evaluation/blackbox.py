@@ -161,8 +161,12 @@ def _make(
         label = f'transfer set, round {number + 1}: pgd{settings["steps"]}'
         # Few are left in the end: powers of two are few sizes to compile.
         size = min(config.eval.batch_size, 1 << (len(standing) - 1).bit_length())
-        x_adv = evaluator_of(size).worst_points(
-            variables, settings, images, labels, label, places=standing, split_places=places
+        x_adv = (
+            evaluator_of(size)
+            .points(
+                variables, settings, images, labels, label, places=standing, split_places=places
+            )
+            .worst
         )
         # Judged as they are stored: rounding to levels may undo an attack.
         candidates = transfer_sets.quantize(x_adv, images[standing], threat)

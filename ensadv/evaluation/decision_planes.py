@@ -326,10 +326,10 @@ def _span(
     images, labels = dataset.split('test')
     adversarial = [
         # Few images, and a program of its own for them: far less than a whole batch of padding.
-        Evaluator(model.evaluator.network, len(places)).worst_points(
+        Evaluator(model.evaluator.network, len(places)).points(
             model.variables, settings, images, labels,
             f'{model.name}: {config.planes.attack}', places=places,
-        )
+        ).worst
         for model in attacked
     ]  # fmt: skip
     images, labels = images[places], labels[places]

@@ -285,7 +285,7 @@ class Evaluator:
           save: called when a stage ends.
         """
         n, places = len(labels), _or_all(split_places, len(labels))
-        found = done or self._before_stages(variables, images, labels, places, label)
+        found = done or self._before_stages(variables, images, labels, label)
         for number, stage in enumerate(stages):
             if number < len(found.stages):
                 continue
@@ -324,22 +324,12 @@ class Evaluator:
 
     def _of_points(self, variables, points, labels, n, label) -> np.ndarray:
         """Returns the margins at points float32 [m, H, W, C]."""
-        margins = []
-        step = self.compile(n, 'point_margins', {}, on_device.point_margins_batch, 1)
-        with self._progress(total=len(labels), label=label, unit='image') as bar:
-            for batch in self.batches(np.arange(len(labels)), n):
-                margins.append(step(variables, (points[batch], labels[batch])))
-                bar.update(len(batch))
-        return np.concatenate(margins)
+        batch = on_device.point_margins_batch
+        return self.map_batches(batch, variables, (points, labels), label, n=n)
 
-    def _before_stages(self, variables, images, labels, places, label) -> StagedVerdicts:
-        n, margins = len(labels), []
-        step = self.compile(n, 'clean_scores', {}, on_device.clean_scores_batch, 1)
-        with self._progress(total=n, label=label, unit='image') as bar:
-            for batch in self.batches(np.arange(n), n):
-                margins.append(step(variables, (places[batch], images[batch], labels[batch])))
-                bar.update(len(batch))
-        margin = np.concatenate(margins)
+    def _before_stages(self, variables, images, labels, label) -> StagedVerdicts:
+        batch = on_device.clean_scores_batch
+        margin = self.map_batches(batch, variables, (images, labels), label)
         errs = margin <= 0
         felled_by = np.where(errs, 0, driver.NEVER).astype(np.int32)
         return StagedVerdicts(margin, errs, felled_by, ())
@@ -367,22 +357,6 @@ class Evaluator:
                     bar.total = bar.n + len(active) * left
                     bar.set_postfix(standing=f'{len(active)} of {count}', refresh=False)
         return attack.progress
-
-    def worst_points(
-        self,
-        variables: Any,
-        settings: Mapping[str, Any],
-        images: np.ndarray,
-        labels: np.ndarray,
-        label: str,
-        *,
-        places: np.ndarray | None = None,
-        split_places: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Returns `Points.worst` of `points`."""
-        return self.points(
-            variables, settings, images, labels, label, places=places, split_places=split_places
-        ).worst
 
     def points(
         self,
@@ -431,14 +405,7 @@ class Evaluator:
             array for x[int [B]], so that images need not be there all at once.
           label: of the progress.
         """
-        n = len(x)
-        step = self.compile(n, 'log_probs', {}, on_device.log_probs_batch, 1)
-        results = []
-        with self._progress(total=n, label=label, unit='image') as bar:
-            for batch in self.batches(np.arange(n), n):
-                results.append(step(variables, x[batch]))
-                bar.update(len(batch))
-        return np.concatenate(results)
+        return self.map_batches(on_device.log_probs_batch, variables, (x,), label)
 
     def decisions(
         self, variables: Any, x: np.ndarray, labels: np.ndarray, label: str
@@ -452,15 +419,7 @@ class Evaluator:
         Returns:
           Predicted classes, int32 [n, 1 + k], and the labels' margins, float32 [n, 1 + k].
         """
-        n = len(x)
-        step = self.compile(n, 'decisions', {}, on_device.decisions_batch, 1)
-        results = []
-        with self._progress(total=n, label=label, unit='image') as bar:
-            for batch in self.batches(np.arange(n), n):
-                results.append(step(variables, (x[batch], labels[batch])))
-                bar.update(len(batch))
-        classes, margins = zip(*results, strict=True)
-        return np.concatenate(classes), np.concatenate(margins)
+        return self.map_batches(on_device.decisions_batch, variables, (x, labels), label)
 
     def member_margins(
         self, variables: Any, images: np.ndarray, labels: np.ndarray, label: str
@@ -470,14 +429,40 @@ class Evaluator:
         Args:
           variables, images, labels, label: as in `evaluate`.
         """
-        n = len(labels)
-        step = self.compile(n, 'members', {}, on_device.member_batch, 1)
-        results = []
-        with self._progress(total=n, label=label, unit='image') as bar:
-            for batch in self.batches(np.arange(n), n):
-                results.append(step(variables, (batch, images[batch], labels[batch])))
-                bar.update(len(batch))
-        return np.concatenate(results)
+        return self.map_batches(on_device.member_batch, variables, (images, labels), label)
+
+    def map_batches(
+        self,
+        f: Callable[..., Any],
+        variables: Any,
+        arrays: Sequence[Any],
+        label: str,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        n: int | None = None,
+    ) -> Any:
+        """Returns what a function of `on_device` gives for all examples, batch after batch.
+
+        Args:
+          f: (network, settings, variables, batch) -> a tree of arrays [B, ...].
+          variables: the network's, replicated.
+          arrays: what a batch has, each of as many examples; or whatever has this length and gives
+            such an array for places int32 [B], so that images need not be there all at once.
+          label: of the progress.
+          settings: of f.
+          n: examples for whose batches f is compiled, where these are only some of them.
+
+        Returns:
+          The tree, of NumPy arrays with all examples.
+        """
+        total = len(arrays[0])
+        n, results = n or total, []
+        step = self.compile(n, f.__name__, settings or {}, f, 1)
+        with self._progress(total=total, label=label, unit='image') as bar:
+            for places in self.batches(np.arange(total), n):
+                results.append(step(variables, tuple(array[places] for array in arrays)))
+                bar.update(len(places))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
 
     @contextlib.contextmanager
     def _progress(self, *, total: int, label: str, unit: str) -> Iterator[Bar]:

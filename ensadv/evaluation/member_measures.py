@@ -8,8 +8,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from ensadv import losses
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import batches
 from ensadv.evaluation import on_device
@@ -101,7 +103,6 @@ def measure(subject: Subject) -> dict[str, np.ndarray]:
     for number, name in enumerate(subject.attacks):
         found |= _under_attack(subject, name, x, right, is_first=number == 0)
     for part, mine in zip(subject.parts, right, strict=True):
-        distributed.tell(f'members: the boundary of {part.name}, in random directions')
         moves = (
             np.asarray(on_device.directions(subject.threat, subject.seed + i, subject.places, x))
             for i in range(subject.directions)
@@ -175,11 +176,8 @@ def _log_probs(subject: Subject, x: np.ndarray) -> np.ndarray:
 
 
 def _margins(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns each part's margins, float32 [parts, n]; as `losses.margin` has them."""
-    is_label = np.arange(log_probs.shape[-1]) == labels[:, None]
-    others = np.max(np.where(is_label, -np.inf, log_probs), axis=-1)
-    margins = log_probs[:, is_label] - others
-    return np.where(np.isnan(margins), -np.inf, margins)
+    """Returns each part's margins, float32 [parts, n]."""
+    return np.asarray(jax.vmap(losses.margin, (0, None))(log_probs, labels))
 
 
 def _diversity(where: str, log_probs: np.ndarray) -> dict[str, np.ndarray]:
@@ -200,10 +198,10 @@ def _diversity(where: str, log_probs: np.ndarray) -> dict[str, np.ndarray]:
 
 def _agreement(subject: Subject, where: str, x: np.ndarray) -> dict[str, np.ndarray]:
     """Returns how alike the members' gradients are at points, float32 [k, k, n] each."""
-    n, (_, evaluator, variables) = len(x), subject.whole
-    step = evaluator.compile(n, 'agreement', {}, on_device.agreement_batch, 1)
-    found = [step(variables, (x[b], subject.labels[b])) for b in evaluator.batches(np.arange(n), n)]
-    cosine, sign = map(np.concatenate, zip(*found, strict=True))
+    _, evaluator, variables = subject.whole
+    cosine, sign = evaluator.map_batches(
+        on_device.agreement_batch, variables, (x, subject.labels), f'members: gradients, {where}'
+    )
     return {f'cosine_{where}': cosine.transpose(1, 2, 0), f'sign_{where}': sign.transpose(1, 2, 0)}
 
 
@@ -215,10 +213,10 @@ def _first_errors(
     Infinity where it is not reached within the radius, NaN where `there` is False: the clean image
     is an error, or there is no direction.
     """
-    n, epsilon, evaluator = len(x), subject.threat.epsilon, part.evaluator
+    epsilon = subject.threat.epsilon
     settings = {'step': epsilon / STEPS_OF_EPSILON, 'radius': subject.radius * epsilon}
-    step = evaluator.compile(n, 'first_errors', settings, on_device.first_errors_batch, 1)
-    found = []
-    for b in evaluator.batches(np.arange(n), n):
-        found.append(step(part.variables, (x[b], moves[b], subject.labels[b])))
-    return np.where(there, np.concatenate(found), np.nan)
+    found = part.evaluator.map_batches(
+        on_device.first_errors_batch, part.variables, (x, moves, subject.labels),
+        f'members: the boundary of {part.name}', settings=settings,
+    )  # fmt: skip
+    return np.where(there, found, np.nan)

@@ -29,7 +29,7 @@ def clean_batch(network, settings, variables, batch):
 
 def clean_scores_batch(network, settings, variables, batch):
     del settings
-    _, images, labels = batch
+    images, labels = batch
     logits = network.member_logits(variables, batches.to_pixels(images))
     return losses.margin(network.scores(logits), labels)
 
@@ -41,14 +41,15 @@ def point_margins_batch(network, settings, variables, batch):
     return losses.margin(network.scores(network.member_logits(variables, points)), labels)
 
 
-def log_probs_batch(network, settings, variables, x):
+def log_probs_batch(network, settings, variables, batch):
     del settings
-    return network.log_probs(variables, x)
+    (points,) = batch
+    return network.log_probs(variables, points)
 
 
 def member_batch(network, settings, variables, batch):
     del settings
-    _, images, labels = batch
+    images, labels = batch
     logits = network.member_logits(variables, batches.to_pixels(images))
     return jax.vmap(losses.margin, (0, None), 1)(logits, labels)
 
@@ -65,7 +66,7 @@ def decisions_batch(network, settings, variables, batch):
 def logit_gaps_batch(network, settings, variables, batch):
     """By how much the two largest logits differ, of the network and of each member, [B, 1 + k]."""
     del settings
-    _, images, _ = batch
+    (images,) = batch
     logits = network.member_logits(variables, batches.to_pixels(images))
     largest, _ = jax.lax.top_k(jnp.stack([network.scores(logits), *logits]), 2)
     return (largest[..., 0] - largest[..., 1]).T
@@ -98,17 +99,13 @@ def agreement_batch(network, settings, variables, batch):
         return jnp.sum(weights @ of_each)
 
     gradients = jax.lax.map(lambda weights: jax.grad(entropy)(points, weights), jnp.eye(k))
-    gradients = gradients.reshape(k, len(points), -1)
-    # The squares of a confident member's gradients underflow in float32.
-    largest = jnp.max(jnp.abs(gradients), axis=-1, keepdims=True)
-    informed = (jnp.isfinite(largest) & (largest >= LEAST_GRADIENT))[..., 0].T
+    largest = jnp.max(jnp.abs(gradients), axis=(2, 3, 4)).T
+    informed = jnp.isfinite(largest) & (largest >= LEAST_GRADIENT)
     both = informed[:, :, None] & informed[:, None, :]
-    scaled = gradients / jnp.where(largest > 0, largest, 1)
-    unit = scaled / jnp.maximum(jnp.linalg.norm(scaled, axis=-1, keepdims=True), 1e-12)
-    dot = lambda a: jnp.einsum('ibd,jbd->bij', a, a, precision='highest')
-    signs = jnp.sign(gradients)
+    dot = lambda a: jnp.einsum('ibhwc,jbhwc->bij', a, a, precision='highest')
+    units, signs = jax.vmap(ThreatModel('l2', 0).steepest)(gradients), jnp.sign(gradients)
     alike = (1 + dot(signs) / jnp.maximum(dot(jnp.abs(signs)), 1)) / 2
-    return Agreement(*(jnp.where(both, found, jnp.nan) for found in (dot(unit), alike)))
+    return Agreement(*(jnp.where(both, found, jnp.nan) for found in (dot(units), alike)))
 
 
 class Slopes(NamedTuple):

@@ -299,7 +299,7 @@ class Results:
         images, labels = self._splits['test']
         count = min(self._config.eval.examples, len(labels))
         label = f'{self.label} step {step} {unit.split} {unit.name}'
-        worst = self._evaluator.worst_points(
+        worst = self._evaluator.points(
             variables,
             self._settings[unit],
             images,
@@ -307,7 +307,7 @@ class Results:
             label,
             places=np.arange(count),
             split_places=self._places,
-        )
+        ).worst
         clean = images[:count] / np.float32(255)
         log_probs = self._evaluator.log_probs(variables, np.concatenate([clean, worst]), label)
         arrays = {
