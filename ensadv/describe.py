@@ -247,12 +247,12 @@ def _memory(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
         return jax.vjp(f, params)[1]
 
     made = costs.passes(config)
-    # The weights are among what is kept, and counted already.
-    activations, of_gradients = (
-        _bytes(jax.eval_shape(f, params, variables['batch_stats'], x)) - _bytes(params) if f else 0
-        for f in (kept, kept_of_gradients if made.gradient_updates else None)
-    )
-    passes = made.updates
+
+    def activations_of(f):
+        # The weights are among what is kept, and counted already.
+        return _bytes(jax.eval_shape(f, params, variables['batch_stats'], x)) - _bytes(params)
+
+    activations, passes = activations_of(kept), made.updates
     perturbed = bool(config.train.awp_gamma)
     state = (3 + perturbed) * _bytes(params) + _bytes(variables['batch_stats'])
     weights = 'weights, perturbed weights' if perturbed else 'weights'
@@ -265,9 +265,10 @@ def _memory(config: ConfigDict, dataset: Mapping[str, Any]) -> dict[str, str]:
         'over all devices': f'{_mebi(passes * activations)} (activations for the backward pass, '
         f'{passes} x {_mebi(activations)})',
     }
-    if of_gradients:
-        found = f'{_mebi(of_gradients)} (for a backward pass through input gradients)'
-        rows['at another time'] = found
+    if made.gradient_updates:
+        rows['instead, for input gradients'] = (
+            f'{_mebi(activations_of(kept_of_gradients))} (for a backward pass through them)'
+        )
     return rows
 
 

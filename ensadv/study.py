@@ -226,12 +226,18 @@ def pairs_of_planes(
       run_configs: by the runs' names.
     """
     seed = config.study.seeds[0]
-    of = {name: run_configs[systems.run_name(name, seed)] for name in config.study.systems}
-    clean = [name for name, each in of.items() if not each.train.adversarial_weight]
+    made = {name: run_configs[systems.run_name(name, seed)] for name in config.study.systems}
     pairs = [tuple(config.study.planes)] if config.study.planes else []
+    if missing := set(config.study.planes) - set(made):
+        logging.warning(
+            'study.planes: no decision planes: not among study.systems: %s',
+            ', '.join(sorted(missing)),
+        )
+        pairs = []
+    clean = [name for name, each in made.items() if not each.train.adversarial_weight]
     for name in config.study.responses:
-        size = of[name].ensemble.size if name in of else None
-        found = [each for each in clean if of[each].ensemble.size == size and each != name]
+        size = made[name].ensemble.size if name in made else None
+        found = [each for each in clean if made[each].ensemble.size == size and each != name]
         if found:
             pairs.append((found[0], name))
         else:
@@ -240,12 +246,6 @@ def pairs_of_planes(
                 'that is trained cleanly and has as many members',
                 name,
             )
-    if missing := {name for pair in pairs for name in pair} - set(of):
-        logging.warning(
-            'study.planes: no decision planes: not among study.systems: %s',
-            ', '.join(sorted(missing)),
-        )
-        pairs = pairs[1:]
     return [tuple(systems.run_name(name, seed) for name in pair) for pair in pairs]
 
 

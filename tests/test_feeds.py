@@ -54,8 +54,8 @@ def test_calls_of_any_length_get_the_examples_of_their_steps(streamed):
     """Whatever was expected to come next; after the steps there are zeros."""
     keys = streams.run_keys(3)
     feed = streamed(keys, 3)
-    shared, whole = feed.take(0, 3)
-    assert shared is None
+    examples, whole = feed.take(0, 3)
+    assert examples is None
     assert whole.images.shape == (1, 3, 16, 4, 4, 1)  # with CutMix's partners
     assert (whole.images.dtype, whole.labels.dtype) == (np.uint8, np.int32)
     assert len({tuple(labels) for labels in whole.labels[0].tolist()}) == 3

@@ -54,16 +54,16 @@ def draw_streamed():
     dataset = datasets.Dataset('npz', IMAGES, LABELS, IMAGES, LABELS, 60)
     feed = feeds.Streamed(MIXED, KEYS, dataset, extra.Extra((EXTRA[0],), EXTRA[1]), 1, 2000)
 
-    def batch(step, shared, keys, own):
-        (pixels, shares), attack = feeds.draw(MIXED, step, 0, shared, own, keys)
+    def batch(step, examples, keys, chosen):
+        (pixels, shares), attack = feeds.draw(MIXED, step, 0, examples, chosen, keys)
         levels = jnp.rint(255 * pixels).astype(jnp.uint8)
         return gathered((levels, shares, jax.random.key_data(attack)))
 
     compiled = distributed.run_on_devices(batch, 3, divided=True)
     drawn = []
     for step in STEPS:
-        shared, own = feed.take(step, 1)
-        drawn.append(jax.device_get(compiled(np.int32(step), shared, KEYS, own)))
+        examples, chosen = feed.take(step, 1)
+        drawn.append(jax.device_get(compiled(np.int32(step), examples, KEYS, chosen)))
     feed.close()
     return [np.stack(each) for each in zip(*drawn, strict=True)]
 

@@ -384,7 +384,11 @@ def classify(
         )
     square, three = (m, resolution, resolution), (m, 3)
     classes, margins, at_points = (
-        np.stack([of[row.model][kind][:, row.member].reshape(shape) for row in rows], axis=1)
-        for of, kind, shape in ((found, 0, square), (found, 1, square), (found_at_points, 0, three))
+        np.stack([made[row.model][kind][:, row.member].reshape(shape) for row in rows], axis=1)
+        for made, kind, shape in (
+            (found, 0, square),
+            (found, 1, square),
+            (found_at_points, 0, three),
+        )
     )
     return classes.astype(np.int16), margins.astype(np.float32), at_points.astype(np.int16)

@@ -38,8 +38,8 @@ def estimate(
     n = values.shape[1]
     if not n:
         return {'value': None, 'low': None, 'high': None, 'n': 0}
-    of = lambda sample: float(statistic(sample[~np.isnan(sample)]))
-    value = of(values)
+    without_nan = lambda sample: float(statistic(sample[~np.isnan(sample)]))
+    value = without_nan(values)
     is_share = statistic is np.mean and np.all((values == 0) | (values == 1))
     # Where all values are equal, so are all that the bootstrap draws.
     if is_share and (len(values) == 1 or value in (0, 1)):
@@ -47,7 +47,7 @@ def estimate(
         low, high = stats.binomtest(count, n).proportion_ci(_COVERAGE, 'wilson')
         found = {'value': value, 'low': float(low), 'high': float(high), 'n': n}
         return found | ({'count': count} if len(values) == 1 else {})
-    low, high = _quantiles(np.array([of(values[:, drawn]) for drawn in _resamples(n)]))
+    low, high = _quantiles(np.array([without_nan(values[:, drawn]) for drawn in _resamples(n)]))
     return dict(zip(('value', 'low', 'high'), map(_plain, (value, low, high)), strict=True)) | {
         'n': n
     }

@@ -64,7 +64,7 @@ def apply_train(model: nn.Module, variables: Variables, x: Array) -> tuple[Array
     if x.ndim == 4:
         return order.each_member(member, variables, x)
     places = jnp.arange(len(x))
-    return order.each_member(lambda its, x: member(its[0], x[its[1]]), (variables, places), x)
+    return order.each_member(lambda one, x: member(one[0], x[one[1]]), (variables, places), x)
 
 
 def combine(member_logits: Array, how: str) -> Array:

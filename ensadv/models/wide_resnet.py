@@ -68,10 +68,8 @@ class WideResNet(ImageNetwork):
                 stride = 2 if group > 0 and block == 0 else 1
                 name = f'group_{group + 1}_block_{block + 1}'
                 features = 16 * 2**group * self.width
-                block_here = block_of(
-                    features, stride, convolution, norm, activate, self.padding, name=name
-                )
-                x = block_here(x)
+                settings = convolution, norm, activate, self.padding
+                x = block_of(features, stride, *settings, name=name)(x)
         x = activate(norm(name='norm')(x))
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return self.linear()(x)

@@ -142,9 +142,11 @@ def _mean_and_reach(
     Returns:
       float [m] and [2, m], below and above.
     """
-    of = lambda what: 100 * np.array([[each[what] for each in mine] for mine in estimates])
-    values = of('value')
+    percent = lambda what: 100 * np.array([[each[what] for each in mine] for mine in estimates])
+    values = percent('value')
     mean = values.mean(axis=0)
     several = len(estimates) > 1
-    low, high = (values.min(0), values.max(0)) if several else (of('low')[0], of('high')[0])
+    low, high = (
+        (values.min(0), values.max(0)) if several else (percent('low')[0], percent('high')[0])
+    )
     return mean, np.maximum([mean - low, high - mean], 0)

@@ -49,14 +49,14 @@ def measures(like: Content) -> Iterator[Measure]:
     yield Measure('accuracy, clean images: the ensemble', ('clean', 'accuracy', -1), '%')
     yield Measure('a member', ('clean', 'accuracy_of_members'), '%', 'secondary')
     for attack in like['attacks']:
-        of, shown = ('attacks', attack), f'accuracy, {attack_name(attack)} on'
-        on_whole = (*of, 'on_whole')
+        path, shown = ('attacks', attack), f'accuracy, {attack_name(attack)} on'
+        on_whole = (*path, 'on_whole')
         yield Measure(f'{shown} the ensemble: the ensemble', (*on_whole, 'accuracy', -1), '%')
         yield Measure('a member', (*on_whole, 'accuracy_of_members'), '%', 'secondary')
-        yield Measure(f'{shown} a member: that member', (*of, 'member_itself'), '%')
-        yield Measure('another member', (*of, 'another_member'), '%', 'secondary')
-        yield Measure('the ensemble', (*of, 'whole_by_member'), '%', 'secondary')
-        yield Measure(f'{shown} all but one member: these', (*of, 'without_a_member'), '%')
+        yield Measure(f'{shown} a member: that member', (*path, 'member_itself'), '%')
+        yield Measure('another member', (*path, 'another_member'), '%', 'secondary')
+        yield Measure('the ensemble', (*path, 'whole_by_member'), '%', 'secondary')
+        yield Measure(f'{shown} all but one member: these', (*path, 'without_a_member'), '%')
     # Of what follows the first attack tells enough.
     first = next(iter(like['attacks']))
     yield from _predictions('clean images', ('clean',))
@@ -71,21 +71,21 @@ def measures(like: Content) -> Iterator[Measure]:
             text = place if number else f'{label}: {place}'
             yield Measure(text, ('gradients', where, kind), unit, 'secondary' if number else '')
     for where in ('adversarial', 'random'):
-        of, label = ('distances', where), f'distance to an error, {where} direction: the ensemble'
-        yield Measure(label, (*of, 'distance', -1), 'epsilons')
-        yield Measure('a member', (*of, 'distance_of_members'), 'epsilons', 'secondary')
+        path, label = ('distances', where), f'distance to an error, {where} direction: the ensemble'
+        yield Measure(label, (*path, 'distance', -1), 'epsilons')
+        yield Measure('a member', (*path, 'distance_of_members'), 'epsilons', 'secondary')
 
 
-def _predictions(where: str, of: tuple[str, ...]) -> Iterator[Measure]:
+def _predictions(where: str, path: tuple[str, ...]) -> Iterator[Measure]:
     """Yields what members predict on some images."""
-    yield Measure(f'all members err, {where}', (*of, 'erring', 'observed', -1), '%')
-    independent = (*of, 'erring', 'independent', -1)
+    yield Measure(f'all members err, {where}', (*path, 'erring', 'observed', -1), '%')
+    independent = (*path, 'erring', 'independent', -1)
     yield Measure('if they erred independently', independent, '%', 'secondary')
-    yield Measure(f'two members differ, {where}', (*of, 'disagreement'), '%')
-    yield Measure(f'KL of two members, {where}', (*of, 'kl'))
-    yield Measure(f'margin, {where}: the ensemble', (*of, 'margin', -1))
-    yield Measure('a member', (*of, 'margin_of_members'), '', 'secondary')
-    below = (*of, 'below_whole_of_members')
+    yield Measure(f'two members differ, {where}', (*path, 'disagreement'), '%')
+    yield Measure(f'KL of two members, {where}', (*path, 'kl'))
+    yield Measure(f'margin, {where}: the ensemble', (*path, 'margin', -1))
+    yield Measure('a member', (*path, 'margin_of_members'), '', 'secondary')
+    below = (*path, 'below_whole_of_members')
     yield Measure('a member below the ensemble (%)', below, '%', 'secondary')
 
 

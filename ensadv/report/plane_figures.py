@@ -191,9 +191,9 @@ def _notes(noted: Sequence[Planes]) -> list[str]:
     """Returns what is to be said of images and of planes that are degenerate."""
     notes = [pictures.in_grey(noted[0].images.shape[-1])]
     for planes in noted:
-        of = f'{planes.attacked[-1]}: ' if len(noted) > 1 else ''
+        system = f'{planes.attacked[-1]}: ' if len(noted) > 1 else ''
         pairs = zip(planes.places, planes.notes, strict=True)
-        notes += [f'{of}Test image {place}: {note}' for place, note in pairs if note]
+        notes += [f'{system}Test image {place}: {note}' for place, note in pairs if note]
     return [note for note in notes if note]
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from etils import epath
 
-from ensadv.errors import UserError
 from ensadv.storage import files, records, selection, workdir
 
 VERDICTS = PASSED, FAILED, NOT_MADE = ('passed', 'failed', 'not made')
@@ -27,13 +26,8 @@ def read(folder: epath.Path, step: int) -> dict[str, Any] | None:
     Raises:
       UserError: if it is damaged.
     """
-    path = path_of(folder, step)
-    if not path.exists():
-        return None
-    content = files.read_json(path)
-    if reason := records.mismatch(content, records.AUDIT):
-        raise UserError(f'{path}: not what an audit writes: {reason}')
-    return content
+    mismatch = lambda content: records.mismatch(content, records.AUDIT)
+    return files.read_checked_json(path_of(folder, step), mismatch, 'an audit')
 
 
 def is_current(content: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> bool:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,27 @@ def read_json(path: epath.Path) -> Any:
                 f'{path}: is not what was written (its {_CHECKSUM} is another): damaged, or '
                 'changed by hand'
             )
+    return content
+
+
+def read_checked_json(
+    path: epath.Path, mismatch: Callable[[Any], str | None], writer: str
+) -> dict[str, Any] | None:
+    """Reads JSON of a known form; returns None where there is no file.
+
+    Args:
+      path: of the file.
+      mismatch: returns why some content is not of the form, or None.
+      writer: what writes such files, for the error.
+
+    Raises:
+      UserError: if it is damaged, or of another form.
+    """
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if reason := mismatch(content):
+        raise UserError(f'{path}: not what {writer} writes: {reason}')
     return content
 
 

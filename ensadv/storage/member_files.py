@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ensadv.errors import UserError
 from ensadv.storage import files, records, workdir
 
 
@@ -28,9 +27,4 @@ def read(folder: epath.Path, step: int) -> dict[str, Any] | None:
       UserError: if it is damaged.
     """
     path = path_of(folder, step)
-    if not path.exists():
-        return None
-    content = files.read_json(path)
-    if reason := records.members_mismatch(content):
-        raise UserError(f'{path}: not what --mode=members writes: {reason}')
-    return content
+    return files.read_checked_json(path, records.members_mismatch, '--mode=members')

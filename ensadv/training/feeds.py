@@ -26,7 +26,8 @@ CPU_BYTES = 2**30  # where it is the host's memory, and each device would have a
 MOST_EXAMPLES = 2**22  # of a kind: every step orders them anew, which takes as long as a sort
 _CALL_BYTES = 2**27  # of the examples of a call that are streamed
 
-# (sampling, step, number of the step in the call, shared, own, keys) -> (batch, rng), on a device.
+# (sampling, step, number of the step in the call, examples, chosen, keys) -> (batch, rng), on a
+# device.
 Draw = Callable[..., tuple[Batch, Array]]
 
 
@@ -70,7 +71,7 @@ def open_feed(
 
 
 def draw(
-    sampling: Sampling, step: Array, number: Array, shared: Any, own: Any, keys: Keys
+    sampling: Sampling, step: Array, number: Array, examples: Any, chosen: Any, keys: Keys
 ) -> tuple[Batch, Array]:
     """Returns `streams.draw_batch` of a call's step.
 
@@ -78,10 +79,11 @@ def draw(
       sampling: the run's.
       step: int32 scalar.
       number: the step's in the call, from 0.
-      shared, own: of `take`.
+      examples, chosen: of `take`.
       keys: the run's.
     """
-    examples = shared if own is None else jax.tree.map(lambda leaf: leaf[number], own)
+    if chosen is not None:
+        examples = jax.tree.map(lambda leaf: leaf[number], chosen)
     return streams.draw_batch(sampling, step, examples, keys)
 
 

@@ -247,9 +247,9 @@ class Finder:
         Args:
           config: the run's.
           dataset: the run's.
-          draw: `draw(step, number, shared, own, keys) -> (batch, rng)`, as `feeds.draw`; called
+          draw: `draw(step, number, examples, chosen, keys) -> (batch, rng)`: `feeds.draw`, called
             inside `distributed.run_on_devices`.
-          take: `take(step, num_steps) -> (shared, own)`, a feed's.
+          take: `take(step, num_steps) -> (examples, chosen)`, a feed's.
           keys: what `draw` takes.
         """
         model = build.model(config, dataset.describe(), dtype=config.model.dtype)
@@ -284,24 +284,25 @@ class Finder:
 
         As 'attack step 1 of 7, forward pass, member 0, conv_0, its output: 2 NaN and ...'.
         """
-        shared, examples = self._take(state.updates, 1)
+        examples, chosen = self._take(state.updates, 1)
         if self._config.ensemble.training == 'joint':
-            members = [(0, state, self._keys, examples)]
+            members = [(0, state, self._keys, chosen)]
         else:
-            own = lambda i: jax.tree.map(lambda leaf: leaf[i], (state, self._keys))
-            its = lambda i: jax.tree.map(lambda leaf: leaf[:, i], examples)  # behind the devices
-            members = [(i, *own(i), its(i)) for i in range(self._config.ensemble.size)]
+            of_member = lambda i: jax.tree.map(lambda leaf: leaf[i], (state, self._keys))
+            # Behind the axis of the devices.
+            chosen_by = lambda i: jax.tree.map(lambda leaf: leaf[:, i], chosen)
+            members = [(i, *of_member(i), chosen_by(i)) for i in range(self._config.ensemble.size)]
         places = (
             _first_bad(name, counts, i)
-            for i, state, keys, examples in members
-            for name, counts in self._parts((state, shared, keys, examples))
+            for i, state, keys, chosen in members
+            for name, counts in self._parts((state, examples, keys, chosen))
         )
         return next(filter(None, places), None)
 
     def _parts(self, args: tuple[Any, ...]) -> Iterator[tuple[str, Counts]]:
         """Yields the parts of a step, and what is counted in them.
 
-        `args` are its state, what all devices share of the examples, the keys, and their own.
+        `args` are its state, the examples, the keys, and those chosen, as `feeds.draw` has them.
         """
         yield _STATE, jax.device_get(_count_in_state(args[0]))
         counts = self._clean(args, 0)
@@ -338,10 +339,10 @@ class Finder:
         yield 'update', counts
 
     def _count_forward(
-        self, state, shared, keys, num_steps, own, train, attacked, perturbs=False
+        self, state, examples, keys, num_steps, chosen, train, attacked, perturbs=False
     ) -> Counts:
         """Counts in a forward pass on the images, or on what the attack makes of them so far."""
-        batch, rng = self._draw(state.step, 0, shared, own, keys)
+        batch, rng = self._draw(state.step, 0, examples, chosen, keys)
         images, settings = batch[0], self._settings_for(num_steps)
         if attacked:
             given = ('model', 'combine', 'attack', 'attack_batch_norm', 'objective')
@@ -361,10 +362,10 @@ class Finder:
         return jax.tree.map(_over_devices, counts)
 
     def _count_in_update(
-        self, state, shared, keys, num_steps, own, perturbs
+        self, state, examples, keys, num_steps, chosen, perturbs
     ) -> tuple[Counts, Counts]:
         """Counts in the gradient, and in what the step gives, with so many steps of the attack."""
-        batch, rng = self._draw(state.step, 0, shared, own, keys)
+        batch, rng = self._draw(state.step, 0, examples, chosen, keys)
         after, metrics = self._step(state, batch, rng, num_steps, perturbs=perturbs)
         counts = _count_in_leaves('its new {}', after.params)
         counts |= {('', f'the {name}'): _count(value) for name, value in metrics.items()}

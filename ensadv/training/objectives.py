@@ -255,9 +255,12 @@ def member_cross_entropies(prediction: Prediction, y: Array) -> Array:
     return jnp.sum(jnp.mean(jax.vmap(losses.cross_entropy, (0, None))(log_probs, y), axis=1))
 
 
-# From the config's group `train`, by `train.objective`; `of` are members and penalty, of `paper`.
+# From the config's group `train`, by `train.objective`. `options` are members and penalty, as
+# `paper` has them.
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    'paper': lambda train, **of: paper(train.adversarial_weight, train.label_smoothing, **of),
-    'trades': lambda train, **of: trades(train.beta, train.label_smoothing, **of),
-    'mart': lambda train, **of: mart(train.beta),
+    'paper': lambda train, **options: paper(
+        train.adversarial_weight, train.label_smoothing, **options
+    ),
+    'trades': lambda train, **options: trades(train.beta, train.label_smoothing, **options),
+    'mart': lambda train, **options: mart(train.beta),
 }

@@ -49,23 +49,23 @@ def is_watched(config: ConfigDict) -> bool:
 def make_accuracies(
     config: ConfigDict, model: nn.Module, draw: feeds.Draw
 ) -> Callable[..., dict[str, Array]]:
-    """Returns the compiled `(state, shared, keys, own) -> {SINGLE, TWO}`, float32 [learners] each.
+    """Returns the compiled `(state, examples, keys, chosen) -> {SINGLE, TWO}`.
 
-    They are of the batch that the next step takes, and of what that step attacks, with the noise
-    that it draws. Training goes on as if nobody had looked.
+    The accuracies, float32 [learners] each, are of the batch that the next step takes, and of what
+    that step attacks, with the noise that it draws. Training goes on as if nobody had looked.
 
     Args:
       config: the run's.
       model: the members' network.
-      draw: see `feeds.draw`; `shared` and `own` are what a feed's `take` gives it.
+      draw: see `feeds.draw`; `examples` and `chosen` are what a feed's `take` gives it.
     """
     settings = from_config.step_settings(config, model)
     attacks = {SINGLE: settings['attack'], TWO: from_config.two_step_attack(config)}
     names = ('model', 'combine', 'attack_batch_norm', 'objective')
     settings = {name: settings[name] for name in names}
 
-    def of_one(state: TrainState, keys: streams.Keys, own: Any, shared: Any):
-        batch, rng = draw(state.step, 0, shared, own, keys)
+    def of_one(state: TrainState, keys: streams.Keys, chosen: Any, examples: Any):
+        batch, rng = draw(state.step, 0, examples, chosen, keys)
         predict = attacked(model, settings['combine'], state, settings['attack_batch_norm'])
         y = losses.labels_of(batch[1])
         found = {}
@@ -74,11 +74,11 @@ def make_accuracies(
             found[name] = jnp.mean(losses.margin(predict(x_adv), y) > 0)
         return found
 
-    def of_all(state, shared, keys, own):
+    def of_all(state, examples, keys, chosen):
         if config.ensemble.training == 'separate':
-            found = order.each_learner(lambda *one: of_one(*one, shared), state, keys, own)
+            found = order.each_learner(lambda *one: of_one(*one, examples), state, keys, chosen)
         else:
-            found = jax.tree.map(lambda leaf: leaf[None], of_one(state, keys, own, shared))
+            found = jax.tree.map(lambda leaf: leaf[None], of_one(state, keys, chosen, examples))
         return distributed.mean_over_devices(found)
 
     return distributed.run_on_devices(of_all, 3, divided=True)
@@ -103,8 +103,8 @@ def make_look(
     watch, accuracies = Watch(config), make_accuracies(config, model, draw)
 
     def look(step, state):
-        shared, own = take(step, 1)
-        return watch.metrics(step, accuracies(state, shared, keys, own))
+        examples, chosen = take(step, 1)
+        return watch.metrics(step, accuracies(state, examples, keys, chosen))
 
     return look
 

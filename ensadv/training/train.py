@@ -70,10 +70,11 @@ def snapshot_of(config: ConfigDict, state: TrainState) -> dict[str, Any]:
 
 
 def make_train_steps(config: ConfigDict, model: Any, draw: feeds.Draw) -> Callable[..., Any]:
-    """Returns the compiled `(state, shared, keys, num_steps, own) -> (state, sums of metrics)`.
+    """Returns the compiled `(state, examples, keys, num_steps, chosen) -> (state, metric sums)`.
 
-    The state's memory is reused. `shared` and `own` are what a feed's `take` gives to a call, and
-    `draw` takes; `num_steps` is traced, so that a call of any length runs the same compiled code.
+    The state's memory is reused. `examples` and `chosen` are what a feed's `take` gives to a call,
+    and `draw` takes; `num_steps` is traced, so that a call of any length runs the same compiled
+    code.
     """
     make_step = partial(
         train_step,
@@ -81,28 +82,30 @@ def make_train_steps(config: ConfigDict, model: Any, draw: feeds.Draw) -> Callab
         mean_over_devices=distributed.mean_over_devices,
     )
 
-    def one_step(state: TrainState, keys: streams.Keys, number: Array, shared: Any, own: Any):
-        batch, rng = draw(state.step, number, shared, own, keys)
+    def one_step(state: TrainState, keys: streams.Keys, number: Array, examples: Any, chosen: Any):
+        batch, rng = draw(state.step, number, examples, chosen, keys)
         return make_step(state, batch, rng)
 
     if config.ensemble.training == 'separate':
         one_member = one_step
 
-        def one_step(state, keys, number, shared, own):
-            train_one = lambda state, keys, own: one_member(state, keys, number, shared, own)
-            state, values = order.each_learner(train_one, state, keys, own)
+        def one_step(state, keys, number, examples, chosen):
+            train_one = lambda state, keys, chosen: one_member(
+                state, keys, number, examples, chosen
+            )
+            state, values = order.each_learner(train_one, state, keys, chosen)
             return state, jax.tree.map(jnp.mean, values)
 
     # Traced once, and not again for the shapes of its metrics.
     one_step = jax.jit(one_step, inline=True)
 
-    def train_steps(state, shared, keys, num_steps, own):
-        of_step = jax.eval_shape(one_step, state, keys, num_steps, shared, own)[1]
+    def train_steps(state, examples, keys, num_steps, chosen):
+        of_step = jax.eval_shape(one_step, state, keys, num_steps, examples, chosen)[1]
         zeros = jax.tree.map(jnp.zeros_like, of_step)
 
         def body(number, carry):
             state, sums = carry
-            state, values = one_step(state, keys, number, shared, own)
+            state, values = one_step(state, keys, number, examples, chosen)
             return state, jax.tree.map(jnp.add, sums, values)
 
         return jax.lax.fori_loop(0, num_steps, body, (state, zeros))
@@ -250,8 +253,8 @@ def _train(config, workdir_path, on_snapshot, label) -> None:
         state, keys = distributed.replicate((state, keys))
 
         def advance(state: TrainState, num_steps: int) -> tuple[TrainState, Mapping[str, Array]]:
-            shared, own = feed.take(state.updates, num_steps)
-            done = train_steps(state, shared, keys, np.int32(num_steps), own)
+            examples, chosen = feed.take(state.updates, num_steps)
+            done = train_steps(state, examples, keys, np.int32(num_steps), chosen)
             return jax.block_until_ready(done)
 
         look = overfitting.make_look(config, model, draw, feed.take, keys)
