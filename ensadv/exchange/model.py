@@ -147,7 +147,6 @@ class Ensemble(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.combine = combine
-        # Attacks ask for no more than these, and load() gives them their values.
         self.register_buffer('mean', torch.zeros(channels, 1, 1))
         self.register_buffer('std', torch.ones(channels, 1, 1))
         make = {'wide_resnet': WideResNet, 'vgg': VGG}[network]
