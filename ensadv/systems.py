@@ -14,7 +14,7 @@ from ensadv.values import nearest
 
 RunOne = Callable[[ConfigDict, epath.Path, str], None]  # of config, workdir and label
 _COMMON = (('probs', 'joint'), ('logits', 'joint'))  # combine and training that a base may set
-NO_SYSTEMS = ('__init__', 'blackbox', 'default', 'quickstart', 'small', 'table1')
+NO_SYSTEMS = ('__init__', 'blackbox', 'cifar10_small', 'default', 'quickstart', 'small', 'table1')
 
 
 def names(systems_dir: epath.Path) -> list[str]:

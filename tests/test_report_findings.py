@@ -17,7 +17,7 @@ from report_runs import (
     write_run,
 )
 
-from ensadv.report import findings, page, paper
+from ensadv.report import findings, page, paper, sections
 from ensadv.report.collect import collect
 from ensadv.storage import files, workdir
 
@@ -129,16 +129,11 @@ OTHERS = [
     ({'dataset': DIGITS}, 'data.name digits, not cifar10'),
     ({'dataset': CIFAR10 | {'name': 'cifar100'}}, 'data.name cifar100, not cifar10'),
     ({'epsilon': 4 / 255}, 'epsilon 0.01569, not 0.03137'),
-    ({'model__depth': 16}, 'model.depth 16, not 28'),
-    ({'model__width': 4}, 'model.width 4, not 10'),
     ({'model__name': 'vgg'}, 'model.name vgg, not wide_resnet'),
     ({'ensemble__size': 3}, 'ensemble.size 3, not '),
     ({'train__adversarial_weight': 0.5}, 'train.adversarial_weight 0.5, not 1'),
 ]
-SHORTER = [
-    ({'train__steps': 300}, 'train.steps 300, not 500,000'),
-    ({'train__batch_size': 64}, 'train.batch_size 64, not 128'),
-    ({'train__learning_rate_steps': (9,)}, 'train.learning_rate_steps (9), not (30,000, 60,000, '),
+OTHERWISE = [
     ({'attack__steps': 3}, 'attack.steps 3, not 7'),
     ({'train__objective': 'trades'}, 'train.objective trades, not paper'),
     ({'train__awp_gamma': 0.005}, 'train.awp_gamma 0.005, not 0'),
@@ -148,13 +143,13 @@ SHORTER = [
 ]
 
 
-@pytest.mark.parametrize('changes, reason', [*OTHERS, *SHORTER])
+@pytest.mark.parametrize('changes, reason', [*OTHERS, *OTHERWISE])
 def test_of_other_systems_no_claim_is_judged(tmp_path, changes, reason):
     for system, first in (('singleadv', 10), ('ensemble2adv', 90)):
         write_paper(tmp_path, system, first, **changes)
     assert verdicts(tmp_path) == []
     (sentence,) = left_out(tmp_path)
-    claims_alone = (changes, reason) in SHORTER
+    claims_alone = (changes, reason) in OTHERWISE
     assert sentence.startswith(
         "The paper's claims are left out for SingleAdv, Ensemble2Adv, which were not trained like"
         if claims_alone
@@ -164,6 +159,64 @@ def test_of_other_systems_no_claim_is_judged(tmp_path, changes, reason):
     # What a study of one's own wants is there.
     (difference,) = findings.differences(outcomes_of(tmp_path), 'pgd20')
     assert (difference.first, difference.difference_points) == ('Ensemble2Adv', pytest.approx(80))
+
+
+OTHER_SCALES = [
+    ({'model__depth': 16}, 'model.depth 16, not 28'),
+    ({'model__width': 4}, 'model.width 4, not 10'),
+    ({'train__steps': 300}, 'train.steps 300, not 500,000'),
+    ({'train__batch_size': 64}, 'train.batch_size 64, not 128'),
+    ({'train__learning_rate': 0.2}, 'train.learning_rate 0.2, not 0.1'),
+    (
+        {'train__learning_rate_steps': (9,)},
+        'train.learning_rate_steps (9), not (30,000, 60,000, 90,000)',
+    ),
+]
+
+
+@pytest.mark.parametrize('changes, reason', OTHER_SCALES)
+def test_at_another_scale_the_claims_are_judged_and_the_scale_is_said(tmp_path, changes, reason):
+    for system, first in (('singleadv', 10), ('ensemble2adv', 90)):
+        write_paper(tmp_path, system, first, first + 1, first + 2, **changes)
+    found = outcomes_of(tmp_path)
+    assert [claim.verdict for claim in findings.judge_claims(found)] == [PROVEN, *3 * [TOO_LITTLE]]
+    assert paper.other_scale(found.systems) == reason
+    section = sections.claims(found, [])
+    assert section.title == "The paper's claims, at another scale"
+    assert reason in section.blocks[1]
+    is_network = 'model' in reason
+    assert left_out(tmp_path) == is_network * [
+        "The paper's numbers are left out for SingleAdv, Ensemble2Adv, which are not the paper's: "
+        f'{reason}.'
+    ]
+
+
+@pytest.mark.parametrize(
+    'doubleadv, ensemble2adv, is_judged',
+    [
+        ({'model__width': 3}, {}, True),
+        ({'model__width': 2}, {}, False),  # no wider than the others
+        ({'model__width': 1}, {}, False),
+        ({'model__width': 3}, {'model__width': 3}, False),
+        ({'model__width': 3}, {'train__steps': 301}, False),
+        ({'model__width': 3, 'model__depth': 16}, {}, False),
+    ],
+)
+def test_claims_are_judged_at_one_scale(tmp_path, doubleadv, ensemble2adv, is_judged):
+    small = {'model__depth': 10, 'model__width': 2, 'train__steps': 300}
+    write_paper(tmp_path, 'singleadv', 30, **small)
+    write_paper(tmp_path, 'doubleadv', 40, **(small | doubleadv))
+    write_paper(tmp_path, 'ensemble2adv', 50, **(small | ensemble2adv))
+    assert bool(verdicts(tmp_path)) == is_judged
+    assert len(left_out(tmp_path)) == 1
+
+
+def test_at_the_papers_scale_its_claims_have_no_other(tmp_path):
+    write_paper(tmp_path, 'singleadv', 30)
+    write_paper(tmp_path, 'ensemble2adv', 50)
+    found = outcomes_of(tmp_path)
+    assert paper.other_scale(found.systems) == ''
+    assert sections.claims(found, []).title == "The paper's claims"
 
 
 def test_what_the_systems_wrote_down_is_the_papers(tmp_path):

@@ -228,17 +228,14 @@ def judge_claims(outcomes: Outcomes, notes: Sequence[str] = ()) -> list[Claim]:
     """Returns what the data say of each of the paper's claims.
 
     A claim is what the paper says of its systems, and nothing else: where no two of those that it
-    compares are here, with its data, epsilon, networks and training, no claim is judged.
+    compares are here, with its data, epsilon and training, no claim is judged. `paper.judged` says
+    which systems are, and which scale.
 
     Args:
       outcomes: of all systems.
       notes: of these, those that begin with the name of a claim's system are among its details.
     """
-    its = {
-        system
-        for system, runs in outcomes.systems.items()
-        if not paper.unlike(runs) and not paper.trained_otherwise(runs)
-    }
+    its = set(paper.judged(outcomes.systems))
     if not any(its.issuperset(pair) for pairs in CLAIMS.values() for pair in pairs):
         return []
     claims = []

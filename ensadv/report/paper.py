@@ -5,8 +5,9 @@ Table 1: accuracies on CIFAR-10's test set, epsilon 8/255, WRN-28-10, three seed
 last iterates. Separate2Adv is in Table 1c alone.
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ensadv import config as config_lib
@@ -63,6 +64,14 @@ _TRAINING = {
     'model.activation': 'relu',
 }
 _ATTACK = {'attack.name': 'ifgsm', 'attack.steps': 7}
+# With other values of these, and of model.width, it is the same experiment at another scale.
+_SCALE = (
+    'model.depth',
+    'train.steps',
+    'train.batch_size',
+    'train.learning_rate',
+    'train.learning_rate_steps',
+)
 
 _COLUMNS = ('clean', 'ifgsm5', 'pgd5', 'pgd20', 'blackbox')
 
@@ -111,18 +120,65 @@ def unlike(runs: Sequence[Run]) -> list[str]:
     With other data, epsilon, networks or members they are something else, and the paper's numbers
     are no measure of them. None are of the paper's if it has no system of that name.
     """
-    system = runs[0].system
-    if any(run.model for run in runs):
-        return ['a model that was given']
-    if any(run.imported for run in runs):
-        return ['imported weights']
-    return _differences(runs, _COMMON | _OWN[system]) if system in _OWN else ['system']
+    return list(_unlike(runs).values())
 
 
 def trained_otherwise(runs: Sequence[Run]) -> list[str]:
     """Returns in what a system's runs were not trained as the paper's were."""
+    return list(_trained_otherwise(runs).values())
+
+
+def _unlike(runs: Sequence[Run]) -> dict[str, str]:
+    system = runs[0].system
+    if any(run.model for run in runs):
+        return {'model': 'a model that was given'}
+    if any(run.imported for run in runs):
+        return {'weights': 'imported weights'}
+    if system not in _OWN:
+        return {'system': 'system'}
+    return _differences(runs, _COMMON | _OWN[system])
+
+
+def _trained_otherwise(runs: Sequence[Run]) -> dict[str, str]:
     attacked = runs[0].config['train']['adversarial_weight']
     return _differences(runs, _TRAINING | (_ATTACK if attacked else {}))
+
+
+def judged(systems: Mapping[str, Sequence[Run]]) -> dict[str, list[str]]:
+    """Returns the systems that can speak on the paper's claims.
+
+    These are the paper's own, with its networks and training. Where there is none of them, they are
+    those that are the paper's but for their scale, if that is the same for all: networks of another
+    size, but DoubleAdv's wider than the others', and other steps, batches and learning rates.
+
+    Returns:
+      By the name of the system, in what its scale is not the paper's.
+    """
+    found = {
+        system: _unlike(runs) | _trained_otherwise(runs)
+        for system, runs in systems.items()
+        if system in SYSTEMS and all(run.is_trained_here for run in runs)
+    }
+    if its := {system: [] for system, other in found.items() if not other}:
+        return its
+    allowed = {*_SCALE, 'model.width'}
+    scaled = {system: other for system, other in found.items() if other.keys() <= allowed}
+    scales, widths, double_widths = set(), set(), set()
+    for system in scaled:
+        for settings in itertools.chain.from_iterable(map(_settings, systems[system])):
+            scales.add(str([settings[field] for field in _SCALE]))
+            of = double_widths if system == 'DoubleAdv' else widths
+            of.add(settings['model.width'])
+    if max(map(len, (scales, widths, double_widths))) > 1 or any(
+        double <= width for double in double_widths for width in widths
+    ):
+        return {}
+    return {system: list(other.values()) for system, other in scaled.items()}
+
+
+def other_scale(systems: Mapping[str, Sequence[Run]]) -> str:
+    """Returns in what the scale of the systems that are judged is not the paper's; '' if it is."""
+    return _joined(judged(systems))
 
 
 def is_its_attack(settings: Mapping[str, Any]) -> bool:
@@ -140,15 +196,21 @@ def left_out(systems: Mapping[str, Sequence[Run]]) -> list[str]:
         for system, runs in mine.items()
         if system not in others and (found := trained_otherwise(runs))
     }
+    spoken = judged(systems)
     return [
         f"{what} are left out for {', '.join(reasons)}, which {why} the paper's: "
         f'{_joined(reasons)}.'
         for what, why, reasons in (
-            ("The paper's numbers and claims", 'are not', others),
-            ("The paper's claims", 'were not trained like', shorter),
+            ("The paper's numbers and claims", 'are not', _without(others, spoken)),
+            ("The paper's numbers", 'are not', _without(others, others.keys() - spoken.keys())),
+            ("The paper's claims", 'were not trained like', _without(shorter, spoken)),
         )
         if reasons
     ]
+
+
+def _without(reasons: Mapping[str, Sequence[str]], systems: Collection[str]) -> dict[str, Any]:
+    return {system: found for system, found in reasons.items() if system not in systems}
 
 
 def _joined(reasons: Mapping[str, Sequence[str]]) -> str:
@@ -160,16 +222,17 @@ def _joined(reasons: Mapping[str, Sequence[str]]) -> str:
     return '; '.join(texts)
 
 
-def _differences(runs: Sequence[Run], expected: Mapping[str, Any]) -> list[str]:
-    """Returns the fields that are not as expected, each as 'train.steps 40, not 500,000'."""
-    found = [settings for run in runs for settings in _settings(run)]
-    texts = [
-        f'{field} {_text(settings.get(field))}, not {_text(value)}'
-        for settings in found
-        for field, value in expected.items()
-        if not _same(settings.get(field), value)
-    ]
-    return list(dict.fromkeys(texts))
+def _differences(runs: Sequence[Run], expected: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the fields that are not as expected, as {'train.steps': 'train.steps 40, not 9'}."""
+    found: dict[str, list[str]] = {}
+    for settings in itertools.chain.from_iterable(map(_settings, runs)):
+        for field, value in expected.items():
+            if not _same(settings.get(field), value):
+                found.setdefault(field, []).append(_text(settings.get(field)))
+    return {
+        field: f'{field} {" or ".join(dict.fromkeys(values))}, not {_text(expected[field])}'
+        for field, values in found.items()
+    }
 
 
 def _settings(run: Run) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from ensadv.report import (
     member_figures,
     members,
     page,
+    paper,
     pictures,
     stages,
     table1,
@@ -83,7 +84,11 @@ def claims(outcomes: findings.Outcomes, notes: Sequence[str]) -> page.Section:
         '95 % interval of the difference is above 0, with '
         f'{findings.SEEDS_NEEDED} or more seeds of each system.'
     )
-    return page.Section("The paper's claims", 'claims', [text, *blocks] if blocks else [])
+    title, texts = "The paper's claims", [text]
+    if scale := paper.other_scale(outcomes.systems):
+        title = "The paper's claims, at another scale"
+        texts.append(f'This is not the scale of the paper, where they may hold or fail: {scale}.')
+    return page.Section(title, 'claims', [*texts, *blocks] if blocks else [])
 
 
 def accuracy(
