@@ -23,8 +23,7 @@ import torch
 from benchmarks import peer_pytorch
 from benchmarks.speed_tables import OURS
 from configs import default
-from ensadv import build
-from ensadv import config as config_lib
+from ensadv import build, config_checks
 from ensadv.attacks import registry
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import batches
@@ -362,5 +361,5 @@ def step_config(depth, width, members, batch, attack_steps, changes=None):
         | (changes or {})
     )
     config = config.copy_and_resolve_references()
-    config_lib.validate(config)
+    config_checks.validate(config)
     return config

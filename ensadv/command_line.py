@@ -21,7 +21,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from ensadv import architectures, flag_values, python_files, systems, values
+from ensadv import architectures, config_checks, flag_values, python_files, systems, values
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError, StorageError, TrainingError, UserError, line_of
 from ensadv.runtime import stopping, terminal
@@ -470,7 +470,7 @@ def config() -> ConfigDict:
         raise ConfigError(
             f'--config: a reference to a field cannot be computed ({cause})'
         ) from error
-    config_lib.validate(found)
+    config_checks.validate(found)
     config_lib.keep_network(found, check_unchanged=FLAGS.mode == 'train')
     if found.ensemble.members_from and FLAGS.mode not in EVALUATION_MODES:
         raise ConfigError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import architectures, values
+from ensadv import architectures, config_checks, values
 from ensadv import config as config_lib
 from ensadv.errors import ConfigError
 from ensadv.values import nearest
@@ -75,6 +75,6 @@ def make_config(
         )
     run_config.seed = seed
     run_config = run_config.copy_and_resolve_references()
-    config_lib.validate(run_config)
+    config_checks.validate(run_config)
     config_lib.keep_network(run_config)
     return run_config

@@ -12,8 +12,7 @@ from conftest import tiny_config
 from etils import epath
 from test_follow import config_for, make_run
 
-from ensadv import config as config_lib
-from ensadv import losses
+from ensadv import config_checks, losses
 from ensadv.attacks import driver, fab, registry, square
 from ensadv.attacks.apgd import APGD
 from ensadv.attacks.fab import FAB
@@ -193,7 +192,7 @@ def staged(name, **changes):
     config = tiny_config(eval__attacks=('clean', name), eval__long_attacks=())
     config.epsilon = 0.02
     config.eval.autoattack.update({'gradient_steps': 20, 'queries': 60} | changes)
-    config_lib.validate(config)
+    config_checks.validate(config)
     return attack_settings.evaluation_settings(config, name)
 
 

@@ -71,9 +71,10 @@ def test_either_weights_are_evaluated_and_both_are_in_the_report(run):
 
 def test_without_an_average_there_is_nothing_to_pick():
     from ensadv import config as config_lib
+    from ensadv import config_checks
 
     config = tiny_config('singleadv', eval__weights='averaged')
     with pytest.raises(ConfigError, match=r'eval\.weights: averaged weights need an average'):
-        config_lib.validate(config)
+        config_checks.validate(config)
     assert config_lib.weights(tiny_config('singleadv')) == 'trained'
     assert config_lib.weights(tiny_config('singleadv', train__ema_decay=0.9)) == 'averaged'

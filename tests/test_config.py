@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from configs import default, quickstart, table1
 from ensadv import config as config_lib
-from ensadv import flag_values
+from ensadv import config_checks, flag_values
 from ensadv.attacks import registry
 from ensadv.errors import ConfigError, UserError
 
@@ -27,7 +27,7 @@ def test_the_papers_eight_systems_are_diffs_on_the_default():
     diffs = {}
     for name in SYSTEMS:
         config = importlib.import_module(f'configs.{name}').get_config()
-        config_lib.validate(config)
+        config_checks.validate(config)
         diffs[name] = {k: v for k, v in flat(config).items() if v != base[k] and k != 'system'}
         assert config.system.lower() == name
     clean = {'train.adversarial_weight': 0.0}
@@ -198,7 +198,7 @@ def test_values_that_are_not_allowed_are_refused_by_name(field, value, told):
     config = default.get_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError) as caught:
-        config_lib.validate(config)
+        config_checks.validate(config)
     assert told in str(caught.value)
     assert field.partition('.')[0] in str(caught.value)
     assert '\n' not in str(caught.value)
@@ -243,13 +243,13 @@ def test_fields_that_do_not_go_together_are_refused(objective, fields, told):
     config = default.get_config()
     config.update_from_flattened_dict({'train.objective': objective} | fields)
     with pytest.raises(ConfigError) as caught:
-        config_lib.validate(config)
+        config_checks.validate(config)
     assert told in str(caught.value)
     assert '\n' not in str(caught.value)
     # In clean training there is neither an attack nor a divergence.
     if objective != 'paper':
         config.train.adversarial_weight = 0.0
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_entries_that_cannot_be_meant_are_refused(text, told):
     config = default.get_config()
     config.eval.attacks = ('clean', text)
     with pytest.raises(ConfigError) as caught:
-        config_lib.validate(config)
+        config_checks.validate(config)
     assert str(caught.value).startswith('eval.attacks')
     assert told in str(caught.value)
 
@@ -299,19 +299,19 @@ def test_entries_that_cannot_be_meant_are_refused(text, told):
 def test_an_attack_that_needs_labels_goes_without_shares_of_them():
     config = default.get_config()
     config.data.cutmix = 1.0
-    config_lib.validate(config)
+    config_checks.validate(config)
     config.attack.loss = 'margin'
     with pytest.raises(ConfigError, match=r'expected 0 with attack\.loss=margin'):
-        config_lib.validate(config)
+        config_checks.validate(config)
     config.train.adversarial_weight = 0.0
-    config_lib.validate(config)
+    config_checks.validate(config)
 
 
 def test_any_data_set_of_tfds_has_a_name():
     config = default.get_config()
     for name in ('tfds:fashion_mnist', 'tfds:imagenet_resized/32x32:0.1.0'):
         config.data.name = name
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 def test_an_entry_may_be_long():
@@ -326,9 +326,9 @@ def test_a_length_is_of_the_norm():
     config = default.get_config()
     config.epsilon = 1.5
     with pytest.raises(ConfigError, match='epsilon'):
-        config_lib.validate(config)
+        config_checks.validate(config)
     config.norm = 'l2'
-    config_lib.validate(config)
+    config_checks.validate(config)
     assert config.eval.pgd.step_size == 0.75
 
 
@@ -352,10 +352,10 @@ def test_attacks_of_one_step_have_groups_of_their_own(fields, told):
     assert config.attack.fgsm.to_dict() == {'step_size': 0.05, 'start': 'uniform'}
     assert config.attack.n_fgsm.to_dict() == {'step_size': 0.04, 'noise': 0.08}
     config.attack.name = 'fgsm'
-    config_lib.validate(config)
+    config_checks.validate(config)
     config.update_from_flattened_dict(fields)
     with pytest.raises(ConfigError, match=told):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 def test_what_an_older_run_did_not_say_it_had_as_it_was_then():
@@ -417,7 +417,7 @@ def test_a_config_survives_json():
     restored = config_lib.from_dict(values, default.get_config())
     assert config_lib.to_dict(restored) == config_lib.to_dict(config)
     assert isinstance(restored.eval.attacks, tuple)
-    config_lib.validate(restored)
+    config_checks.validate(restored)
 
 
 def test_a_stored_config_of_another_version_is_read_or_refused_by_name():
@@ -473,13 +473,13 @@ def test_only_fields_that_change_no_step_may_change():
 def test_restarts_that_would_be_equal_are_refused(changes, told):
     config = default.get_config()
     config.eval.pgd.update(changes)
-    config_lib.validate(config)
+    config_checks.validate(config)
     config.eval.pgd.restarts = 3
     with pytest.raises(ConfigError, match=r'eval\.pgd\.restarts: 3 of them') as caught:
-        config_lib.validate(config)
+        config_checks.validate(config)
     assert told in str(caught.value)
     config.eval.pgd.start = 'uniform'
-    config_lib.validate(config)
+    config_checks.validate(config)
 
 
 @pytest.mark.parametrize(

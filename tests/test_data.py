@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ensadv import config as config_lib
-from ensadv import errors
+from ensadv import config_checks, errors
 from ensadv.data import batches, checks, datasets, readers
 
 PREPARED = pathlib.Path(__file__).parents[2] / 'shared' / 'tfds'
@@ -49,7 +48,7 @@ def message(*args, **kwargs) -> str:
 
 
 def test_names_are_those_that_the_config_allows():
-    assert datasets.NAMES == config_lib.DATASETS
+    assert datasets.NAMES == config_checks.DATASETS
     assert 'imagenet' in message('imagenet')
     assert issubclass(errors.DataError, errors.UserError)
 

@@ -11,8 +11,7 @@ from conftest import run_main, tiny_config
 from etils import epath
 from test_evaluator import RIPPLES, Ripples, bench_of, biases, network_of, ripples, settings_of
 
-from ensadv import build, losses, study
-from ensadv import config as config_lib
+from ensadv import build, config_checks, losses, study
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluation import attack_settings, decision_planes, planes
@@ -372,4 +371,4 @@ def test_mistakes_are_one_line_on_the_command_line(root):
 def test_settings_that_are_not_allowed(field, value, told):
     config = tiny_config(**{f'planes__{field}': value})
     with pytest.raises(ConfigError, match=f'^planes.{field}: .*{told}'):
-        config_lib.validate(config)
+        config_checks.validate(config)

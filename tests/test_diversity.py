@@ -11,8 +11,7 @@ import pytest
 from conftest import tiny_config
 from small_network import SmallNetwork
 
-from ensadv import build
-from ensadv import config as config_lib
+from ensadv import build, config_checks
 from ensadv.errors import ConfigError
 from ensadv.models import ensemble, features
 from ensadv.models.norm import BatchNorm
@@ -386,7 +385,7 @@ def test_the_method_is_the_configs(monkeypatch):
         loss, metrics = jax.jit(lambda term=term: term.loss(predict, 0, 0, LABELS))()
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
         assert f'{name}_entropy' in metrics
-    assert [len(of_config(method).terms) for method in config_lib.DIVERSITIES] == [1, 1, 2, 2, 1]
+    assert [len(of_config(method).terms) for method in config_checks.DIVERSITIES] == [1, 1, 2, 2, 1]
     found = of_config('gal', adversarial_weight=3.0, objective='paper')
     assert [term.weight for term in found.terms] == [1, 3.0, 1]
     assert found.scale == 0.25

@@ -11,7 +11,7 @@ from conftest import ROOT
 from ml_collections import config_flags
 
 from configs import default
-from ensadv import command_line
+from ensadv import command_line, config_checks
 from ensadv import config as config_lib
 from ensadv.attacks import registry
 
@@ -95,7 +95,7 @@ def test_every_page_is_reached_from_readme():
 @pytest.mark.parametrize('page', [*PAGES, *CONFIGS, ROOT / 'main.py'], ids=lambda path: path.name)
 def test_commands_parse(page):
     for arguments in commands(page.read_text()):
-        config_lib.validate(parse(arguments))
+        config_checks.validate(parse(arguments))
 
 
 def test_commands_that_do_not_parse_are_found():

@@ -11,8 +11,7 @@ from conftest import ROOT, tiny_config
 from etils import epath
 
 from configs import default
-from ensadv import build, errors, study
-from ensadv import config as config_lib
+from ensadv import build, config_checks, errors, study
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
 from ensadv.errors import ConfigError, UserError
@@ -89,10 +88,10 @@ def test_places_beyond_the_split_are_refused(tmp_path):
 def test_it_does_not_go_with_a_number_of_examples():
     config = default.get_config()
     config.eval.indices = 'places.txt'
-    config_lib.validate(config)
+    config_checks.validate(config)
     config.eval.num_examples = 5
     with pytest.raises(ConfigError, match=r'eval\.indices, eval\.num_examples: .*places.txt and 5'):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 # A run

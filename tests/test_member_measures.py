@@ -16,8 +16,7 @@ from report_runs import member, run_config, write_run
 from test_follow import make_run
 
 import main
-from ensadv import build, losses, study
-from ensadv import config as config_lib
+from ensadv import build, config_checks, losses, study
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.errors import ConfigError, UserError
 from ensadv.evaluation import any_model, member_measures, member_statistics, members
@@ -383,7 +382,7 @@ def test_what_has_no_members_is_refused(tmp_path, monkeypatch):
 )
 def test_attacks_are_of_one_stage(attacks, told):
     with pytest.raises(ConfigError, match=told) as error:
-        config_lib.validate(tiny_config(members__attacks=attacks))
+        config_checks.validate(tiny_config(members__attacks=attacks))
     assert 'members.attacks: ' in str(error.value)
 
 

@@ -143,11 +143,11 @@ def test_a_workdir_is_of_these_snapshots(root, tmp_path):
 
 
 def test_gating_has_to_be_trained_with_its_members(root):
-    from ensadv import config as config_lib
+    from ensadv import config_checks
 
     config = ensemble_config(root, 'wide', 'deep', ensemble__combine='gating')
     with pytest.raises(ConfigError, match='gating is trained with the members'):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 def test_only_evaluation_takes_members_from(root):

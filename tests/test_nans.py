@@ -15,7 +15,7 @@ import pytest
 from conftest import TINY, overrides, run_main, tiny_config
 from small_network import wide_resnet
 
-from ensadv import build
+from ensadv import build, config_checks
 from ensadv import config as config_lib
 from ensadv.architectures import ARCHITECTURES
 from ensadv.errors import ConfigError, TrainingError
@@ -419,9 +419,9 @@ def test_the_field_may_change_and_is_true_or_false():
     config = tiny_config('singleadv')
     old = config_lib.to_dict(config)
     config.debug.nans = True
-    config_lib.validate(config)
+    config_checks.validate(config)
     assert config_lib.changed_fields(old, config_lib.to_dict(config)) == []
     with config.ignore_type():
         config.debug.nans = 'yes'
     with pytest.raises(ConfigError, match=r"debug\.nans: expected True or False, found 'yes'"):
-        config_lib.validate(config)
+        config_checks.validate(config)

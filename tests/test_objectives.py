@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from ensadv import config as config_lib
+from ensadv import config_checks
 from ensadv.training import from_config, objectives
 from ensadv.training.step import initial_state, perturbed, train_step
 
@@ -283,4 +283,4 @@ def test_the_objective_is_the_configs():
         np.testing.assert_allclose(loss, expected(metrics), rtol=1e-5)
     found = from_config.objective(tiny_config('baseline', train__objective='trades', **fields))
     assert (found.attacks, found.perturbation) == (False, (0.3, 0))
-    assert {*objectives.OBJECTIVES} == {*config_lib.OBJECTIVES}
+    assert {*objectives.OBJECTIVES} == {*config_checks.OBJECTIVES}

@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_config
 
 from ensadv import config as config_lib
-from ensadv import losses
+from ensadv import config_checks, losses
 from ensadv.attacks import attack, registry
 from ensadv.evaluation import attack_settings, evaluator
 from ensadv.models.ensemble import Network
@@ -50,7 +50,7 @@ def config(monkeypatch):
     monkeypatch.setattr(registry, 'KINDS', dict(registry.KINDS))
     registry.register('random', RandomSearch)
     found = tiny_config(eval__attacks=('clean', 'random8', 'random40'), eval__long_attacks=())
-    config_lib.validate(found)
+    config_checks.validate(found)
     return found
 
 
@@ -61,7 +61,7 @@ def test_its_settings_are_config_fields_that_follow_epsilon_and_are_checked(conf
     assert settings.items() >= expected.items()
     config.eval.random.radius = 8.0
     with pytest.raises(config_lib.ConfigError, match=r'eval\.random\.radius: expected a number'):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 def test_it_evaluates_in_batches_as_any_other_and_more_steps_fool_more(config):

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, tiny_config
 from etils import epath
 
-from ensadv import architectures, build, python_files, study, systems
+from ensadv import architectures, build, config_checks, python_files, study, systems
 from ensadv import config as config_lib
 from ensadv.command_line import CONFIGS
 from ensadv.errors import ConfigError, UserError
@@ -74,7 +74,7 @@ def test_names_of_networks(name, expected):
 )  # fmt: skip
 def test_names_that_cannot_be_meant(name):
     with pytest.raises(ConfigError, match=r'^model\.name: '):
-        config_lib.validate(tiny_config(model__name=name))
+        config_checks.validate(tiny_config(model__name=name))
 
 
 def made(tmp_path, text, fields=(), name='Net', **given):
@@ -82,7 +82,7 @@ def made(tmp_path, text, fields=(), name='Net', **given):
     path = tmp_path / 'net.py'
     path.write_text(text)
     config = tiny_config(model__name=f'{path}:{name}', **dict(fields))
-    config_lib.validate(config)
+    config_checks.validate(config)
     return build.model(build.resolve(config), DESCRIPTION, **{'dtype': 'float32', **given})
 
 

@@ -13,8 +13,7 @@ from etils import epath
 
 import ensadv
 from configs import quickstart, table1
-from ensadv import command_line, study
-from ensadv import config as config_lib
+from ensadv import command_line, config_checks, study
 from ensadv.errors import ConfigError, TrainingError, UserError
 from ensadv.evaluation import audit, members
 from ensadv.report import write
@@ -169,7 +168,7 @@ def test_decision_planes_are_of_two_systems_of_the_study(pair):
     config = quickstart.get_config()
     config.study.planes = pair
     with pytest.raises(ConfigError, match=r'study\.planes: expected'):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 def test_a_study_without_matplotlib_trains_and_says_what_is_missing(

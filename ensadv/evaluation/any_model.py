@@ -14,8 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ensadv import build, losses, values
-from ensadv import config as config_lib
+from ensadv import build, config_checks, losses, values
 from ensadv.attacks import registry
 from ensadv.attacks.threat_model import ThreatModel
 from ensadv.data import datasets
@@ -276,7 +275,9 @@ def _config(threat_model, attacks, name, seed, batch_size, audit) -> ConfigDict:
     values.check_integer('seed', seed, 0)
     values.check_integer('batch_size', batch_size, 1)
     values.check_integer('audit', audit, 0)
-    names = [config_lib.checked_entry(config, 'attacks', text).name for text in config.eval.attacks]
+    names = [
+        config_checks.checked_entry(config, 'attacks', text).name for text in config.eval.attacks
+    ]
     if 'blackbox' in names or len(set(names)) != len(names):
         raise UserError(f'attacks: expected each once, and not blackbox, found {list(texts)}')
     return config
