@@ -14,12 +14,12 @@ from ensadv.values import nearest
 
 RunOne = Callable[[ConfigDict, epath.Path, str], None]  # of config, workdir and label
 _COMMON = (('probs', 'joint'), ('logits', 'joint'))  # combine and training that a base may set
-NO_SYSTEMS = ('__init__', 'blackbox', 'cifar10_small', 'default', 'quickstart', 'small', 'table1')
 
 
 def names(systems_dir: epath.Path) -> list[str]:
-    """Returns the names of all systems in configs/."""
-    return sorted(path.stem for path in systems_dir.glob('*.py') if path.stem not in NO_SYSTEMS)
+    """Returns the names of all systems in configs/: its files that define the function `system`."""
+    files = systems_dir.glob('*.py')
+    return sorted(path.stem for path in files if '\ndef system(' in path.read_text())
 
 
 def choices(systems_dir: epath.Path) -> str:
