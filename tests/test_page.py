@@ -63,7 +63,7 @@ class Parsed(html.parser.HTMLParser):
 
 def render(*blocks: page.Block, **changes) -> Parsed:
     arguments = {'title': 'Report', 'facts': [], 'sections': [Section('One', 'one', blocks)]}
-    return Parsed(page.render(**(arguments | changes)))
+    return Parsed(page.to_html(**(arguments | changes)))
 
 
 def test_a_page_has_a_title_facts_and_contents_that_lead_to_sections():
@@ -147,6 +147,46 @@ def test_a_claim_says_its_verdict(verdict):
     assert parsed.texts('li')[-1] == '+3 points'
 
 
+def test_markdown_has_every_kind_of_block():
+    blocks = [
+        'A paragraph.',
+        ['first', '* second'],
+        '',
+        table(Row(('SingleAdv', '43.0', 'a|b')), notes=('n = 9.',)),
+        figure_block(),
+        Claim('Ensembles help.', 'supported', ['+3 points']),
+    ]
+    text = page.to_markdown('Runs', [('Data', 'digits')], [Section('One', 'one', blocks)])
+    expected = r"""# Runs
+
+- Data: digits
+
+## One
+
+A paragraph.
+
+- first
+- \* second
+
+### Table 1a
+
+| system    | PGD20 |  why |
+| --------- | ----: | ---: |
+| SingleAdv |  43.0 | a\|b |
+
+- n = 9.
+
+![a line that rises](figure1.png)
+
+A line.
+
+Ensembles help: **supported**
+
+- +3 points
+"""
+    assert text == expected
+
+
 @pytest.fixture(scope='module')
 def full() -> str:
     """A page with every kind of block, and markup in every text."""
@@ -160,7 +200,7 @@ def full() -> str:
         figure_block(caption=EVIL, alt=EVIL),
         Claim(EVIL, 'supported', [EVIL]),
     ]
-    return page.render(EVIL, [(EVIL, EVIL)], [Section(EVIL, 'one', blocks)])
+    return page.to_html(EVIL, [(EVIL, EVIL)], [Section(EVIL, 'one', blocks)])
 
 
 def test_all_text_is_escaped(full):

@@ -251,7 +251,7 @@ def test_a_study(tmp_path):
     assert 'report' not in second.stdout
     page = (tmp_path / 'report' / 'report.html').read_text()
     assert 'figure4_baseline_seed0-singleadv_seed0' in page
-    table = (tmp_path / 'report' / 'table1.md').read_text()
+    table = (tmp_path / 'report' / 'report.md').read_text()
     assert 'black-box' in table
     assert 'SingleAdv' in table
     for name in ('baseline_seed0', 'singleadv_seed0', 'blackbox/baseline_seed1000'):

@@ -34,7 +34,8 @@ LAST = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': 0.5, 'pgd500': 0.4}
 ALL = ('baseline', 'ensemble2', 'ensemble4', 'singleadv', 'doubleadv', 'ensemble2adv',
        'ensemble4adv', 'separate2adv')  # fmt: skip
 QUICK = ('baseline', 'singleadv', 'doubleadv', 'ensemble2adv', 'separate2adv')
-TABLES = {'table1.md', 'table1.csv', 'table1.tex', 'report.html'}
+TABLES = {'report.md', 'table1.csv', 'table1.tex', 'report.html'}
+OVER_TRAINING = {'over_training.csv', 'over_training.tex'}
 COMPARISONS = {
     'differences.csv', 'differences.tex', 'computation.csv', 'computation.tex',
     *(f'figure_{name}.{kind}' for name in ('differences', 'computation')
@@ -172,7 +173,7 @@ def paper_study(tmp_path_factory) -> pathlib.Path:
 def test_a_study_of_all_systems_gets_every_file(paper_study):
     expected = figure('2a', '2b', '2c', '3', '_examples', '4_baseline_seed0-singleadv_seed0',
                       '4_ensemble2adv_seed0_members', '4_ensemble2adv_seed1_members')  # fmt: skip
-    assert written(paper_study) == TABLES | COMPARISONS | expected
+    assert written(paper_study) == TABLES | OVER_TRAINING | COMPARISONS | expected
     page = html.unescape(read(paper_study, 'report.html'))
     for text in (
         '24, of 8 systems',
@@ -244,7 +245,8 @@ def test_a_browser_finds_nothing_wrong_with_the_page(paper_study):
 def test_a_quick_study(tmp_path):
     study(tmp_path, QUICK, seeds=1, evaluations=2)
     page = write_report(tmp_path)
-    assert written(tmp_path) == TABLES | COMPARISONS | figure('2a', '2b', '2c', '_examples')
+    expected = TABLES | OVER_TRAINING | COMPARISONS
+    assert written(tmp_path) == expected | figure('2a', '2b', '2c', '_examples')
     # It is of other data and networks: nothing of the paper's stands beside it, but what it is of
     # its own does.
     for text in ('too little data', "The paper's claims", '<span class="tag">paper</span>'):
@@ -260,14 +262,14 @@ def test_a_quick_study(tmp_path):
 def test_a_second_report_removes_what_it_does_not_have(tmp_path):
     study(tmp_path, ('singleadv', 'doubleadv'), seeds=1, evaluations=2)
     write_report(tmp_path)
-    for name in ('figure4_old.png', 'figure4_old.pdf', 'figure2a.svg', 'mine.png', 'notes.md'):
+    for name in ('figure4_old.png', 'table1.md', 'figure2a.svg', 'mine.png', 'notes.md'):
         (tmp_path / 'report' / name).write_text('kept?')
     shutil.rmtree(tmp_path / 'doubleadv_seed0')
     for path in (tmp_path / 'singleadv_seed0' / 'eval').glob('*.npz'):
         path.unlink()
     write_report(tmp_path)
     kept = {'figure2a.svg', 'mine.png', 'notes.md'}
-    assert written(tmp_path) == TABLES | figure('2a', '2b', '2c') | kept
+    assert written(tmp_path) == TABLES | OVER_TRAINING | figure('2a', '2b', '2c') | kept
 
 
 @pytest.mark.usefixtures('quick')
@@ -287,7 +289,7 @@ def test_only_unfinished_runs_give_a_report_that_says_so(tmp_path, capsys):
     assert written(tmp_path) == TABLES
     expected = 'a: unfinished: evaluated up to step 20, of 40 steps.'
     assert expected in page
-    assert expected in read(tmp_path, 'table1.md')
+    assert expected in read(tmp_path, 'report.md')
     assert expected in capsys.readouterr().out
     assert read(tmp_path, 'table1.csv').count('\n') == 1
 
@@ -395,7 +397,7 @@ def test_unusual_runs(tmp_path, changes):
     one_run(tmp_path, **changes)
     one_run(tmp_path, 'other', system='doubleadv', **changes)
     page = write_report(tmp_path)
-    assert 'nan' not in read(tmp_path, 'table1.md').lower().replace('nan; they', '')
+    assert 'nan' not in read(tmp_path, 'report.md').lower().replace('nan; they', '')
     assert '2, of 2 systems' in page
 
 
@@ -413,7 +415,32 @@ def test_clean_accuracy_alone(tmp_path):
     config = run_config(eval__attacks=('clean',), eval__long_attacks=())
     write_run(tmp_path / 'a', config, {20: {'clean': 0.8}, 40: {'clean': 0.9}})
     write_report(tmp_path)
-    assert written(tmp_path) == TABLES
+    assert written(tmp_path) == TABLES | OVER_TRAINING
+    assert '| SingleAdv |  clean |    80.0 |    90.0 |' in read(tmp_path, 'report.md')
+
+
+@pytest.mark.usefixtures('quick')
+def test_accuracy_over_training(tmp_path):
+    """Means over the seeds, at up to six of the steps that all runs have, the ends among them."""
+    counts = {step: place / 10 for place, step in enumerate(range(4, 41, 4))}
+    for seed, higher in enumerate((0, 0.02)):
+        config = run_config(seed=seed, eval__attacks=('clean', 'ifgsm5'))
+        config.train.snapshot_every = 4
+        write_run(tmp_path / f'seed{seed}', config, {
+            step: {'clean': 0.5, 'ifgsm5': low + higher} for step, low in counts.items()
+            if seed or step != 12
+        })  # fmt: skip
+    write_report(tmp_path)
+    table = read(tmp_path, 'report.md').split('### Accuracy over training\n\n')[1].split('\n\n')[0]
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.split('\n')]
+    assert rows[0] == ['system', 'attack', *(f'step {step}' for step in (4, 16, 20, 28, 32, 40))]
+    assert rows[2] == ['SingleAdv', 'clean', *6 * ['50.0']]
+    assert rows[3] == ['SingleAdv', 'IFGSM5', '1.0', '31.0', '41.0', '61.0', '71.0', '91.0']
+    numbers = csv_rows(tmp_path, 'over_training')
+    assert len(numbers) == 2 * 20 - 2
+    assert {(row['seed'], row['step'], row['attack'], row['accuracy']) for row in numbers} >= {
+        ('1', '12', 'ifgsm5', '0.22'), ('0', '40', 'clean', '0.5')
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures('quick')
@@ -435,9 +462,10 @@ def test_names_of_any_kind(tmp_path):
     rows = csv_rows(tmp_path, 'table1')
     assert {row['system'] for row in rows} == {'Baseline', config.system}
     assert r'\$y\_1\$ \& 50 \%' in read(tmp_path, 'table1.tex')
-    columns = read(tmp_path, 'table1.md').split('\n')[2].replace(r'\|', '').count('|')
-    mine = next(line for line in read(tmp_path, 'table1.md').split('\n') if 'x</b>' in line)
-    assert mine.replace(r'\|', '').count('|') == columns
+    lines = read(tmp_path, 'report.md').split('\n')
+    header = next(line for line in lines if line.startswith('| system'))
+    mine = next(line for line in lines if line.startswith('| ') and 'x</b>' in line)
+    assert mine.replace(r'\|', '').count('|') == header.count('|')
 
 
 @pytest.mark.usefixtures('quick')
@@ -448,7 +476,8 @@ def test_ensembles_of_runs_stand_beside_runs(tmp_path):
     page = write_report(tmp_path)
     assert '6, of 2 systems' in page
     assert '0, 1, 2, 3, 0+1, 2+3' in page
-    line = next(row for row in read(tmp_path, 'table1.md').split('\n') if 'Separate2Adv' in row)
+    lines = read(tmp_path, 'report.md').split('\n')
+    line = next(line for line in lines if line.startswith('| Separate2Adv'))
     assert [cell.strip() for cell in line.split('|')[2:6]] == [
         '2', '2,000', '40.0 ± 0.0', '90.0 ± 0.0'
     ]  # fmt: skip

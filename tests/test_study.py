@@ -221,8 +221,8 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
         'decision planes: attack',
     ):
         assert first.stderr.count(f'{job} on 1 device (cpu), in float32, JAX ') == 1, job
-    text = (tmp_path / 'report' / 'table1.md').read_text()
-    table = text.split('\n\n')[1]
+    text = (tmp_path / 'report' / 'report.md').read_text()
+    table = text.split('### Last snapshot\n\n')[1].split('\n\n')[0]
     assert table in first.stdout
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
     assert [row[0] for row in rows if 'iterate' not in row[0]][2:] == ['Baseline', 'Separate2Adv']
@@ -251,7 +251,7 @@ def test_a_study_trains_reports_and_goes_on(tmp_path):
     (tmp_path / 'separate2adv_seed0' / 'eval' / '4.json').unlink()
     again = run_main(*command, f'--workdir={tmp_path}', small=True)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / 'report' / 'table1.md').read_text() == text
+    assert (tmp_path / 'report' / 'report.md').read_text() == text
     assert finished.stat().st_mtime_ns == before
     assert measured.stat().st_mtime_ns == of_members
     again = (tmp_path / 'blackbox' / 'blackbox.npz').read_bytes()

@@ -100,7 +100,7 @@ def write(folder: epath.Path, content: Mapping[str, Any]) -> epath.Path:
     facts = [('audited', content['system']), ('versions', _versions(content))]
     sections = [page.Section('Checks', 'checks', [found])]
     path = workdir.evaluation_path(folder, content['step'], '_audit.html')
-    text = page.render(f'{folder.name}: can its robust accuracy be believed?', facts, sections)
+    text = page.to_html(f'{folder.name}: can its robust accuracy be believed?', facts, sections)
     files.write_bytes(path, text.encode())
     print(f'\n{tables.to_markdown(found)}\nThe page: {path}')
     return path

@@ -1,13 +1,14 @@
-"""The report as one HTML document that needs nothing else: no network, no script."""
+"""The report as one document: HTML that needs nothing else, no network, no script; or Markdown."""
 
 import base64
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
 
+from ensadv.report import tables
 from ensadv.report.tables import Table
 
 VERDICTS = ('supported', 'not supported', 'too little data')
@@ -60,7 +61,7 @@ class Section:
     blocks: Sequence[Block]
 
 
-def render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+def to_html(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
     """Returns the page: title, (what, value) pairs as the date, and sections from the top.
 
     All text is plain: what looks like markup is shown as it is.
@@ -74,3 +75,29 @@ def render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sect
     )
     environment.tests['kind'] = lambda block, name: type(block).__name__ == name
     return environment.get_template('page.html').render(title=title, facts=facts, sections=sections)
+
+
+def to_markdown(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+    """Returns the page in GitHub's Markdown; figures are the PNG files that stand beside it."""
+    parts = [f'# {title}', _list(f'{what}: {value}' for what, value in facts)]
+    for section in sections:
+        parts += [f'## {section.title}', *map(_block, filter(None, section.blocks))]
+    return '\n\n'.join(part.rstrip('\n') for part in parts if part) + '\n'
+
+
+def _block(block: Block) -> str:
+    match block:
+        case str():
+            return block
+        case Table():
+            return tables.to_markdown(block, level=3)
+        case FigureBlock():
+            return f'![{block.alt}]({block.name}.png)\n\n{block.caption}'
+        case Claim():
+            return f'{block.statement.rstrip(".")}: **{block.verdict}**\n\n{_list(block.details)}'
+        case _:
+            return _list(block)
+
+
+def _list(items: Iterable[str]) -> str:
+    return '\n'.join(tables.markdown_list(items))

@@ -19,6 +19,7 @@ from ensadv.report import (
     findings,
     member_figures,
     members,
+    over_training,
     page,
     paper,
     pictures,
@@ -36,9 +37,10 @@ _OLD = (
     *(f'figure{of}.{kind}' for of in ('2*', '3*', '4_*', '_*') for kind in ('png', 'pdf')),
     *(
         f'{of}.{kind}'
-        for of in ('differences', 'computation', 'members', 'stages_*')
+        for of in ('differences', 'computation', 'members', 'over_training', 'stages_*')
         for kind in ('csv', 'tex')
     ),
+    'table1.md',
 )
 
 
@@ -105,7 +107,7 @@ def accuracy(
     return page.Section('Accuracy', 'accuracy', [*blocks, notes])
 
 
-def over_training(collection: Collection, writer: Writer) -> page.Section:
+def accuracy_over_training(collection: Collection, writer: Writer) -> page.Section:
     """Figures 2a and 2b, of whatever attacks are there; of one evaluation each there is no line."""
     runs = collection.runs
     short = [a for a in collection.over_training if any(name_of(a) in r.wanted for r in runs)]
@@ -136,6 +138,10 @@ def over_training(collection: Collection, writer: Writer) -> page.Section:
         figure = figures.over_training(bands, points, attack=attack_name(attack))
         alt = f'Lines of accuracy under {attack_name(attack)} over training steps, by system'
         blocks.append(writer.figure(name, figure, caption, alt))
+    shown = [attack for attack in ('clean', *attacks) if attack in collection.over_training]
+    if table := over_training.table(collection, list(dict.fromkeys(shown))):
+        rows = over_training.csv_rows(collection)
+        blocks.append(writer.table(table, over_training.CsvRow._fields, rows))
     return page.Section('Over training', 'training', blocks)
 
 

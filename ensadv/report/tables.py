@@ -80,10 +80,14 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(lines)
 
 
-def to_markdown(table: Table) -> str:
+def to_markdown(table: Table, level: int = 2) -> str:
     """Returns a heading, the table and its notes as a list, in GitHub's Markdown.
 
     Rows of a kind are indented; the paper's are in italics, too. The last line is ended.
+
+    Args:
+      table: the table.
+      level: of the heading.
     """
 
     def cells(row: Row) -> list[str]:
@@ -97,9 +101,16 @@ def to_markdown(table: Table) -> str:
 
     # The header is a row of no kind.
     text = markdown([cells(row) for row in (Row(table.header), *table.rows)])
-    # A note that begins with an asterisk would be a list within the list.
-    notes = ['- ' + re.sub('^[*]', r'\*', note) for note in table.notes]
-    return '\n'.join([f'## {table.title}', '', text, *([''] if notes else []), *notes, ''])
+    notes = markdown_list(table.notes)
+    return '\n'.join(
+        [f'{"#" * level} {table.title}', '', text, *([''] if notes else []), *notes, '']
+    )
+
+
+def markdown_list(items: Iterable[str]) -> list[str]:
+    """Returns the lines of a list in Markdown."""
+    # An item that begins with an asterisk would be a list within the list.
+    return ['- ' + re.sub('^[*]', r'\*', item) for item in items]
 
 
 def to_csv(header: Sequence[str], rows: Sequence[Sequence[str | float | int | None]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from ensadv.report import audit_page, basis, findings, page, paper, table1, tables
-from ensadv.report.collect import Collection, collect
+from ensadv.report.collect import collect
 
 FOLDER = 'report'
 
@@ -34,7 +34,7 @@ def write(root: epath.Path) -> epath.Path:
         sections.claims(outcomes, notes),
         sections.accuracy(collection, numbers, notes, writer),
         audit_page.section(collection),
-        sections.over_training(collection, writer),
+        sections.accuracy_over_training(collection, writer),
         sections.over_attack_steps(collection, writer),
         sections.differences(outcomes, writer),
         sections.members_of_ensembles(collection, writer),
@@ -48,30 +48,16 @@ def write(root: epath.Path) -> epath.Path:
     writer.remove_old()
     title = f'{root.name}: adversarially trained ensembles'
     path = writer.folder / 'report.html'
-    writer.text('report.html', page.render(title, basis.facts(collection), parts))
-    for name, content in _table_files(collection, numbers, notes).items():
-        writer.text(name, content)
+    facts = basis.facts(collection)
+    writer.text('report.html', page.to_html(title, facts, parts))
+    writer.text('report.md', page.to_markdown(title, facts, parts))
+    rows = list(itertools.chain.from_iterable(each.rows for each in numbers))
+    writer.text('table1.csv', tables.to_csv(table1.CsvRow._fields, rows))
+    writer.text('table1.tex', '\n'.join(tables.to_latex(each.table) for each in numbers))
     apart = _part(basis.APART_TITLE, basis.apart(collection))
     first = tables.to_markdown(numbers[0].table) if numbers else ''
     print('\n' + '\n'.join(filter(None, [first, apart])) + f'\nThe report: {path}')
     return path
-
-
-def _table_files(
-    collection: Collection, numbers: Sequence[table1.Numbers], notes: Sequence[str]
-) -> dict[str, str]:
-    """Returns the contents of table1.md, .csv and .tex."""
-    parts = [
-        *(tables.to_markdown(each.table) for each in numbers),
-        _part(basis.TITLE, [*notes, *basis.all_of_it(collection)]),
-        _part(basis.APART_TITLE, basis.apart(collection)),
-    ]
-    rows = list(itertools.chain.from_iterable(each.rows for each in numbers))
-    return {
-        'table1.md': '\n'.join(filter(None, parts)),
-        'table1.csv': tables.to_csv(table1.CsvRow._fields, rows),
-        'table1.tex': '\n'.join(tables.to_latex(each.table) for each in numbers),
-    }
 
 
 def _part(title: str, items: Sequence[str]) -> str:
