@@ -289,6 +289,23 @@ def test_autoattack_decides_where_all_have_it_though_on_fewer_examples(tmp_path)
     assert outcomes_of(tmp_path).strongest == 'pgd20'
 
 
+def test_a_claim_says_what_a_weaker_attack_on_more_examples_finds(tmp_path):
+    """It does not decide: under AutoAttack the first is better, on all examples the second."""
+    settings = {'eval__long_attacks': ('autoattack',), 'eval__autoattack__examples': 10}
+    for system, first, rest in (('singleadv', 1, 80), ('ensemble2adv', 9, 20)):
+        for seed in range(3):
+            correct = np.concatenate([np.arange(10) < first, np.arange(N - 10) < rest])
+            attacks = {'clean': 0.9, 'ifgsm5': 0.6, 'pgd20': correct, 'autoattack': correct[:10]}
+            config = paper_config(system, seed=seed, **settings)
+            write_run(tmp_path / f'{system}{seed}', config, {PAPER_STEPS: attacks}, dataset=CIFAR10)
+    claim = verdicts(tmp_path)[0]
+    assert claim.verdict == PROVEN
+    decides, other = claim.details
+    assert 'under AutoAttack; seeds 3 and 3, n = 10, ' in decides
+    assert other.startswith('Ensemble2Adv − SingleAdv: −52.0 points (')
+    assert other.endswith(') under PGD20, n = 100: weaker, so it does not decide.')
+
+
 def test_differences_by_hand(tmp_path):
     write(tmp_path, 'singleadv', 50, 40, 45)
     write(tmp_path, 'ensemble2adv', 60, 70)

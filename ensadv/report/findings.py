@@ -241,6 +241,7 @@ def judge_claims(outcomes: Outcomes, notes: Sequence[str] = ()) -> list[Claim]:
     claims = []
     for claim, pairs in CLAIMS.items():
         verdicts, details = zip(*(_judge(pair, outcomes, its) for pair in pairs), strict=True)
+        details = itertools.chain.from_iterable(details)
         # A claim of several pairs is supported if each of them is.
         verdict = next(v for v in (TOO_LITTLE, NOT_SUPPORTED, SUPPORTED) if v in verdicts)
         systems = {system for pair in pairs for system in pair}
@@ -249,8 +250,8 @@ def judge_claims(outcomes: Outcomes, notes: Sequence[str] = ()) -> list[Claim]:
     return claims
 
 
-def _judge(pair: tuple[str, str], outcomes: Outcomes, its: set[str]) -> tuple[str, str]:
-    """Returns the verdict that the first is more robust than the second, and the reason.
+def _judge(pair: tuple[str, str], outcomes: Outcomes, its: set[str]) -> tuple[str, list[str]]:
+    """Returns the verdict that the first is more robust than the second, and the evidence.
 
     It is supported if the whole interval lies above 0. `its` are the paper's systems among ours.
     """
@@ -261,15 +262,34 @@ def _judge(pair: tuple[str, str], outcomes: Outcomes, its: set[str]) -> tuple[st
     elif outcomes.strongest is None:
         lacking = 'attack that all runs have'
     if lacking:
-        return TOO_LITTLE, f'{first} − {second}: no {lacking}.'
+        return TOO_LITTLE, [f'{first} − {second}: no {lacking}.']
     d = outcomes.difference(first, second, outcomes.strongest)
     text = (
-        f'{first} − {second}: {_signed(d.difference_points)} points ({_signed(d.low)} to '
-        f'{_signed(d.high)}) under {attack_name(d.attack)}; seeds {d.seeds_first} and '
+        f'{_points(d)} under {attack_name(d.attack)}; seeds {d.seeds_first} and '
         f'{d.seeds_second}, n = {d.n:,}, McNemar p {p_value(d.p_mcnemar)}'
     )
+    weaker = _on_more_examples(outcomes)
+    more = [
+        f'{_points(d)} under {attack_name(d.attack)}, n = {d.n:,}: weaker, so it does not decide.'
+        for d in (outcomes.difference(first, second, attack) for attack in weaker)
+    ]
     if min(d.seeds_first, d.seeds_second) < SEEDS_NEEDED:
-        return TOO_LITTLE, f'{text}; a claim needs {SEEDS_NEEDED} seeds of each.'
+        return TOO_LITTLE, [f'{text}; a claim needs {SEEDS_NEEDED} seeds of each.', *more]
     if d.high < 0:
-        return NOT_SUPPORTED, f'{text}; the data say the opposite.'
-    return SUPPORTED if d.low > 0 else NOT_SUPPORTED, f'{text}.'
+        return NOT_SUPPORTED, [f'{text}; the data say the opposite.', *more]
+    return SUPPORTED if d.low > 0 else NOT_SUPPORTED, [f'{text}.', *more]
+
+
+def _points(d: Difference) -> str:
+    return (
+        f'{d.first} − {d.second}: {_signed(d.difference_points)} points ({_signed(d.low)} to '
+        f'{_signed(d.high)})'
+    )
+
+
+def _on_more_examples(outcomes: Outcomes) -> list[str]:
+    """Returns the strongest of the attacks on more examples than the strongest of all; or none."""
+    n = outcomes.correct[outcomes.strongest].shape[1]
+    others = [attack for attack in outcomes.attacks if outcomes.correct[attack].shape[1] > n]
+    found = strongest(others, [run for runs in outcomes.systems.values() for run in runs])
+    return [found] if found else []
