@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config.study.seeds = (0,)
     config.study.planes = ()
     config.study.responses = ()
-    config.train.warmup_steps = 40
+    config.train.warmup_steps = 25
     return config
