@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     config.train.snapshot_every = 250
     config.eval.attacks = ('clean', 'ifgsm5', 'blackbox')
     config.eval.long_attacks = ('pgd20', 'autoattack(examples=1000)')
+    config.eval.long_attacks_on = 'last'
     config.blackbox.sources = ('baseline', 'ensemble2')
     config.blackbox.rounds = 4
     return config

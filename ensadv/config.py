@@ -33,6 +33,7 @@ MUTABLE_FIELDS = (
     'eval.inline',
     'eval.iterate_examples',
     'eval.long_attacks',
+    'eval.long_attacks_on',
     'eval.seed',
     'eval.weights',  # those of a run that are not its usual ones have a folder of their own
     'members',

@@ -29,6 +29,7 @@ MAX_WINDOW = 1000
 MAX_DIRECTIONS = 1000
 MAX_RADIUS = 1000
 SPLITS = ('test', 'validation')
+LONG_ATTACKS_ON = ('best_and_last', 'last')
 WEIGHTS = ('trained', 'averaged')
 DTYPES = ('float32', 'bfloat16')
 
@@ -341,6 +342,7 @@ def _validate_evaluation(config: ConfigDict) -> None:
             'eval.attacks, eval.long_attacks: expected attacks, each named once, found '
             f'{shown(attacks)} and {shown(long_attacks)}'
         )
+    _one_of(config, 'eval.long_attacks_on', LONG_ATTACKS_ON)
     _integer(config, 'eval.seed', 0)
     _integer(config, 'eval.batch_size', 1)
     if group.num_examples is not None:

@@ -319,7 +319,7 @@ _SHOWN = (
 
 
 def _evaluation_names(config: ConfigDict) -> list[str]:
-    """Returns the attacks on every snapshot, and then those on the best and the last."""
+    """Returns the attacks on every snapshot, and then the long ones."""
     long = (registry.entry(text).name for text in config.eval.long_attacks)
     return [*registry.names(config.eval), *long]
 

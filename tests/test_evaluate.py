@@ -260,6 +260,14 @@ def test_long_attacks_are_made_on_the_best_and_the_last(copy_of_trained):
     assert np.mean((fooled_at == -1) | (fooled_at > 2)) == curve['accuracy'][1]
 
 
+def test_long_attacks_on_the_last_alone(copy_of_trained):
+    config, path = copy_of_trained
+    settings = {'eval__long_attacks': ('pgd7',), 'eval__long_attacks_on': 'last'}
+    job_of(config, path, **settings).evaluate_pending()
+    assert best_step(config, path) != 6
+    assert ['pgd7' in names_of(path, step) for step in (2, 4, 6)] == [False, False, True]
+
+
 def test_examples_are_kept_of_the_best_and_the_last(copy_of_trained):
     config, path = copy_of_trained
     shown = {'eval__examples': 5, 'eval__attacks': ('clean', 'pgd3', 'ifgsm2')}

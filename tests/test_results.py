@@ -131,6 +131,7 @@ def test_what_is_left_to_do():
     assert view({2: {1: 0.5}}).pending([2]) == ([], False)
     everything = {2: {1: 0.3}, 4: {1: 0.5}, 10: {1: 0.4}}
     assert view(everything).pending([2, 4, 10]) == ([4, 10], True)
+    assert view(everything)._replace(only_on_last=True).pending([2, 4, 10]) == ([10], True)
     assert view(everything | {4: {2: 0.9}}).pending([2, 4, 10]) == ([4], False)
 
 

@@ -143,6 +143,7 @@ class Job:
             self._results.final_units,
             # By the run's own config or by this one, whichever is later.
             max(self._config.train.steps, config['train']['steps']),
+            only_on_last=self._config.eval.long_attacks_on == 'last',
         )
         self._complete = {s: found for s, found in view.evaluated.items() if view.is_done(s)}
         return view

@@ -15,8 +15,9 @@ class View(NamedTuple):
       config: the run's own, which may ask for other attacks than `units`.
       evaluated: by step what eval/ holds.
       units: attacks on every snapshot.
-      final_units: what follows on the best and the last snapshot.
+      final_units: what follows on the last snapshot, and on the best.
       last_step: the last that training makes.
+      only_on_last: whether they do not follow on the best.
     """
 
     config: Mapping[str, Any]
@@ -24,6 +25,7 @@ class View(NamedTuple):
     units: Sequence[Unit]
     final_units: Sequence[Unit]
     last_step: int
+    only_on_last: bool = False
 
     def missing(self, step: int, units: Iterable[Unit]) -> list[Unit]:
         """Returns which of these units a step lacks."""
@@ -39,7 +41,7 @@ class View(NamedTuple):
         pending = [step for step in steps if self.missing(step, self.units)]
         if pending or not self.has_last:
             return pending, False
-        kept = self.worth_keeping
+        kept = {self.last_step} if self.only_on_last else self.worth_keeping
         return [s for s in steps if s in kept and self.missing(s, self.final_units)], True
 
     @property
