@@ -1,39 +1,71 @@
-"""Copies from a study what its report is made of, a few MB, and no weights.
+"""Copies from a study what its report is made of, a few MB and no weights, and makes the report.
 
     python benchmarks/keep_results.py DIR docs/results/NAME
 
-The copy has config.json, eval/ and decision planes of each run, and the report in Markdown with
-its figures as PNG. TensorBoard's files and the transfer set stay behind.
+The copy has of each finished run config.json, the results of all snapshots, the ledgers of the last
+one, and decision planes. Runs that it has already stay: a study may be made on several machines,
+some of its runs on each. The report is of all of them, in Markdown, with its figures as PNG.
 """
 
+import json
 import pathlib
 import shutil
+import subprocess
 import sys
 
-KEPT = ('config.json', 'eval/*.json', 'eval/*.npz', 'planes/*.npz')
-REPORT = ('report/report.md', 'report/*.png')
+from etils import epath
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from ensadv.attacks import registry
+from ensadv.storage import files
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KEPT_OF_REPORT = ('.md', '.png')
 
 
 def keep(study: pathlib.Path, copy: pathlib.Path) -> int:
-    """Copies a study's results, and returns the size of the copy in bytes.
+    """Copies a study's finished runs, and returns the size of the copy in bytes.
 
     Args:
       study: its workdir.
-      copy: a folder; what it holds already is replaced.
+      copy: a folder; what it has of these runs is replaced.
     """
-    if copy.exists():
-        shutil.rmtree(copy)
-    runs = [path.parent for path in sorted(study.rglob('config.json'))]
-    files = [file for run in runs for pattern in KEPT for file in sorted(run.glob(pattern))]
-    files += [file for pattern in REPORT for file in sorted(study.glob(pattern))]
-    for file in files:
-        # Of attacks that are still under way.
-        if file.name.endswith('.stages.npz'):
+    for path in sorted(study.glob('*/config.json')):
+        record, run = files.read_json(epath.Path(path)), path.parent
+        if not is_finished(run, record['config']):
             continue
-        to = copy / file.relative_to(study)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, to)
+        to = copy / run.name
+        shutil.rmtree(to, ignore_errors=True)
+        ledgers = f'eval/{record["config"]["train"]["steps"]}*.npz'
+        for pattern in ('eval/*.json', ledgers, 'planes/*.npz'):
+            for file in run.glob(pattern):
+                (to / file.parent.name).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, to / file.parent.name / file.name)
+        # Where the study was on its machine is nobody's business.
+        text = json.dumps(record).replace(f'{study.resolve().parent}/', '')
+        files.write_json(epath.Path(to / 'config.json'), json.loads(text))
+    report(copy)
     return sum(file.stat().st_size for file in copy.rglob('*') if file.is_file())
+
+
+def is_finished(run: pathlib.Path, config: dict) -> bool:
+    """Returns whether a run's last snapshot has all attacks that its config names."""
+    file = run / f'eval/{config["train"]["steps"]}.json'
+    if not file.exists():
+        return False
+    made = {result['name'] for result in json.loads(file.read_text())['attacks']}
+    named = [*config['eval']['attacks'], *config['eval']['long_attacks']]
+    return made >= {registry.entry(text).name for text in named}
+
+
+def report(copy: pathlib.Path) -> None:
+    """Makes the report of the runs in a copy, and keeps what can be read in a repository."""
+    command = [sys.executable, 'main.py', '--mode=report', f'--workdir={copy}']
+    subprocess.run(command, cwd=ROOT, check=True)
+    for file in (ROOT / copy / 'report').iterdir():
+        if file.suffix not in KEPT_OF_REPORT:
+            file.unlink()
 
 
 if __name__ == '__main__':
