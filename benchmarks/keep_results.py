@@ -2,9 +2,10 @@
 
     python benchmarks/keep_results.py DIR docs/results/NAME
 
-The copy has of each finished run config.json, the results of all snapshots, the ledgers of the last
-one, and decision planes. Runs that it has already stay: a study may be made on several machines,
-some of its runs on each. The report is of all of them, in Markdown, with its figures as PNG.
+The copy has of each finished run config.json, the results of all snapshots, the ledgers of the best
+and the last, and decision planes. Runs that it has already stay: a study may be made on several
+machines, some of its runs on each. The report is of all of them, in Markdown, with its figures as
+PNG.
 """
 
 import json
@@ -37,8 +38,9 @@ def keep(study: pathlib.Path, copy: pathlib.Path) -> int:
             continue
         to = copy / run.name
         shutil.rmtree(to, ignore_errors=True)
-        ledgers = f'eval/{record["config"]["train"]["steps"]}*.npz'
-        for pattern in ('eval/*.json', ledgers, 'planes/*.npz'):
+        # A finished run has the best and the last snapshot only.
+        ledgers = [f'eval/{path.name}[._]*npz' for path in run.glob('snapshots/[0-9]*')]
+        for pattern in ('eval/*.json', *ledgers, 'planes/*.npz'):
             for file in run.glob(pattern):
                 (to / file.parent.name).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, to / file.parent.name / file.name)

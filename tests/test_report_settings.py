@@ -195,7 +195,10 @@ def test_means_over_training_are_of_what_was_evaluated_over_training(tmp_path):
         def figure(self, name, figure, caption, alt):
             drawn[name] = caption
 
-    sections.over_training(found.collection, Writer())
+        def table(self, table, fields, rows):
+            drawn[table.name] = table
+
+    sections.accuracy_over_training(found.collection, Writer())
     assert f'under {BOTH[0]} over training' in drawn['figure2b']
 
 

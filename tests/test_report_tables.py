@@ -231,6 +231,23 @@ def test_a_seed_without_a_long_attack_is_counted(tmp_path):
     assert (row['seeds'], row['standard_deviation']) == ('1', '')
 
 
+def test_the_long_attacks_table_is_of_the_systems_that_have_some_at_their_best(tmp_path):
+    """With eval.long_attacks_on=last the others have them at their last snapshot alone."""
+    correct = {name: np.arange(100) < 100 * share for name, share in LAST.items()}
+    at = lambda **changes: {name: {'correct': each} for name, each in (correct | changes).items()}
+    better = {k: v for k, v in at(ifgsm5=np.arange(100) < 70).items() if k != 'pgd500'}
+    write_run(tmp_path / 'single', run_config(), {40: at()}, ledgers=(40,))
+    found = {20: better, 40: at()}
+    write_run(tmp_path / 'double', run_config('doubleadv'), found, ledgers=(20, 40))
+    found = Report(tmp_path)
+    table = found.numbers['table1c'].table
+    assert [row.cells[0] for row in table.rows if not row.kind] == ['SingleAdv']
+    assert found.cell('table1c', 'PGD500') == found.cell('table1c', 'robust') == '40.0'
+    assert 'clean, IFGSM5, PGD20 and PGD500' in found.notes('table1c')
+    assert found.cell('table1b', 'robust', 'DoubleAdv') == '50.0'
+    assert found.cell('last_snapshot', 'PGD500', 'DoubleAdv') == '40.0'
+
+
 def test_examples_that_were_not_attacked_are_marked(tmp_path):
     write(tmp_path, {40: LAST | {'pgd20': {'correct': 0.5, 'no_gradient': 3}}})
     found = Report(tmp_path)

@@ -86,14 +86,18 @@ def tables(collection: Collection) -> list[Numbers]:
     best, over_best = _with_robust(
         {run: _at(run, run.best, long=False) for run in runs}, best_steps
     )
-    final, _ = _with_robust({run: _at(run, run.best, long=True) for run in runs}, best_steps)
+    final = {run: _at(run, run.best, long=True) for run in runs}
+    attacked, over_final = _with_robust(
+        {run: mine for run, mine in final.items() if mine}, best_steps
+    )
+    final |= attacked
     trained = _trained(runs)
     at_last = [
         f'Each run at its last step ({_span([run.steps for run in trained])}); nothing was '
         f'selected{_but_for(runs)}.'
         for _ in trained[:1]
     ]
-    of_best = [*_of_best(trained), *over_best]
+    of_best = _of_best(trained)
     judge = attack_name((trained or runs)[0].judge)
     kinds = (
         ('last_snapshot', 'Last snapshot', last, {}, [*at_last, *over_last]),
@@ -104,13 +108,19 @@ def tables(collection: Collection) -> list[Numbers]:
             paper.TABLE_1A,
             _averaged_notes(runs, averaged),
         ),
-        ('table1b', f'Table 1b. At the best {judge} step', best, paper.TABLE_1B, of_best),
+        (
+            'table1b',
+            f'Table 1b. At the best {judge} step',
+            best,
+            paper.TABLE_1B,
+            [*of_best, *over_best],
+        ),
         (
             'table1c',
             'Table 1c. Long attacks, on the snapshots of Table 1b',
             final,
             paper.TABLE_1C,
-            of_best,
+            [*of_best, *over_final],
         ),
     )
     numbers = [
@@ -191,7 +201,10 @@ def _numbers(
     papers: Mapping[str, Mapping[str, float]],
     notes: Sequence[str],
 ) -> Numbers:
-    """Returns a table of these values: a row for each system, its last iterate, and the paper's."""
+    """Returns a table of these values: a row for each system, its last iterate, and the paper's.
+
+    A system without any is left out.
+    """
     attacks = [worst_case.ROBUST, *collection.attacks]
     attacks = [a for a in attacks if any(a in values[run] for run in collection.runs)]
     # Clean and black-box accuracy have no iterates.
@@ -202,6 +215,8 @@ def _numbers(
     rows, csv_rows = [], []
     for system, runs in collection.systems.items():
         mine = [values[run] for run in runs]
+        if not any(mine):
+            continue
         facts = _facts(runs[0])
         audit = [audit_page.system_cell(runs)] if audited else []
         cells = (_cell(mine, attack) for attack in attacks)
