@@ -1,6 +1,6 @@
 """Copies from a study what its report is made of, a few MB and no weights, and makes the report.
 
-    python benchmarks/keep_results.py DIR docs/results/NAME
+    python benchmarks/keep_results.py DIR docs/results/NAME  # in the repository's root
 
 The copy has of each finished run config.json, the results of all snapshots, the ledgers of the best
 and the last, and decision planes. Runs that it has already stay: a study may be made on several
@@ -32,19 +32,20 @@ def keep(study: pathlib.Path, copy: pathlib.Path) -> int:
       study: its workdir.
       copy: a folder; what it has of these runs is replaced.
     """
-    for path in sorted(study.glob('*/config.json')):
-        record, run = files.read_json(epath.Path(path)), path.parent
+    for run in (path.parent for path in sorted(study.glob('*/config.json'))):
+        record = files.read_json(epath.Path(run / 'config.json'))
         if not is_finished(run, record['config']):
             continue
         to = copy / run.name
         shutil.rmtree(to, ignore_errors=True)
-        # A finished run has the best and the last snapshot only.
-        ledgers = [f'eval/{path.name}[._]*npz' for path in run.glob('snapshots/[0-9]*')]
+        # A finished run has kept the best and the last snapshot.
+        steps = [snapshot.name for snapshot in run.glob('snapshots/[0-9]*')]
+        ledgers = [f'eval/{step}[._]*npz' for step in steps]
         for pattern in ('eval/*.json', *ledgers, 'planes/*.npz'):
             for file in run.glob(pattern):
                 (to / file.parent.name).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, to / file.parent.name / file.name)
-        # Where the study was on its machine is nobody's business.
+        # The paths of one machine mean nothing on another.
         text = json.dumps(record).replace(f'{study.resolve().parent}/', '')
         files.write_json(epath.Path(to / 'config.json'), json.loads(text))
     report(copy)

@@ -137,7 +137,7 @@ def get_config() -> ConfigDict:
     evaluation.attacks = ('clean', 'ifgsm5', 'ifgsm7', 'pgd5', 'pgd20')  # name and number of steps
     # AutoAttack is what to publish; the others above are the paper's, and cheap.
     evaluation.long_attacks = ('ifgsm500', 'pgd500', 'autoattack')  # once training is done
-    evaluation.long_attacks_on = 'best_and_last'  # of the snapshots; or last, at half the cost
+    evaluation.long_attacks_on = 'best_and_last'  # or last, which costs up to half less
     # Each kind of attack has its settings, in eval.ifgsm and eval.pgd: step_size (epsilon/4 and
     # epsilon/2); schedule (of the step size: constant, or linear or cosine down to 0); start, sigma
     # and loss, as in attack; restarts (independent ones, whose worst point counts). An entry of

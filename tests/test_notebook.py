@@ -96,7 +96,7 @@ def test_it_runs_from_top_to_bottom_and_trains_nothing_again_when_it_is_run_agai
 
     report = cell(notebook, 'report')
     table = shown(report, 'text/markdown')
-    for text in ('SingleAdv', 'PGD2', '**figure2a**'):
+    for text in ('SingleAdv', 'PGD2', 'Figure 2a.'):
         assert text in table
     figures = [output for output in report.outputs if 'image/png' in output.get('data', {})]
     assert len(figures) == len(list((workdir / 'report').glob('*.png'))) > 0

@@ -15,9 +15,9 @@ class View(NamedTuple):
       config: the run's own, which may ask for other attacks than `units`.
       evaluated: by step what eval/ holds.
       units: attacks on every snapshot.
-      final_units: what follows on the last snapshot, and on the best.
+      final_units: what follows on the best and the last snapshot.
       last_step: the last that training makes.
-      only_on_last: whether they do not follow on the best.
+      only_on_last: whether `final_units` follow on the last snapshot alone.
     """
 
     config: Mapping[str, Any]

@@ -62,4 +62,4 @@ def write(root: epath.Path) -> epath.Path:
 
 def _part(title: str, items: Sequence[str]) -> str:
     """Returns a list under a heading, in Markdown; '' where there is nothing in it."""
-    return '\n'.join([f'## {title}', '', *(f'- {item}' for item in items), '']) if items else ''
+    return '\n'.join([f'## {title}', '', *tables.markdown_list(items), '']) if items else ''
