@@ -12,7 +12,7 @@ Cost: 600 steps of 64 examples for each run; SingleAdv has 303,418 parameters. 9
   cores (AMD EPYC, jax 0.10.2), with compiling and the report.
 Expect: over 98 % clean accuracy everywhere; at PGD20 under 2 % for Baseline and 76 to 84 % for the
   others; on the 36 images of AutoAttack 0 % and 77 to 87 %. One seed says nothing of others:
-  README.md has three seeds of each.
+  docs/numbers.md has three seeds of each.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,5 @@
 """Figures that plot numbers: accuracy over training, attack steps and computation; differences."""
 
-import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,9 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from ensadv.report import drawing
 from ensadv.report.analysis import Band
@@ -207,132 +204,64 @@ def computation(costs: Sequence[Panel], accuracy: Mapping[str, Accuracy]) -> Fig
       costs: one to four kinds; a cost that is not a positive number is not drawn.
       accuracy: by system, mean, lowest and highest (or an interval's ends) in 0..1.
     """
-    columns = min(len(costs), 2)  # three side by side have no room for the names
+    columns = min(len(costs), 2)
     rows = math.ceil(len(costs) / columns)
-    figure = drawing.new_figure(drawing.COLUMN if columns == 1 else drawing.PAGE, 2.3 * rows + 0.25)
-    panels = []
+    width = drawing.COLUMN if columns == 1 else drawing.PAGE
+    figure = drawing.new_figure(width, 2.3 * rows + 0.25)
+    handles = {}
     for i, panel in enumerate(costs):
         axes = figure.add_subplot(rows, columns, i + 1)
-        panels.append((axes, panel, _draw_costs(axes, panel, accuracy)))
+        handles |= _draw_costs(axes, panel, accuracy)
         axes.set_xlabel(textwrap.fill(panel.label, 48))
         if i % columns == 0:
             axes.set_ylabel('robust accuracy (%)')
+    names = [system for system in accuracy if system in handles]
+    figure.legend(
+        handles=[handles[system] for system in names],
+        loc='outside lower center',
+        ncols=drawing.legend_columns(names, width, 4),
+    )
     marks = [
         Line2D([], [], color=drawing.GREY, marker='o', ls='', label='on the Pareto front'),
         Line2D([], [], color=drawing.GREY, marker='o', ls='', mfc='white', label='not on it'),
         Line2D([], [], color=drawing.GREY, lw=0.8, label='Pareto front'),
     ]
-    figure.legend(handles=marks, loc='outside lower center', ncols=3)
-    drawing.fix_layout(figure)
-    for axes, panel, drawn in panels:
-        _write_names(axes, panel, {system: accuracy[system] for system in drawn})
-    return figure
+    figure.legend(handles=marks, loc='outside upper center', ncols=3)
+    return drawing.fix_layout(figure)
 
 
-def _draw_costs(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> list[str]:
-    """Draws a panel but for the names; returns the systems in it."""
+def _draw_costs(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> dict[str, Line2D]:
+    """Draws a panel, and returns for the legend the marker of each system in it."""
     known = {s: c for s, c in panel.cost.items() if math.isfinite(c) and c > 0}
     drawn = [s for s in accuracy if s in known and math.isfinite(accuracy[s][0])]
+    handles = {}
     for system, style in drawing.styles(drawn).items():
         mean, low, high = (100 * value for value in accuracy[system])
+        look = {'color': style.color, 'marker': style.marker, 'ms': 5, 'mew': 0.9}
+        handles[system] = Line2D([], [], ls='', label=system, **look)
         axes.errorbar(
             known[system],
             mean,
             # The mean of equal numbers may differ from them by rounding.
             yerr=[[max(mean - low, 0)], [max(high - mean, 0)]],
-            color=style.color,
             elinewidth=0.8,
-            marker=style.marker,
-            ms=5,
             mfc=style.color if system in panel.front else 'white',
-            mew=0.9,
             zorder=3,
+            **look,
         )
     least, most = (choose((known[s] for s in drawn), default=1) for choose in (min, max))
-    # Most names are on the right.
-    span = max(math.log(most / least), 0.5)
-    left, right = least * math.exp(-0.15 * span), most * math.exp(0.35 * span)
+    room = math.exp(0.15 * max(math.log(most / least), 0.5))
+    left, right = least / room, most * room
     axes.set_xlim(left, right)
     axes.set_xscale('log')
     _ticks(axes, LogLocator(subs=_multiples(left, right), numticks=50))
     axes.margins(y=0.16)
     _limit_accuracy(axes, 0.05)
-    if front := _front(axes, panel, accuracy, drawn):
+    if front := sorted((known[s], 100 * accuracy[s][0]) for s in drawn if s in panel.front):
+        # What the costliest system reaches, so does more computation.
+        front.append((right, front[-1][1]))
         axes.step(*zip(*front, strict=True), where='post', color=drawing.GREY, lw=0.8, zorder=1)
-    return drawn
-
-
-def _front(
-    axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy], drawn: Sequence[str]
-) -> list[tuple[float, float]]:
-    """Returns the Pareto front's (cost, accuracy in %), in order of cost, to the right edge."""
-    front = sorted((panel.cost[s], 100 * accuracy[s][0]) for s in drawn if s in panel.front)
-    # What the costliest system reaches, so does more computation.
-    return front + [(axes.get_xlim()[1], y) for _, y in front[-1:]]
-
-
-def _write_names(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> None:
-    """Writes the systems' names beside their points, each where it covers least.
-
-    Tried are eight directions at three distances. Each name in turn takes the best place, and then
-    again, when the others' places are known. The layout must be fixed.
-    """
-    pixel = 72 / axes.figure.dpi  # in points
-    at = {s: axes.transData.transform((panel.cost[s], 100 * accuracy[s][0])) for s in accuracy}
-    texts = {
-        system: axes.annotate(
-            system,
-            (panel.cost[system], 100 * accuracy[system][0]),
-            xytext=(0, 0),
-            textcoords='offset points',
-            va='bottom',
-            zorder=4,
-            path_effects=[withStroke(linewidth=1.5, foreground='white')],
-        )
-        for system in at
-    }
-    lines = _lines(axes, panel, accuracy)
-    places: dict[str, Bbox] = {}
-    for system in [*at, *at]:
-        size = texts[system].get_window_extent().size
-        # Names side by side are a space apart.
-        names = [box.padded(4 / pixel, 0) for name, box in places.items() if name != system]
-        # The text's nearest edge or corner is so far from the point.
-        tried = [
-            Bbox.from_bounds(*(at[system] + away * way / pixel + size * (way - 1) / 2), *size)
-            for away in (5, 10, 16)
-            for way in _WAYS
-        ]
-
-        def badness(box: Bbox, system=system, names=names) -> float:
-            own, *others = (
-                np.hypot(*(np.clip(at[s], box.p0, box.p1) - at[s]))
-                for s in (system, *(set(at) - {system}))
-            )
-            is_nearer_another = own > 1.5 * min(others, default=np.inf)
-            is_outside = not (axes.bbox.contains(*box.p0) and axes.bbox.contains(*box.p1))
-            shared = [Bbox.intersection(box, name) for name in names]
-            covered = sum(each.width * each.height for each in shared if each is not None)
-            wrong = 3 * box.width * box.height * (is_nearer_another + 3 * is_outside)
-            return covered + wrong + 5 * box.count_contains(lines) + 5 * own
-
-        # The first of the least bad: the nearest, and to the right where that is free.
-        places[system] = min(tried, key=badness)
-    for system, text in texts.items():
-        text.set_position((places[system].p0 - at[system]) * pixel)
-
-
-_WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)])
-
-
-def _lines(axes: Axes, panel: Panel, accuracy: Mapping[str, Accuracy]) -> np.ndarray:
-    """Returns points on what names should not cover: error bars and the front, [n, 2] in pixels."""
-    found = [[(panel.cost[s], 100 * end) for end in ends] for s, (_, *ends) in accuracy.items()]
-    front = _front(axes, panel, accuracy, list(accuracy))
-    for (x, y), (next_x, next_y) in itertools.pairwise(front):
-        found += [[(x, y), (next_x, y)], [(next_x, y), (next_x, next_y)]]
-    ends = (axes.transData.transform(line) for line in found)
-    return np.concatenate([np.linspace(start, end, 50) for start, end in ends])
+    return handles
 
 
 @drawing.in_style

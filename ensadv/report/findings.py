@@ -21,7 +21,7 @@ SEEDS_NEEDED = 3  # of each system, for a claim; the paper has as many
 # For each of the paper's claims the pairs, first > second in robust accuracy, that it says.
 CLAIMS = {
     'Ensemble2Adv is more robust than SingleAdv': [('Ensemble2Adv', 'SingleAdv')],
-    'Ensemble2Adv is more robust than DoubleAdv, which has about as many parameters': [
+    'Ensemble2Adv is more robust than DoubleAdv, which in the paper has about as many parameters': [
         ('Ensemble2Adv', 'DoubleAdv')
     ],
     'Ensemble2Adv is more robust than Separate2Adv, whose members were trained separately': [
