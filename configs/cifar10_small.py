@@ -11,9 +11,9 @@ Run: python main.py --mode=study --config=configs/cifar10_small.py --workdir=DIR
   The learning rate was chosen once, by SingleAdv with seed 100, 1,500 steps and 5,000 training
   images held out: IFGSM5 24.6 % with 0.05, 25.6 with 0.1, 26.9 with 0.2, 26.4 with 0.4.
 Cost: a seed takes 7 hours of one core (AMD EPYC, Zen 3, jax 0.10.2), and the transfer set 37
-  minutes. SingleAdv takes 48 minutes: 16 of training, 5 of the attacks of all snapshots and PGD20,
-  22 of AutoAttack, 4 of the audit. The others: Baseline 12, Ensemble2 23, DoubleAdv 127,
-  Ensemble2Adv 101, Separate2Adv 110. Another machine took half of that.
+  minutes. SingleAdv takes 48 minutes: 16 for training, 5 for PGD20 and the attacks on all
+  snapshots, 22 for AutoAttack, 4 for the audit. The others: Baseline 12, Ensemble2 23,
+  DoubleAdv 127, Ensemble2Adv 101, Separate2Adv 110.
 Expect, on CIFAR-10 (JPEG copy), 2026-11-30, two seeds of Baseline and SingleAdv, one
   of the others so far; docs/results.md has more:
   clean / PGD20 / AutoAttack on 1,000 images: Baseline 57.5 / 0.5 / 0.4, Ensemble2 53.1 / 0.6 / 0.2,
