@@ -8,10 +8,10 @@ Run: make quickstart
   time; eval.long_attacks=pgd50,autoattack makes it on all. With blackbox among eval.attacks it also
   makes a transfer set, from two more runs, and the column black-box; with study.audit=True an
   audit of each run; and with study.members=True it measures what the members of ensembles do.
-Cost: 600 steps of 64 examples for each run; SingleAdv has 303,418 parameters. 9 minutes on two CPU
-  cores (AMD EPYC, jax 0.10.2), with compiling and the report.
+Cost: 600 steps of 64 examples for each run; SingleAdv has 303,418 parameters. 9 to 22 minutes on
+  two CPU cores (two machines with AMD EPYC, jax 0.10.2), with compiling and the report.
 Expect: over 98 % clean accuracy everywhere; at PGD20 under 2 % for Baseline and 76 to 84 % for the
-  others; on the 36 images of AutoAttack 0 % and 77 to 87 %. One seed says nothing of others:
+  others; on the 36 images of AutoAttack 0 % and 75 to 87 %. One seed says nothing of others:
   docs/numbers.md has three seeds of each.
 """
 
