@@ -16,7 +16,7 @@ Cost: a seed takes 7 hours of one core (AMD EPYC, Zen 3, jax 0.10.2), and the tr
   DoubleAdv 127, Ensemble2Adv 101, Separate2Adv 110.
 Expect, on CIFAR-10 (JPEG copy), 2026-11-30, two or three seeds of each so far; docs/results.md
   has more:
-  clean / PGD20 / AutoAttack on 1,000 images: Baseline 57.9 / 0.4 / 0.3, Ensemble2 52.5 / 1.5 / 0.8,
+  clean / PGD20 / AutoAttack on 1,000 images: Baseline 57.9 / 0.4 / 0.3, Ensemble2 52.9 / 1.5 / 0.9,
   SingleAdv 43.9 / 23.6 / 19.0, DoubleAdv 45.6 / 24.5 / 20.9, Ensemble2Adv 44.2 / 23.6 / 19.2,
   Separate2Adv 44.9 / 24.9 / 20.5.
 """
