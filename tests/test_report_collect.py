@@ -233,6 +233,15 @@ def test_seeds_trained_with_other_extra_images(tmp_path):
     )
 
 
+def test_each_system_with_cutmix_says_so(tmp_path):
+    for system, alpha in (('baseline', 0.0), ('singleadv', 1.0), ('ensemble2adv', 0.5)):
+        write(tmp_path, system, data__cutmix=alpha)
+    assert basis.training(collected(tmp_path))[-2:] == [
+        'SingleAdv: CutMix with Beta(1, 1).',
+        'Ensemble2Adv: CutMix with Beta(0.5, 0.5).',
+    ]
+
+
 def test_the_same_seed_twice(tmp_path):
     write(tmp_path, name='a')
     write(tmp_path, name='b')

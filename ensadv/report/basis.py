@@ -81,8 +81,10 @@ def training(collection: Collection) -> list[str]:
         lines.append(f'Attack in training: {_attack(run.config["attack"])}; {objective}.')
     elif objective:
         lines.append(f'Trained with {objective}.')
-    lines += filter(None, map(_weights, {run.system: run for run in runs}.values()))
-    return lines + _mixed(run)
+    by_system = {run.system: run for run in runs}.values()
+    for of_system in (_weights, _mixed):
+        lines += filter(None, map(of_system, by_system))
+    return lines
 
 
 def _weights(run: Run) -> str:
@@ -110,8 +112,8 @@ def _attack(group: Mapping[str, Any]) -> str:
     return ', '.join([name.upper(), *map(' '.join, zip(found, shown, strict=True))])
 
 
-def _mixed(run: Run) -> list[str]:
-    """Returns what a run's batches were mixed of, if of more than images of its training split."""
+def _mixed(run: Run) -> str:
+    """Returns what a run's batches were mixed of; '' if of its training split's images alone."""
     settings, texts = config_lib.settings(run.config), []
     if fraction := settings['data.extra_fraction']:
         extra = run.record['dataset']['extra']
@@ -123,7 +125,7 @@ def _mixed(run: Run) -> list[str]:
         texts.append(f'Cutout of {side} pixels')
     if alpha := settings['data.cutmix']:
         texts.append(f'CutMix with Beta({alpha:.4g}, {alpha:.4g})')
-    return [f'{run.system}: {", ".join(texts)}.'] if texts else []
+    return f'{run.system}: {", ".join(texts)}.' if texts else ''
 
 
 def _learning_rate(train: Mapping[str, Any]) -> str:
