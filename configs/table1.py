@@ -13,7 +13,8 @@ Cost: training all 24 takes 4.5e20 operations (1.5e20 a seed): 52 days at a sust
   Evaluating their 100 snapshots each adds 4.8e19, in float32, and the long attacks at most 3.2 of
   that. This is arithmetic from --mode=describe; nobody has measured it.
 Expect, from the paper (nobody has run this config to its end yet): the rows in the header of each
-  system's config. See docs/numbers.md, "Comparing with the paper".
+  system's config. See docs/numbers.md, "Comparing with the paper". At a small scale see
+  cifar10_small.py.
 """
 
 from ml_collections import ConfigDict
