@@ -13,8 +13,9 @@ Run: python main.py --mode=study --config=configs/cifar10_small.py --workdir=DIR
 Cost: a seed takes 7 hours of one core (AMD EPYC, Zen 3, jax 0.10.2), and the transfer set 37
   minutes. SingleAdv takes 48 minutes: 16 for training, 5 for PGD20 and the attacks on all
   snapshots, 22 for AutoAttack, 4 for the audit. The others: Baseline 12, Ensemble2 23,
-  DoubleAdv 127, Ensemble2Adv 101, Separate2Adv 110.
-Expect, on CIFAR-10 (JPEG copy), 2026-11-30; docs/results.md has the claims with their intervals:
+  DoubleAdv 127, Ensemble2Adv 101, Separate2Adv 110. The decision planes take about 20.
+Expect, on CIFAR-10 (JPEG copy), 2026-11-30, means of three seeds; docs/results.md has the claims
+  with their intervals:
   clean / PGD20 / AutoAttack on 1,000 images: Baseline 57.9 / 0.4 / 0.3, Ensemble2 52.9 / 1.5 / 0.9,
   SingleAdv 43.9 / 23.6 / 19.0, DoubleAdv 45.6 / 24.5 / 20.9, Ensemble2Adv 44.2 / 24.0 / 19.7,
   Separate2Adv 44.9 / 24.9 / 20.5.

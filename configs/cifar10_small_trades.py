@@ -3,10 +3,10 @@
 Reproduces: nothing published. It asks the paper's question of a newer recipe, at the scale of
   cifar10_small.py: does Ensemble2 TRADES beat a single network that costs as much to train?
 Run: python main.py --mode=study --config=configs/cifar10_small_trades.py --workdir=DIR
-  With --config.eval.blackbox_path=DIR/blackbox/blackbox.npz it takes the transfer set of the study
-  of cifar10_small.py in DIR. Making one anew takes 37 minutes.
-Cost: 3.7 hours of one core (AMD EPYC, Zen 3, jax 0.10.2): 2.2 for the ensemble, 1.5 for the single
-  network. Each training takes 8.18e13 operations, about 45 minutes.
+  It makes a transfer set in 37 minutes, or takes that of cifar10_small.py's study in SMALL with
+  --config.eval.blackbox_path=SMALL/blackbox/blackbox.npz.
+Cost: about 3.7 hours of one core (AMD EPYC, Zen 3, jax 0.10.2): 2.2 for the ensemble, 1.5 for the
+  single network. Each training takes 8.18e13 operations, about 45 minutes.
 Expect, on CIFAR-10 (JPEG copy), 2026-11-30, one seed, which says nothing of others; docs/results.md
   has the differences:
   clean / PGD20 / AutoAttack on 1,000 images: Ensemble2 TRADES 41.6 / 24.9 / 21.5,

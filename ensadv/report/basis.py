@@ -81,9 +81,9 @@ def training(collection: Collection) -> list[str]:
         lines.append(f'Attack in training: {_attack(run.config["attack"])}; {objective}.')
     elif objective:
         lines.append(f'Trained with {objective}.')
-    by_system = {run.system: run for run in runs}.values()
-    for of_system in (_weights, _mixed):
-        lines += filter(None, map(of_system, by_system))
+    systems = {run.system: run for run in runs}.values()
+    for describe in (_weights, _mixed):
+        lines += filter(None, map(describe, systems))
     return lines
 
 
